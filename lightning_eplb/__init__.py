@@ -1,0 +1,25 @@
+"""Expert-parallel load balancing for training Mixture-of-Experts models with PyTorch Lightning."""
+
+from lightning_eplb.balancer import ExpertLoadBalancer
+from lightning_eplb.callback import EPLBCallback
+from lightning_eplb.functional import balancedness
+from lightning_eplb.metrics import ExpertLoad
+from lightning_eplb.parallel.convert import parallelize_experts
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BalancedPolicy",
+    "DeepSeekPolicy",
+    "EPLBCallback",
+    "ExpertLoad",
+    "ExpertLoadBalancer",
+    "ExpertPlacement",
+    "Policy",
+    "StaticPolicy",
+    "Topology",
+    "balancedness",
+    "parallelize_experts",
+]

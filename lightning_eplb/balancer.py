@@ -1,0 +1,322 @@
+"""Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.metrics import ExpertLoad
+from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies import BalancedPolicy, Policy, Topology
+from lightning_eplb.relocation.exchange import relocate, tensors_to_move
+from lightning_eplb.relocation.optimizer import check_optimizers
+from lightning_eplb.relocation.plan import plan_relocation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepLoad:
+    """One optimizer step's load, as the ranks served it. Tokens are summed over layers.
+
+    Attributes:
+        load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
+        avg_tokens: Mean over ranks.
+        max_tokens: The fullest rank of each layer.
+        balancedness: ``avg_tokens / max_tokens``.
+    """
+
+    load: Tensor
+    avg_tokens: float
+    max_tokens: float
+    balancedness: float
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """What a rearrangement did.
+
+    Attributes:
+        before: The placement that it found.
+        after: The placement that it left.
+        load: The window that it was decided on, ``[Y, L]`` int64.
+        num_layers: Layers in which a primary changed its place.
+        num_rows: Primaries that changed ranks, in one EP group.
+        num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
+        seconds: From the decision to the end, on this rank.
+    """
+
+    before: ExpertPlacement
+    after: ExpertPlacement
+    load: np.ndarray
+    num_layers: int
+    num_rows: int
+    num_bytes: int
+    seconds: float
+
+    @property
+    def balancedness_before(self) -> float:
+        """Of the window, had the old placement served it."""
+        return balancedness(rank_tokens(self.load, self.before))
+
+    @property
+    def balancedness_after(self) -> float:
+        """Of the window, had the new placement served it."""
+        return balancedness(rank_tokens(self.load, self.after))
+
+
+class ExpertLoadBalancer:
+    """Counts the tokens of every expert and moves experts between ranks so that the ranks get equal work.
+
+    ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step.
+
+    Example::
+
+        parallelize_experts(model, num_redundant_experts=8)
+        optimizer = torch.optim.AdamW(model.parameters())
+        balancer = ExpertLoadBalancer(model, [optimizer], step_interval=100)
+        for batch in batches:
+            model(batch).loss.backward()
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: Converted by ``parallelize_experts``.
+        optimizers: Those that hold expert parameters: their state moves with the experts.
+        policy: Decides where experts go; ``None`` for ``BalancedPolicy()``.
+        window_size: Optimizer steps that the decision looks back on.
+        step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it.
+
+    Raises:
+        ValueError: A number is below 1, or ``model`` has no converted layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[Optimizer] = (),
+        *,
+        policy: Policy | None = None,
+        window_size: int = 100,
+        step_interval: int = 100,
+    ) -> None:
+        for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 optimizer step")
+        self._modules = list(expert_layers(model))
+        if not self._modules:
+            raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
+        self.model = model
+        self.optimizers = list(optimizers)
+        self.policy = policy if policy is not None else BalancedPolicy()
+        self.step_interval = step_interval
+        first_layer, _ = self._modules[0]
+        self.groups = first_layer.groups
+        self.placement = ExpertPlacement(
+            np.stack([layer.physical_to_logical for layer, _ in self._modules]),
+            first_layer.num_logical_experts,
+            self.groups.size,
+        )
+        self.load = ExpertLoad(
+            len(self._modules),
+            first_layer.num_logical_experts,
+            window_size,
+            self.placement,
+            sync_on_compute=False,  # every rank is given the sum over all
+        )
+        self.num_steps = 0
+        """Optimizer steps in which the experts got a token."""
+        self.num_rearrangements = 0
+        self.rearranged_bytes = 0
+        """Bytes that crossed ranks in all rearrangements, over all ranks."""
+        self.last_rearrangement: Rearrangement | None = None
+        self._steps_to_go = max(1, step_interval // 4)
+        self._optimizers_are_checked = False
+        self.record(True)
+
+    def record(self, on: bool) -> None:
+        """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
+        for layer, _ in self._modules:
+            layer.records_load = on
+
+    def step(self, *, with_gradients: bool = True) -> StepLoad | None:
+        """Close an optimizer step: add its load to the window, and rearrange when it is time. Every rank must call it.
+
+        Micro-batches since the last call count as one step. A step in which no expert got a token is none.
+
+        Args:
+            with_gradients: Gradients move with their experts, should a rearrangement be due. ``False`` saves that
+                where they are zeroed before they are used again.
+
+        Returns:
+            The step's load on the placement that served it; ``None`` for a step without a token.
+
+        Raises:
+            ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
+                fails or returns what is not a placement. All ranks raise it, and nothing was moved.
+        """
+        if not self._optimizers_are_checked and self.groups.size > 1:
+            check_optimizers(self.optimizers, self._named_parameters())
+        self._optimizers_are_checked = True
+        load_YL = self._take_load()
+        if not load_YL.any():
+            return None
+        values = self.load(load_YL)
+        self.num_steps += 1
+        self._steps_to_go -= 1
+        if self._steps_to_go == 0:
+            self._steps_to_go = self.step_interval
+            self.rearrange(with_gradients=with_gradients)
+        tokens = {name: float(values[name]) for name in ("avg_tokens", "max_tokens", "balancedness")}
+        return StepLoad(load_YL, **tokens)
+
+    def rearrange(
+        self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
+    ) -> Rearrangement | None:
+        """Move experts, with their optimizer state, between two optimizer steps. Every rank must call it.
+
+        Rank 0 asks the policy and tells the others. Before the first row moves, all ranks compare what they are about
+        to do.
+
+        Args:
+            placement: Go there; ``None`` to ask the policy.
+            with_gradients: As in :meth:`step`.
+
+        Returns:
+            What was done; ``None`` where one rank holds all experts and there is nothing to move.
+
+        Raises:
+            ValueError: The policy raised it, or it returned something else than a placement of the same shape.
+            RuntimeError: Ranks disagree about what is to be moved. In each case all ranks raise, and nothing was moved.
+        """
+        if self.groups.size == 1:
+            return None
+        start = time.perf_counter()
+        before, load_YL = self.placement, self.load.compute()["load"].cpu().numpy()
+        after = self._agree(placement, load_YL)
+        plan = plan_relocation(before, after)
+        moved = {moves.layer: self._tensors(moves.layer, with_gradients) for moves in plan}
+        self._compare_digests(after, moved)
+        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
+        self._adopt(after)
+        done = Rearrangement(
+            before=before,
+            after=after,
+            load=load_YL,
+            num_layers=len(plan),
+            num_rows=sum(moves.num_rows_between_ranks for moves in plan),
+            num_bytes=num_bytes * self.groups.num_replicas,
+            seconds=time.perf_counter() - start,
+        )
+        self.num_rearrangements += 1
+        self.rearranged_bytes += done.num_bytes
+        self.last_rearrangement = done
+        return done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Window and counters, as tensors and integers; the same on every rank, and nothing of the placement."""
+        return {
+            "window": self.load.steps().cpu(),
+            "num_steps": self.num_steps,
+            "steps_to_go": self._steps_to_go,
+            "num_rearrangements": self.num_rearrangements,
+            "rearranged_bytes": self.rearranged_bytes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over window and counters, also into a window of another size.
+
+        Raises:
+            ValueError: The saved window has other layers or experts.
+        """
+        window_WYL = state["window"]
+        if tuple(window_WYL.shape[1:]) != tuple(self.load.ring.shape[1:]):
+            raise ValueError(
+                f"the saved window has {list(window_WYL.shape[1:])} layers and experts, the model has"
+                f" {list(self.load.ring.shape[1:])}; resume with the model that was saved"
+            )
+        self.load.reset()
+        for load_YL in window_WYL:
+            self.load.update(load_YL)
+        self.num_steps = state["num_steps"]
+        self.num_rearrangements = state["num_rearrangements"]
+        self.rearranged_bytes = state["rearranged_bytes"]
+        self._steps_to_go = min(state["steps_to_go"], self.step_interval)
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        return {
+            f"{layer.name}.{name}": parameter
+            for layer, module in self._modules
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def _tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
+        _, module = self._modules[layer_index]
+        return tensors_to_move(module, self.optimizers, with_gradients)
+
+    def _take_load(self) -> Tensor:
+        load_YL = torch.stack([layer.take_load() for layer, _ in self._modules])
+        if self.groups.num_replicas > 1:
+            dist.all_reduce(load_YL, group=self.groups.control)
+            load_YL //= self.groups.size  # each rank of an EP group gave that group's load
+        return load_YL
+
+    def _agree(self, placement: ExpertPlacement | None, load_YL: np.ndarray) -> ExpertPlacement:
+        """Rank 0's decision, or its failure, on every rank."""
+        decision: list[Any] = [None, None]
+        failure: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                decided = placement if placement is not None else self._ask_policy(load_YL)
+                self._check_shape(decided)
+                decision = [decided.physical_to_logical.tolist(), None]
+            except Exception as error:  # the other ranks are waiting: they must hear of it
+                failure = error
+                source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
+                decision = [None, f"{source} failed: {type(error).__name__}: {error}"]
+        dist.broadcast_object_list(decision, src=0, group=self.groups.control)
+        slots_YP, error_text = decision
+        if error_text is not None:
+            raise ValueError(error_text) from failure
+        return ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
+
+    def _ask_policy(self, load_YL: np.ndarray) -> ExpertPlacement:
+        return self.policy.rearrange(load_YL, self.placement, Topology(self.groups.node_of_rank))
+
+    def _check_shape(self, decided: Any) -> None:
+        if not isinstance(decided, ExpertPlacement):
+            raise ValueError(f"it returned a {type(decided).__name__}, not an ExpertPlacement")
+        if decided.physical_to_logical.shape != self.placement.physical_to_logical.shape or (
+            (decided.num_logical_experts, decided.num_ranks)
+            != (self.placement.num_logical_experts, self.placement.num_ranks)
+        ):
+            raise ValueError(f"it returned {decided!r}, which can't follow {self.placement!r}")
+
+    def _compare_digests(self, after: ExpertPlacement, moved: dict[int, list[Tensor]]) -> None:
+        signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
+        mine = hashlib.sha256(self.placement.digest() + after.digest() + repr(signature).encode()).digest()
+        digest = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        digests = [torch.empty_like(digest) for _ in range(self.groups.world_size)]
+        dist.all_gather(digests, digest, group=self.groups.control)
+        odd = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+        if odd:
+            raise RuntimeError(
+                f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
+                " nothing was moved"
+            )
+
+    def _adopt(self, placement: ExpertPlacement) -> None:
+        for layer, _ in self._modules:
+            layer.set_placement(placement)
+        self.placement = self.load.placement = placement

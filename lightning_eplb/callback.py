@@ -1,0 +1,290 @@
+"""The Lightning callback."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement
+from lightning_eplb.checkpoint import install_optimizer_hooks
+from lightning_eplb.functional import rank_tokens
+from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
+from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
+from lightning_eplb.parallel.clipping import clip_grad_norm_
+from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.policies import Policy
+
+log = logging.getLogger(__name__)
+
+
+class EPLBCallback(Callback):
+    r"""Spreads the experts of a Mixture-of-Experts model over the data-parallel ranks and keeps the ranks level.
+
+    Each rank holds a part of the experts of every MoE layer, and tokens travel to the ranks of their experts. The
+    callback counts which experts the router picks, and between optimizer steps moves experts, with weights and
+    optimizer state, to where they level the ranks. Training is the same training: losses, gradients, clipping and
+    checkpoints are those of the unmodified model under DDP.
+
+    A model that was built in ``LightningModule.__init__`` is converted in ``setup``. One that is built in
+    ``configure_model`` must be converted there, by :func:`~lightning_eplb.parallelize_experts`; the callback adopts it.
+    Any Hugging Face MoE model will do, and any module that follows the protocol described there.
+
+    Logged with every optimizer step, tokens summed over layers:
+
+    - ``eplb/balancedness``: mean over ranks of the tokens they served, divided by the fullest rank's; 1 is perfect.
+    - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
+    - ``eplb/rearrangements``: how many there were.
+    - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
+
+    A ``WandbLogger`` gets a heatmap of experts and one of ranks with each rearrangement.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from lightning_eplb import EPLBCallback
+
+        trainer = Trainer(strategy="ddp", devices=8, callbacks=[EPLBCallback(num_redundant_experts=8)])
+        trainer.fit(model)
+
+    Args:
+        num_redundant_experts: Redundant experts of each layer, over all ranks of an EP group: copies of popular
+            experts, for which each rank keeps weights but no optimizer state. A multiple of ``ep_size``.
+        ep_size: Ranks that share the experts of a layer. ``None``: all. With 1, experts stay where they are and their
+            load is only observed.
+        policy: Decides where experts go. ``None``: :class:`~lightning_eplb.BalancedPolicy`.
+        window_size: Optimizer steps whose load the policy looks at.
+        step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it.
+
+    Raises:
+        ValueError: In ``__init__`` or in ``setup``, before any communication, if an argument does not fit by itself,
+            the strategy, the precision, another callback or the model.
+
+    Note:
+        ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
+        them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
+        the place where they once were. So is ``precision="16-mixed"``: each rank would skip steps by its own overflows.
+    """
+
+    def __init__(
+        self,
+        num_redundant_experts: int = 0,
+        ep_size: int | None = None,
+        policy: Policy | None = None,
+        window_size: int = 100,
+        step_interval: int = 100,
+    ) -> None:
+        if num_redundant_experts < 0:
+            raise ValueError(f"num_redundant_experts={num_redundant_experts} must not be negative; 0 is none")
+        if ep_size is not None and ep_size < 1:
+            raise ValueError(f"ep_size={ep_size} must be at least 1; None takes every data-parallel rank")
+        if policy is not None and not isinstance(policy, Policy):
+            raise ValueError(f"policy={policy!r} must be a lightning_eplb.Policy, such as BalancedPolicy(), or None")
+        for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 optimizer step")
+        self.num_redundant_experts = num_redundant_experts
+        self.ep_size = ep_size
+        self.policy = policy
+        self.window_size = window_size
+        self.step_interval = step_interval
+        self.balancer: ExpertLoadBalancer | None = None
+        """Exists from the start of ``fit`` on, and stays."""
+        self._saved_state: dict[str, Any] = {}
+        self._last_global_step = 0
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        ep_size = self._check_trainer(trainer)
+        pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(  # type: ignore[assignment]
+            pl_module, getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
+        )
+        if any(expert_layers(pl_module)):
+            return
+        found = dict(find_experts(pl_module))
+        if not found and is_overridden("configure_model", pl_module):
+            return
+        check_experts(pl_module, found, ep_size, self.num_redundant_experts)
+        group = None
+        if trainer.world_size > ep_size:
+            group, _ = dist.new_subgroups(ep_size)
+            assert isinstance(group, dist.ProcessGroup)
+        parallelize_experts(pl_module, group, num_redundant_experts=self.num_redundant_experts)
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._check_adopted(trainer, pl_module)
+        if self.balancer is None or self.balancer.model is not pl_module:
+            self.balancer = ExpertLoadBalancer(
+                pl_module, policy=self.policy, window_size=self.window_size, step_interval=self.step_interval
+            )
+        self.balancer.optimizers = trainer.optimizers
+        for optimizer in trainer.optimizers:
+            install_optimizer_hooks(optimizer, pl_module)
+        _clip_by_global_norm(trainer, pl_module, self.balancer)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert self.balancer is not None
+        self._last_global_step = trainer.global_step
+        if self._saved_state:
+            self.balancer.load_state_dict(self._saved_state)
+            self._saved_state = {}
+            if self.balancer.num_rearrangements:
+                # A resumed run starts from the initial placement: level it by the window that it brought along.
+                self.balancer.rearrange()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        assert self.balancer is not None
+        self.balancer.record(True)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.balancer is not None
+        self.balancer.record(False)
+        if trainer.global_step == self._last_global_step:
+            return
+        self._last_global_step = trainer.global_step
+        rearrangements = self.balancer.num_rearrangements
+        # Under automatic optimization gradients are zeroed before the next backward pass: they need not move.
+        load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
+        if load is None:
+            return
+        pl_module.log("eplb/balancedness", load.balancedness, prog_bar=True)
+        pl_module.log_dict({"eplb/avg_tokens": load.avg_tokens, "eplb/max_tokens": load.max_tokens})
+        latest = self.balancer.last_rearrangement
+        if latest is not None:
+            pl_module.log_dict(
+                {
+                    "eplb/rearrangements": float(self.balancer.num_rearrangements),
+                    "eplb/rearrange_seconds": latest.seconds,
+                    "eplb/rearranged_bytes": float(latest.num_bytes),
+                }
+            )
+            if self.balancer.num_rearrangements > rearrangements:
+                self._report(trainer, latest)
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.balancer.state_dict() if self.balancer is not None else self._saved_state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_state = state_dict
+
+    def _check_trainer(self, trainer: "pl.Trainer") -> int:
+        """The size of an EP group, once it is sure that trainer and arguments go together."""
+        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        if trainer.world_size % ep_size:
+            sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
+            raise ValueError(
+                f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
+            )
+        if self.num_redundant_experts % ep_size:
+            below = self.num_redundant_experts // ep_size * ep_size
+            raise ValueError(
+                f"num_redundant_experts={self.num_redundant_experts} must be a multiple of ep_size={ep_size};"
+                f" {below} or {below + ep_size} would do"
+            )
+        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+            raise ValueError(
+                f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback;"
+                " 'ddp' on several devices, or a single device, would do"
+            )
+        if ep_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            assert isinstance(trainer.precision_plugin, MixedPrecision)
+            raise ValueError(
+                "precision='16-mixed' is not supported by EPLBCallback: every rank would skip steps by the overflows of"
+                " its own experts; 'bf16-mixed' would do"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                raise ValueError(
+                    f"{type(callback).__name__} is not supported with EPLBCallback: it averages the rows of experts by"
+                    " the place where they are, and they move; remove one of the two callbacks"
+                )
+        return ep_size
+
+    def _check_adopted(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """A model that ``configure_model`` built and converted must be what the arguments say."""
+        layers = [layer for layer, _ in expert_layers(pl_module)]
+        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        if not layers:
+            check_experts(pl_module, dict(find_experts(pl_module)), ep_size, self.num_redundant_experts)
+            raise ValueError(
+                "configure_model built MoE layers and did not convert them; call"
+                f" parallelize_experts(self, num_redundant_experts={self.num_redundant_experts}) at its end"
+            )
+        redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
+        if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
+            raise ValueError(
+                f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={self.num_redundant_experts};"
+                f" parallelize_experts was called for {layers[0].groups.size} ranks with"
+                f" num_redundant_experts={redundant}; give both the same"
+            )
+
+    def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
+        rank_zero_info(
+            f"step {trainer.global_step}: {done.num_rows} experts in {done.num_layers} layers changed ranks,"
+            f" {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
+            f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
+        )
+        if takes_pictures(trainer.loggers):
+            before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
+            figures = {
+                "eplb/expert_load": draw_expert_load(done.load),
+                "eplb/rank_load": draw_before_after(before_YR, after_YR),
+            }
+            log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+class _IgnoredByDDP:
+    """The names that DDP must leave alone, looked up when DDP asks: by then ``configure_model`` has run."""
+
+    def __init__(self, module: nn.Module, others: Any) -> None:
+        self._module = module
+        self._others = others
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._others
+        experts = {
+            id(parameter)
+            for layer, module in expert_layers(self._module)
+            if layer.groups.size > 1
+            for parameter in module.parameters(recurse=False)
+        }
+        yield from (name for name, parameter in self._module.named_parameters() if id(parameter) in experts)
+
+
+def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule", balancer: ExpertLoadBalancer) -> None:
+    """Let the precision plugin, through which every clipping by norm goes, use the norm of the whole model.
+
+    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it.
+    """
+    precision = trainer.precision_plugin
+    experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
+
+    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
+        clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups)
+
+    if balancer.groups.size > 1:
+        precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]

@@ -1,0 +1,77 @@
+"""How even the work of the ranks is, as pure functions of counted tokens.
+
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_eplb.placement import EMPTY, ExpertPlacement
+
+
+def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
+    """Tokens that each rank serves when every copy of an expert serves an equal part of them.
+
+    Args:
+        load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
+        placement: Where the experts are.
+
+    Returns:
+        float64 ``[Y, R]``. Fractions are kept: an expert of 3 tokens and 2 copies is 1.5 tokens on each.
+
+    Raises:
+        ValueError: The load has another number of layers or experts than the placement.
+
+    Example:
+        >>> placement = ExpertPlacement([[0, 1, 2, 2, 3, -1]], num_logical_experts=4, num_ranks=2)
+        >>> rank_tokens(np.array([[10, 0, 3, 4]]), placement)
+        array([[11.5,  5.5]])
+    """
+    load = _to_float64(load_YL)
+    if load.shape != placement.replica_count.shape:
+        raise ValueError(
+            f"load_YL has shape {list(load.shape)}; this placement has {placement.num_layers} layers of"
+            f" {placement.num_logical_experts} logical experts, so it must be {list(placement.replica_count.shape)}"
+        )
+    share_YL = load / placement.replica_count
+    slots_YP = placement.physical_to_logical
+    share_YP = np.where(slots_YP == EMPTY, 0.0, np.take_along_axis(share_YL, np.maximum(slots_YP, 0), axis=1))
+    return share_YP.reshape(placement.by_rank.shape).sum(axis=-1)
+
+
+def balancedness(tokens_YR: Any) -> float:
+    """How level the ranks are: ``sum over layers of mean rank tokens / sum over layers of max rank tokens``.
+
+    1 is perfect, ``1 / R`` is all work on one rank. In each layer the ranks wait for the fullest one, and layers come
+    one after the other: so this is the part of the expert time in which an average rank has something to do.
+
+    Args:
+        tokens_YR: Tokens that each rank serves in each layer, ``[Y, R]``, or ``[R]`` for one layer: a numpy array or
+            a torch tensor on any device.
+
+    Returns:
+        The ratio, in ``[1 / R, 1]``; 1.0 when there are no tokens at all.
+
+    Raises:
+        ValueError: Not one or two dimensions.
+
+    Example:
+        >>> balancedness(np.array([[30, 10], [20, 20]]))
+        0.8
+        >>> balancedness(torch.tensor([5, 5, 5, 5]))
+        1.0
+    """
+    tokens = _to_float64(tokens_YR)
+    if tokens.ndim not in (1, 2):
+        raise ValueError(f"tokens_YR has shape {list(tokens.shape)}; it must be [layers, ranks] or [ranks]")
+    if not tokens.any():
+        return 1.0
+    return float(tokens.sum() / tokens.shape[-1] / tokens.max(axis=-1).sum())
+
+
+def _to_float64(values: Any) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().to(device="cpu", dtype=torch.float64).numpy()
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,187 @@
+"""Find expert modules by their structure and spread their experts over ranks, in place."""
+
+import inspect
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.state_dict import install_state_dict_hooks
+from lightning_eplb.placement import ExpertPlacement
+
+PROTOCOL = (
+    "a module with an int attribute num_experts, whose forward takes (hidden, top_k_index, top_k_weights), and whose"
+    " own parameters (none in submodules, at least one of three dimensions) all have num_experts rows"
+)
+
+
+def parallelize_experts(
+    model: nn.Module, group: dist.ProcessGroup | None = None, *, num_redundant_experts: int = 0
+) -> nn.Module:
+    """Spread the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
+
+    Afterwards rank ``r`` holds ``L/R`` experts of each layer as its parameters, and the forward pass sends tokens to
+    the ranks of their experts and back: the outputs and the gradients are those of the unmodified model. Modules,
+    parameters and state-dict keys keep their names; ``state_dict()`` gathers all experts in the model's own order, and
+    ``load_state_dict()`` cuts them, so both speak of the unmodified model and every rank must call them. Like DDP,
+    it starts from rank 0's weights. Gradients of experts are averaged over the losses of the ranks, so these
+    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
+    ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
+
+    Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
+
+    1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;
+    2. its own parameters, biases too, have the expert as dimension 0; none are in submodules;
+    3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``, each token's sum over
+       its K experts of weight times expert output: linear in the weights, every token by itself;
+    4. ids from ``num_experts`` up, if the router emits them, mean no expert.
+
+    Example::
+
+        class Experts(nn.Module):
+            def __init__(self, num_experts, width, hidden):
+                super().__init__()
+                self.num_experts = num_experts
+                self.up = nn.Parameter(torch.randn(num_experts, width, hidden) / width**0.5)
+                self.down = nn.Parameter(torch.randn(num_experts, hidden, width) / hidden**0.5)
+
+            def forward(self, hidden_states, top_k_index, top_k_weights):
+                output = torch.zeros_like(hidden_states)
+                for expert in top_k_index.unique():
+                    token, k = torch.where(top_k_index == expert)
+                    expert_output = F.relu(hidden_states[token] @ self.up[expert]) @ self.down[expert]
+                    output = output.index_add(0, token, expert_output * top_k_weights[token, k, None])
+                return output
+
+    Args:
+        model: The model, on any device, before its optimizer is made. Modules that were converted before stay as they
+            are.
+        group: The ranks that share the experts of a layer; ``None`` for all. Groups of different ranks must be equally
+            large and cover all ranks (``torch.distributed.new_subgroups``).
+        num_redundant_experts: Redundant slots of a layer over all ranks of the group; a multiple of its size.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, or layers differ.
+            All ranks raise it, before any communication.
+    """
+    if any(expert_layers(model)):
+        return model
+    found = dict(find_experts(model))
+    size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    check_experts(model, found, size, num_redundant_experts)
+    groups = ExpertGroups.create(group)
+    num_experts = next(iter(found.values())).num_experts
+    assert isinstance(num_experts, int)
+    placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
+    for index, (name, module) in enumerate(found.items()):
+        _convert(module, ExpertLayer(index, name, module, groups), placement)
+    return model
+
+
+def expert_layers(model: nn.Module) -> Iterator[tuple[ExpertLayer, nn.Module]]:
+    """The converted expert modules in ``model``, in the order of layers, each with what it knows."""
+    for module in model.modules():
+        if isinstance(module, ParallelExperts):
+            yield module.expert_layer, module
+
+
+def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that follow the protocol, with their names; found by structure, whatever they are called."""
+    for name, module in model.named_modules():
+        if _why_not_experts(module) is None:
+            yield name, module
+
+
+def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_redundant_experts: int) -> None:
+    """Raise ``ValueError`` unless the expert modules ``found`` in ``model`` can be spread over ``size`` ranks."""
+    if not found:
+        raise ValueError(f"no MoE layer found in {type(model).__name__}: looked for {PROTOCOL}.{_near_misses(model)}")
+    numbers = {name: module.num_experts for name, module in found.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(f"the MoE layers of a model must have one number of experts; found {numbers}")
+    num_experts = next(iter(numbers.values()))
+    assert isinstance(num_experts, int)
+    if num_experts % size:
+        raise ValueError(
+            f"ep_size={size} must divide the {num_experts} experts of {next(iter(found))}; "
+            f"{_choices(divisor for divisor in range(1, num_experts + 1) if num_experts % divisor == 0)} would do"
+        )
+    if num_redundant_experts < 0 or num_redundant_experts % size:
+        below = max(0, num_redundant_experts // size * size)
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={size};"
+            f" {below} or {below + size} would do"
+        )
+    owners: dict[int, str] = {}
+    for name, module in found.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter_name}"
+            if id(parameter) in owners:
+                raise ValueError(
+                    f"{full_name} is the same parameter as {owners[id(parameter)]};"
+                    " layers that share experts can't be spread over ranks"
+                )
+            owners[id(parameter)] = full_name
+
+
+def _choices(numbers: Iterator[int]) -> str:
+    *most, last = [str(number) for number in numbers]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _why_not_experts(module: nn.Module) -> str | None:
+    num_experts = getattr(module, "num_experts", None)
+    if type(num_experts) is not int or num_experts < 1:
+        return "no int attribute num_experts"
+    own = dict(module.named_parameters(recurse=False))
+    if not own:
+        return "no parameters of its own"
+    if len(list(module.parameters())) > len(own):
+        return "parameters in submodules"
+    for name, parameter in own.items():
+        if parameter.ndim == 0 or parameter.shape[0] != num_experts:
+            return f"{name} has shape {list(parameter.shape)}, not {num_experts} rows"
+    if max(parameter.ndim for parameter in own.values()) < 3:
+        return "no parameter of three dimensions"
+    arguments = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 3 or any(a.default is a.empty for a in positional[3:]):
+        return f"forward takes ({', '.join(a.name for a in arguments)})"
+    return None
+
+
+def _near_misses(model: nn.Module) -> str:
+    lines = [
+        f"\n  {name or 'the model itself'} ({type(module).__name__}): {_why_not_experts(module)}"
+        for name, module in model.named_modules()
+        if type(getattr(module, "num_experts", None)) is int or "expert" in type(module).__name__.lower()
+    ]
+    more = [f"\n  and {len(lines) - 8} more"] if len(lines) > 8 else []
+    return " Not converted:" + "".join(lines[:8] + more) if lines else ""
+
+
+def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
+    layer.set_placement(placement)
+    module.expert_layer = layer  # type: ignore[assignment]
+    module.__class__ = type(
+        f"Parallel{layer.original_class.__name__}", (ParallelExperts, layer.original_class), {"__doc__": None}
+    )
+    if layer.groups.size == 1:
+        return
+    for parameter in module.parameters(recurse=False):
+        _keep_rows(parameter, layer.local_experts, layer.groups)
+    install_state_dict_hooks(module, layer)
+
+
+def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:
+    assert groups.control is not None
+    with torch.no_grad():
+        if not parameter.is_meta:
+            dist.broadcast(parameter.data, src=0, group=groups.control)
+        parameter.data = parameter.data[rows.to(parameter.device)]

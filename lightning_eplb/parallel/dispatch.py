@@ -1,0 +1,166 @@
+"""Tokens out to the ranks of their experts, and home again.
+
+Shape suffixes: ``N`` token-expert pairs of this rank (tokens times top-k), ``M`` pairs that this rank serves, ``L``
+logical experts, ``P`` slots, ``R`` ranks, ``S`` slots of a rank, ``D`` model width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.rows import all_gather_single
+from lightning_eplb.policies.split import split_evenly
+
+
+@dataclass(frozen=True, eq=False)
+class SlotMap:
+    """One layer's placement, as the dispatcher reads it.
+
+    Attributes:
+        physical_to_logical: ``[P]`` int64, ``-1`` empty.
+        logical_to_physical: ``[L, C]`` int64, ``-1`` padding, the primary first.
+        copy_of_slot: Which copy of its expert a slot is, 0 for the primary, ``[P]``.
+        replica_count: ``[L]`` int64.
+        num_ranks: ``R``.
+    """
+
+    physical_to_logical: np.ndarray
+    logical_to_physical: np.ndarray
+    copy_of_slot: np.ndarray
+    replica_count: np.ndarray
+    num_ranks: int
+
+    @classmethod
+    def of_layer(
+        cls, physical_to_logical: np.ndarray, logical_to_physical: np.ndarray, replica_count: np.ndarray, num_ranks: int
+    ) -> "SlotMap":
+        copy_of_slot = np.zeros_like(physical_to_logical)
+        expert, copy = np.nonzero(logical_to_physical >= 0)
+        copy_of_slot[logical_to_physical[expert, copy]] = copy
+        return cls(physical_to_logical, logical_to_physical, copy_of_slot, replica_count, num_ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatch:
+    """How one batch's tokens travel in one layer. Every rank derives its own from the counts of all ranks.
+
+    Attributes:
+        pairs: This rank's token-expert pairs in the order in which they are sent, by slot: indices into ``[T, K]``
+            flattened, ``[N]``. A pair is sent to the same slot whenever the same counts are dispatched, so that
+            recomputation in the backward pass repeats the forward pass.
+        send_counts: Pairs for each rank, ``[R]``.
+        recv_counts: Pairs from each rank, ``[R]``.
+        slots: The slot on this rank that each received pair is for, ``[M]`` int64.
+        by_slot: The received pairs in the order of their slots, primaries first, indices ``[M]``.
+        num_primary: How many of the received pairs are for primaries.
+    """
+
+    pairs: Tensor
+    send_counts: list[int]
+    recv_counts: list[int]
+    slots: Tensor
+    by_slot: Tensor
+    num_primary: int
+
+
+def count_tokens(sorted_experts_N: Tensor, num_logical_experts: int) -> Tensor:
+    """Pairs of each logical expert, ``[L]`` int64, without waiting for the device; ids from ``L`` up are no expert's."""
+    experts = torch.arange(num_logical_experts + 1, device=sorted_experts_N.device, dtype=sorted_experts_N.dtype)
+    return torch.searchsorted(sorted_experts_N, experts).diff()
+
+
+def gather_counts(counts_L: Tensor, groups: ExpertGroups) -> np.ndarray:
+    """The counts of every rank on the host, ``[R, L]`` int64. All ranks of the EP group call it: one all-gather."""
+    assert groups.exchange is not None
+    counts_RL = counts_L.new_empty(groups.size * len(counts_L))
+    all_gather_single(counts_RL, counts_L.contiguous(), group=groups.exchange)
+    return counts_RL.view(groups.size, len(counts_L)).cpu().numpy()
+
+
+def plan_dispatch(
+    order_N: Tensor, counts_RL: np.ndarray, slot_map: SlotMap, rank: int, num_primary_slots: int
+) -> Dispatch:
+    """Decide which slot serves which of this rank's pairs, from the counts of all ranks. Needs no communication.
+
+    Args:
+        order_N: This rank's pairs sorted by logical expert, stable: indices into ``[T, K]`` flattened.
+        counts_RL: Pairs of each rank and logical expert.
+        slot_map: The layer's placement.
+        rank: This EP rank.
+        num_primary_slots: ``n``, the primaries of a rank.
+    """
+    size, device = slot_map.num_ranks, order_N.device
+    tokens_RP = split_evenly(counts_RL, slot_map.physical_to_logical, slot_map.copy_of_slot, slot_map.replica_count)
+    sent_P = tokens_RP[rank]
+
+    # Sorted by expert, the pairs of a slot are one run: behind those of the expert's earlier copies.
+    l2p_LC = slot_map.logical_to_physical
+    sent_LC = np.where(l2p_LC >= 0, sent_P[l2p_LC], 0)
+    first_of_expert_L = np.cumsum(counts_RL[rank]) - counts_RL[rank]
+    first_LC = first_of_expert_L[:, None] + np.cumsum(sent_LC, axis=1) - sent_LC
+    first_P = np.zeros_like(sent_P)
+    first_P[l2p_LC[l2p_LC >= 0]] = first_LC[l2p_LC >= 0]
+    pairs = order_N[_runs(first_P, sent_P, device)]
+
+    recv_RS = tokens_RP.reshape(size, size, -1)[:, rank]
+    recv_counts = recv_RS.sum(axis=1)
+    slot_ids = np.tile(np.arange(recv_RS.shape[1]), size)
+    total = int(recv_counts.sum())
+    slots = torch.repeat_interleave(_tensor(slot_ids, device), _tensor(recv_RS.ravel(), device), output_size=total)
+    first_RS = (np.cumsum(recv_RS.ravel()) - recv_RS.ravel()).reshape(recv_RS.shape)
+    return Dispatch(
+        pairs=pairs,
+        send_counts=sent_P.reshape(size, -1).sum(axis=1).tolist(),
+        recv_counts=recv_counts.tolist(),
+        slots=slots,
+        by_slot=_runs(first_RS.T.ravel(), recv_RS.T.ravel(), device),
+        num_primary=int(recv_RS[:, :num_primary_slots].sum()),
+    )
+
+
+def exchange_tokens(rows: Tensor, send_counts: list[int], recv_counts: list[int], groups: ExpertGroups) -> Tensor:
+    """Send rows to the ranks they are for and return those for this rank, in the order of their source ranks.
+
+    Differentiable: the backward pass sends gradients the other way, in which all ranks of the EP group take part.
+
+    Args:
+        rows: ``[N, D]`` in the order of destination ranks.
+        send_counts: Rows for each rank.
+        recv_counts: Rows from each rank.
+    """
+    return _AllToAll.apply(rows, send_counts, recv_counts, groups.exchange)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send_counts, ctx.recv_counts, ctx.group = send_counts, recv_counts, group
+        received = rows.new_empty(sum(recv_counts), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), recv_counts, send_counts, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        home = grad.new_empty(sum(ctx.send_counts), *grad.shape[1:])
+        dist.all_to_all_single(home, grad.contiguous(), ctx.send_counts, ctx.recv_counts, group=ctx.group)
+        return home, None, None, None
+
+
+def _runs(first: np.ndarray, length: np.ndarray, device: torch.device) -> Tensor:
+    """The indices of runs, one run after the other: ``first[i], first[i] + 1, ... first[i] + length[i] - 1``."""
+    total = int(length.sum())
+    shift = first - (np.cumsum(length) - length)
+    shifts = torch.repeat_interleave(_tensor(shift, device), _tensor(length, device), output_size=total)
+    return shifts + torch.arange(total, device=device)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -1,0 +1,162 @@
+"""The forward of a converted expert module: its experts live on several ranks."""
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_eplb.parallel import dispatch
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.redundancy import CopyRoutes, with_copies
+from lightning_eplb.placement import ExpertPlacement
+
+
+class ExpertLayer:
+    """What a converted expert module knows beyond its weights: its ranks, its slots and its load.
+
+    Args:
+        index: The layer's row in the placement and in the load, ``0 ... Y-1``.
+        module: The module before its class is swapped and its parameters are cut.
+        groups: The ranks that share its experts.
+    """
+
+    def __init__(self, index: int, name: str, module: nn.Module, groups: ExpertGroups) -> None:
+        self.index = index
+        self.name = name
+        self.groups = groups
+        self.original_class = type(module)
+        self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
+        self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
+        self.num_primaries = self.num_logical_experts // groups.size
+        self.records_load = False
+        self.physical_to_logical: np.ndarray
+        self.slot_map: dispatch.SlotMap
+        self.copy_routes: CopyRoutes
+        self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
+
+    def set_placement(self, placement: ExpertPlacement) -> None:
+        """Follow ``placement`` from the next forward on. The primaries' rows must be where it says."""
+        p2l_P = placement.physical_to_logical[self.index]
+        if hasattr(self, "physical_to_logical"):
+            np.copyto(self.physical_to_logical, p2l_P)
+        else:
+            self.physical_to_logical = p2l_P.copy()
+        self.slot_map = dispatch.SlotMap.of_layer(
+            self.physical_to_logical,
+            placement.logical_to_physical[self.index],
+            placement.replica_count[self.index],
+            placement.num_ranks,
+        )
+        p2l_RS = torch.from_numpy(self.physical_to_logical).view(placement.num_ranks, placement.slots_per_rank)
+        self.copy_routes = CopyRoutes(p2l_RS, self.num_primaries, self.groups.rank)
+
+    @property
+    def row_order(self) -> Tensor:
+        """The logical expert of every primary's row, ranks in order, ``[L]`` int64."""
+        p2l_RS = torch.from_numpy(self.physical_to_logical).view(self.groups.size, -1)
+        return p2l_RS[:, : self.num_primaries].reshape(-1)
+
+    @property
+    def local_experts(self) -> Tensor:
+        """The logical experts of this rank's rows, ``[n]`` int64."""
+        return self.row_order.view(self.groups.size, -1)[self.groups.rank]
+
+    def record(self, counts_L: Tensor) -> None:
+        """Add to the layer's load, unless this forward is a recomputation in the backward pass."""
+        if self.records_load and not _is_recomputing():
+            self._load_L = self._load_L.to(counts_L.device).add_(counts_L)
+
+    def take_load(self) -> Tensor:
+        """The tokens of each logical expert since the last call, over the EP group's ranks: ``[L]`` int64, CPU."""
+        load_L = self._load_L.cpu().clone()
+        self._load_L.zero_()
+        return load_L
+
+
+def _is_recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class ParallelExperts(nn.Module):
+    """Mixed into the class of a module by ``parallelize_experts``; never instantiated.
+
+    Computes what the original module computed, with the experts of all ranks. Every rank of the EP group must call
+    ``forward``, in the same order of layers, also with no token.
+    """
+
+    expert_layer: ExpertLayer
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names."""
+        named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
+        hidden_TD, index_TK, weights_TK = (named[name] for name in self.expert_layer.argument_names)
+        if self.expert_layer.groups.size == 1:
+            self._count_alone(index_TK)
+            return super().forward(*args, **kwargs)
+        return self._forward_over_ranks(hidden_TD, index_TK, weights_TK)
+
+    def _count_alone(self, index_TK: Tensor) -> None:
+        layer = self.expert_layer
+        if layer.records_load and not _is_recomputing():
+            sorted_N, _ = torch.sort(index_TK.detach().reshape(-1))
+            layer.record(dispatch.count_tokens(sorted_N, layer.num_logical_experts))
+
+    def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        layer, groups = self.expert_layer, self.expert_layer.groups
+        tokens, top_k = index_TK.shape
+        sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
+        counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
+        layer.record(torch.from_numpy(counts_RL.sum(axis=0)))
+        plan = dispatch.plan_dispatch(order_N, counts_RL, layer.slot_map, groups.rank, layer.num_primaries)
+
+        primaries, copies = with_copies(list(self.parameters(recurse=False)), layer.copy_routes, groups)
+        sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]
+        received_MD = dispatch.exchange_tokens(sent, plan.send_counts, plan.recv_counts, groups)
+
+        if copies:
+            by_slot_MD, slots = received_MD[plan.by_slot], plan.slots[plan.by_slot]
+            first, n = plan.num_primary, layer.num_primaries
+            served = [
+                self._serve(primaries, by_slot_MD[:first], slots[:first], weights_TK.dtype),
+                self._serve(copies, by_slot_MD[first:], slots[first:] - n, weights_TK.dtype),
+            ]
+            in_slot_order = torch.cat(served)
+            output_MD = torch.empty_like(in_slot_order).index_copy(0, plan.by_slot, in_slot_order)
+        else:
+            output_MD = self._serve(primaries, received_MD, plan.slots, weights_TK.dtype)
+
+        home_ND = dispatch.exchange_tokens(output_MD, plan.recv_counts, plan.send_counts, groups)
+        output_TKD = home_ND.new_zeros(tokens * top_k, home_ND.shape[-1]).index_copy(0, plan.pairs, home_ND)
+        weighted_TKD = output_TKD.view(tokens, top_k, -1) * weights_TK.unsqueeze(-1)
+        return weighted_TKD.sum(dim=1).to(home_ND.dtype)
+
+    def _serve(self, weights: list[Tensor], hidden_MD: Tensor, slots_M: Tensor, weights_dtype: torch.dtype) -> Tensor:
+        """Run the original forward on these weights. Every tensor that was exchanged is tied into the output."""
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        local = object.__new__(self.expert_layer.original_class)
+        local.__dict__.update(self.__dict__, num_experts=weights[0].shape[0])
+        local.__dict__["_parameters"] = self._parameters | dict(zip(names, weights, strict=True))
+        forward = self.expert_layer.original_class.forward
+        if len(hidden_MD):
+            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=hidden_MD.device)
+            return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
+        with torch.no_grad():  # a row that goes nowhere tells width and dtype
+            one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
+            sample = forward(local, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
+        return _Tied.apply(sample[:0], hidden_MD, *weights)
+
+
+class _Tied(torch.autograd.Function):
+    """An output that depends on nothing, tied to tensors whose backward collectives every rank must enter."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.num_tensors = len(tensors)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + ctx.num_tensors)

@@ -1,0 +1,103 @@
+"""The process groups of expert parallelism: its own, never DDP's."""
+
+import hashlib
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+CONTROL_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertGroups:
+    """Who talks to whom. Without ``torch.distributed`` (or in a group of one) every group is ``None``.
+
+    Attributes:
+        rank: This process's EP rank, ``0 ... size-1``.
+        size: Ranks that share the experts of a layer, ``R``.
+        exchange: The EP group that tokens and weights travel on; ``None`` when ``size`` is 1.
+        replicas: The ranks with this EP rank in every EP group, which hold the same rows; ``None`` if there is one
+            EP group only.
+        num_replicas: Number of EP groups.
+        control: All ranks, on gloo and on the CPU: plans, digests and counts. ``None`` without ``torch.distributed``.
+        node_of_rank: The node that each EP rank runs on, numbered in the order of ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    exchange: dist.ProcessGroup | None = None
+    replicas: dist.ProcessGroup | None = None
+    num_replicas: int = 1
+    control: dist.ProcessGroup | None = None
+    node_of_rank: tuple[int, ...] = (0,)
+
+    def __deepcopy__(self, memo: dict) -> "ExpertGroups":
+        return self
+
+    @property
+    def world_size(self) -> int:
+        return self.size * self.num_replicas
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup | None = None) -> "ExpertGroups":
+        """Make the groups. Every rank of the default group must call this, with its own EP group.
+
+        Args:
+            group: The ranks that share experts; ``None`` for all. The EP groups of all ranks must be equally large.
+
+        Raises:
+            ValueError: On every rank, when the EP groups of the ranks don't partition them into equal parts.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup)
+        mine = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        ep_groups = _ep_groups(mine, control)
+        nodes = _node_of_rank(mine, control)
+        size, rank = len(mine), mine.index(dist.get_rank())
+        if size == 1:
+            return cls(num_replicas=len(ep_groups), control=control)
+        exchange = _own_group(ep_groups)
+        replicas = _own_group([list(ranks) for ranks in zip(*ep_groups, strict=True)]) if len(ep_groups) > 1 else None
+        return cls(rank, size, exchange, replicas, len(ep_groups), control, nodes)
+
+
+def _ep_groups(mine: Sequence[int], control: dist.ProcessGroup) -> list[list[int]]:
+    world = dist.get_world_size()
+    members = torch.zeros(world, dtype=torch.int64)
+    members[list(mine)] = 1
+    gathered = [torch.empty_like(members) for _ in range(world)]
+    dist.all_gather(gathered, members, group=control)
+    groups = sorted({tuple(torch.nonzero(row).flatten().tolist()) for row in gathered})
+    sizes = {len(ranks) for ranks in groups}
+    if sum(len(ranks) for ranks in groups) != world or len(sizes) != 1:
+        raise ValueError(
+            f"group: the ranks' expert-parallel groups {[list(g) for g in groups]} must split all {world} ranks"
+            " into equal parts without overlap; torch.distributed.new_subgroups(group_size) makes such groups"
+        )
+    return [list(ranks) for ranks in groups]
+
+
+def _node_of_rank(mine: Sequence[int], control: dist.ProcessGroup) -> tuple[int, ...]:
+    host = hashlib.sha256(socket.gethostname().encode()).digest()
+    ours = torch.frombuffer(bytearray(host), dtype=torch.int64)
+    hosts = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+    dist.all_gather(hosts, ours, group=control)
+    names = [tuple(hosts[rank].tolist()) for rank in mine]
+    order = list(dict.fromkeys(names))
+    return tuple(order.index(name) for name in names)
+
+
+def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """A new group for each of ``groups``, made by all ranks in the same order; the one that holds this rank."""
+    own = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks))
+        if isinstance(made, dist.ProcessGroup):  # other groups' ranks get a placeholder
+            own = made
+    return own

@@ -1,0 +1,61 @@
+"""A converted module's state dict is the unmodified model's: all experts, in logical order."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
+from lightning_eplb.parallel.rows import gather_rows
+
+
+def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
+    """Make ``module.state_dict()`` gather all ranks' rows, and ``load_state_dict()`` keep this rank's."""
+
+    def gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+        if layer.index == 0:
+            wait_for_all_ranks(layer.groups, "state_dict() of a model with parallel experts")
+        for name, parameter in module.named_parameters(recurse=False):
+            state[prefix + name] = to_logical(parameter, layer)
+
+    def cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, _ in module.named_parameters(recurse=False):
+            if (full := state.get(prefix + name)) is not None:
+                state[prefix + name] = to_local(full, layer, prefix + name)
+
+    module.register_state_dict_post_hook(gather)
+    module.register_load_state_dict_pre_hook(cut)
+
+
+def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
+    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. All ranks call it."""
+    assert layer.groups.exchange is not None
+    return gather_rows(rows, layer.row_order, layer.groups.exchange)
+
+
+def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
+    """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``.
+
+    Raises:
+        ValueError: ``full`` does not have a row for each logical expert.
+    """
+    if full.ndim == 0 or full.shape[0] != layer.num_logical_experts:
+        raise ValueError(
+            f"{name} has shape {list(full.shape)}; loading takes all {layer.num_logical_experts} experts in logical"
+            " order, as state_dict() gives them"
+        )
+    return full[layer.local_experts.to(full.device)]
+
+
+def wait_for_all_ranks(groups: ExpertGroups, what: str, timeout: timedelta = CONTROL_TIMEOUT) -> None:
+    """Return once every rank is here. A rank that never comes becomes an error on the others, not a hang.
+
+    Raises:
+        RuntimeError: Some rank did not come within ``timeout``.
+    """
+    try:
+        dist.monitored_barrier(groups.control, timeout=timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} gathers experts from all ranks, so every rank must call it: {error}") from error

@@ -1,0 +1,193 @@
+"""Where experts live: the maps between logical experts and the slots of the ranks.
+
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``C`` most copies of an
+expert, ``R`` ranks, ``S`` slots on a rank.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+EMPTY = -1
+"""What a redundant slot that holds no expert has in ``physical_to_logical``."""
+
+
+class ExpertPlacement:
+    """For every MoE layer, which logical expert each slot holds. Checked when built, then never changed.
+
+    Rank ``r`` holds slots ``r*S ... (r+1)*S - 1``. The first ``primaries_per_rank`` of them are the primaries, which
+    own the parameter, its gradient and its optimizer state; the rest are redundant and hold weights only.
+
+    Example::
+
+        placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2, num_redundant_experts=2)
+        placement.physical_to_logical  # [[0, 1, 2, 2, 3, 1]]: rank 0 holds 0, 1 and a copy of 2
+
+    Args:
+        physical_to_logical: The logical expert of each slot, ``[Y, P]``; ``-1`` is an empty redundant slot.
+        num_logical_experts: Experts of the model in each layer, ``L``; a multiple of ``num_ranks``.
+        num_ranks: Ranks of the expert-parallel group, ``R``.
+
+    Raises:
+        ValueError: A shape or a number does not fit, or in some layer an expert has no primary, has two, or is held
+            twice by one rank.
+    """
+
+    physical_to_logical: np.ndarray
+    """``[Y, P]`` int64, ``-1`` where a slot is empty."""
+    logical_to_physical: np.ndarray
+    """``[Y, L, C]`` int64, the primary first, then copies by slot; padded with ``-1``."""
+    replica_count: np.ndarray
+    """``[Y, L]`` int64, the primary included: never below 1."""
+
+    def __init__(self, physical_to_logical: Any, num_logical_experts: int, num_ranks: int) -> None:
+        p2l_YP = np.array(physical_to_logical, dtype=np.int64)
+        if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
+            raise ValueError(
+                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
+            )
+        if p2l_YP.ndim != 2 or p2l_YP.shape[1] < num_logical_experts or p2l_YP.shape[1] % num_ranks:
+            raise ValueError(
+                f"physical_to_logical has shape {list(p2l_YP.shape)}; it must be [layers, slots] with at least"
+                f" num_logical_experts={num_logical_experts} slots, a multiple of num_ranks={num_ranks}"
+            )
+        self.num_logical_experts = num_logical_experts
+        self.num_ranks = num_ranks
+        self.physical_to_logical = p2l_YP
+        self._check()
+        self.logical_to_physical, self.replica_count = self._invert()
+        for array in (self.physical_to_logical, self.logical_to_physical, self.replica_count):
+            array.setflags(write=False)
+
+    @classmethod
+    def initial(
+        cls, num_layers: int, num_logical_experts: int, num_ranks: int, num_redundant_experts: int = 0
+    ) -> "ExpertPlacement":
+        """The placement that training starts from.
+
+        Rank ``r`` starts with primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, takes
+        expert ``i mod L``, or the next one that its rank does not hold; it stays empty if the rank holds them all.
+        """
+        if num_redundant_experts < 0 or num_redundant_experts % num_ranks:
+            raise ValueError(
+                f"num_redundant_experts={num_redundant_experts} must be zero or a multiple of num_ranks={num_ranks}"
+            )
+        if num_logical_experts % num_ranks:
+            raise ValueError(
+                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
+            )
+        n, e = num_logical_experts // num_ranks, num_redundant_experts // num_ranks
+        slots_P: list[int] = []
+        for rank in range(num_ranks):
+            held = list(range(rank * n, rank * n + n))
+            for i in range(rank * e, rank * e + e):
+                wanted = ((i + step) % num_logical_experts for step in range(num_logical_experts))
+                held.append(next((expert for expert in wanted if expert not in held), EMPTY))
+            slots_P += held
+        return cls(np.tile(np.array(slots_P, dtype=np.int64), (num_layers, 1)), num_logical_experts, num_ranks)
+
+    @property
+    def num_layers(self) -> int:
+        return self.physical_to_logical.shape[0]
+
+    @property
+    def num_physical_experts(self) -> int:
+        return self.physical_to_logical.shape[1]
+
+    @property
+    def num_redundant_experts(self) -> int:
+        """Redundant slots of a layer over all ranks, filled or empty."""
+        return self.num_physical_experts - self.num_logical_experts
+
+    @property
+    def slots_per_rank(self) -> int:
+        return self.num_physical_experts // self.num_ranks
+
+    @property
+    def primaries_per_rank(self) -> int:
+        return self.num_logical_experts // self.num_ranks
+
+    @property
+    def redundant_per_rank(self) -> int:
+        return self.slots_per_rank - self.primaries_per_rank
+
+    @property
+    def by_rank(self) -> np.ndarray:
+        """``physical_to_logical`` as ``[Y, R, S]``: on every rank the primaries first, then the redundant slots."""
+        return self.physical_to_logical.reshape(self.num_layers, self.num_ranks, self.slots_per_rank)
+
+    @property
+    def primaries(self) -> np.ndarray:
+        """The primaries in the order of ranks and of rows on a rank, ``[Y, L]``: logical ids, each one once."""
+        return self.by_rank[:, :, : self.primaries_per_rank].reshape(self.num_layers, self.num_logical_experts)
+
+    @property
+    def primary_rank(self) -> np.ndarray:
+        """The rank that holds each expert's primary, ``[Y, L]``."""
+        return self.logical_to_physical[:, :, 0] // self.slots_per_rank
+
+    def digest(self) -> bytes:
+        """32 bytes that are equal where the placement is, on every machine; ranks compare them before rows move."""
+        shape = np.array([self.num_ranks, self.num_logical_experts, *self.physical_to_logical.shape], dtype="<i8")
+        return hashlib.sha256(shape.tobytes() + self.physical_to_logical.astype("<i8").tobytes()).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExpertPlacement) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertPlacement(layers={self.num_layers}, logical={self.num_logical_experts},"
+            f" redundant={self.num_redundant_experts}, ranks={self.num_ranks})"
+        )
+
+    def _check(self) -> None:
+        p2l_YP, experts = self.physical_to_logical, self.num_logical_experts
+        if p2l_YP.size and not (p2l_YP.min() >= EMPTY and p2l_YP.max() < experts):
+            raise ValueError(
+                f"physical_to_logical holds expert {p2l_YP.min() if p2l_YP.min() < EMPTY else p2l_YP.max()};"
+                f" experts are 0 to {experts - 1}, and -1 is an empty slot"
+            )
+        for layer in range(self.num_layers):
+            primaries = self.primaries[layer]
+            if (primaries == EMPTY).any():
+                rank = int(np.flatnonzero(primaries == EMPTY)[0]) // self.primaries_per_rank
+                raise ValueError(f"layer {layer}: a primary slot of rank {rank} is empty; only redundant slots may be")
+            times = np.bincount(primaries, minlength=experts)
+            if (times != 1).any():
+                doubled, missing = int(times.argmax()), int(times.argmin())
+                raise ValueError(
+                    f"layer {layer}: expert {missing} is missing among the primaries and expert {doubled} is there"
+                    f" {times[doubled]} times; the first {self.primaries_per_rank} slots of the ranks must hold every"
+                    " expert once"
+                )
+        for layer, rank in np.ndindex(self.num_layers, self.num_ranks):
+            held = self.by_rank[layer, rank]
+            times = np.bincount(held[held != EMPTY], minlength=experts)
+            if times.max(initial=0) > 1:
+                raise ValueError(
+                    f"layer {layer}: rank {rank} holds expert {int(times.argmax())} twice; a second copy on one rank"
+                    " serves nobody, leave the slot empty (-1)"
+                )
+
+    def _invert(self) -> tuple[np.ndarray, np.ndarray]:
+        layers, slots = self.physical_to_logical.shape
+        is_primary_P = np.arange(slots) % self.slots_per_rank < self.primaries_per_rank
+        slot_order_P = np.concatenate([np.flatnonzero(is_primary_P), np.flatnonzero(~is_primary_P)])
+        ordered_YP = self.physical_to_logical[:, slot_order_P]
+        replica_count_YL = np.zeros((layers, self.num_logical_experts), dtype=np.int64)
+        layer_index, position = np.nonzero(ordered_YP != EMPTY)
+        np.add.at(replica_count_YL, (layer_index, ordered_YP[layer_index, position]), 1)
+        most_copies = int(replica_count_YL.max(initial=1))
+        l2p_YLC = np.full((layers, self.num_logical_experts, most_copies), EMPTY, dtype=np.int64)
+        for layer in range(layers):
+            held = np.flatnonzero(ordered_YP[layer] != EMPTY)
+            experts = ordered_YP[layer, held]
+            by_expert = np.argsort(experts, kind="stable")
+            first_of_expert = np.concatenate([[0], np.cumsum(replica_count_YL[layer])[:-1]])
+            copy = np.arange(held.size) - np.repeat(first_of_expert, replica_count_YL[layer])
+            l2p_YLC[layer, experts[by_expert], copy] = slot_order_P[held[by_expert]]
+        return l2p_YLC, replica_count_YL

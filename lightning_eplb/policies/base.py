@@ -1,0 +1,153 @@
+"""What every policy is given and must return, and what the built-in ones share.
+
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_eplb.placement import EMPTY, ExpertPlacement
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which node each rank of the expert-parallel group is on.
+
+    Example::
+
+        Topology.even(num_ranks=4, num_nodes=2)  # Topology(node_of_rank=(0, 0, 1, 1))
+
+    Args:
+        node_of_rank: For each rank, the index of its node: ``0`` to ``num_nodes - 1``, each at least once.
+
+    Raises:
+        ValueError: There is no rank, or a node between the lowest and the highest index has none.
+    """
+
+    node_of_rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "node_of_rank", tuple(int(node) for node in self.node_of_rank))
+        if not self.node_of_rank:
+            raise ValueError("node_of_rank=() names no rank; it needs one node index for each rank")
+        nodes = sorted(set(self.node_of_rank))
+        if nodes != list(range(len(nodes))):
+            raise ValueError(
+                f"node_of_rank={self.node_of_rank} names the nodes {nodes}; with {len(nodes)} nodes they must be"
+                f" numbered 0 to {len(nodes) - 1}"
+            )
+
+    @classmethod
+    def even(cls, num_ranks: int, num_nodes: int = 1) -> "Topology":
+        """Nodes of equal size, filled one after the other.
+
+        Raises:
+            ValueError: ``num_ranks`` is not a positive multiple of ``num_nodes``.
+        """
+        if num_nodes < 1 or num_ranks < 1 or num_ranks % num_nodes:
+            raise ValueError(f"num_ranks={num_ranks} must be a positive multiple of num_nodes={num_nodes}")
+        return cls(tuple(rank // (num_ranks // num_nodes) for rank in range(num_ranks)))
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.node_of_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        return max(self.node_of_rank) + 1
+
+
+class Policy(ABC):
+    """Decides which rank should hold which expert. Derive from it to write your own.
+
+    A policy is plain code: arrays in, a placement out; no process group, no clock, no trainer. One rank alone calls
+    :meth:`rearrange`, between two optimizer steps, and what it returns is broadcast to the others. It may therefore
+    keep state, but that state lives on that rank and no checkpoint holds it.
+
+    Example::
+
+        class HottestFirst(Policy):
+            def rearrange(self, load_YL, placement, topology):
+                order_YL = np.argsort(-load_YL, axis=1, kind="stable")  # stable: ties go to the lower index
+                slots_YRS = np.full_like(placement.by_rank, -1)  # -1: the redundant slots stay empty
+                shape = slots_YRS[:, :, : placement.primaries_per_rank].shape
+                slots_YRS[:, :, : placement.primaries_per_rank] = order_YL.reshape(shape)
+                slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
+                return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
+
+    Note:
+        Primaries move with their optimizer state, so moving one costs far more than a redundant copy, and a primary
+        that returns to its rank in another row moves as well. Sort integers, and with ``kind="stable"``.
+    """
+
+    @abstractmethod
+    def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Choose the placement of the next interval.
+
+        Args:
+            load_YL: int64 ``[Y, L]``: the tokens that went to each logical expert within the window, over all
+                ranks. All zeros in a layer that has seen none: leave that one as it is.
+            placement: Where the experts are now.
+            topology: Which ranks share a node.
+
+        Returns:
+            A placement with the same numbers of layers, experts, slots and ranks; ``placement`` itself to move
+            nothing. :class:`ExpertPlacement` checks the rest when it is built: each expert is the primary of one
+            slot, and no rank holds two copies of one.
+        """
+
+
+def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -> np.ndarray:
+    """The load as int64, once it is sure that load, placement and topology speak of the same experts and ranks.
+
+    Raises:
+        ValueError: The load is not ``[Y, L]`` whole numbers from zero up, or the topology has other ranks.
+    """
+    load_YL = np.asarray(load_YL)
+    shape = (placement.num_layers, placement.num_logical_experts)
+    if load_YL.shape != shape:
+        raise ValueError(
+            f"load_YL has shape {list(load_YL.shape)}; this placement has {shape[0]} layers of {shape[1]} logical"
+            f" experts, so it must be {list(shape)}"
+        )
+    if load_YL.dtype.kind not in "iu":
+        raise ValueError(f"load_YL has dtype {load_YL.dtype}; tokens are counted in whole numbers, int64 would do")
+    load_YL = load_YL.astype(np.int64)
+    if load_YL.min(initial=0) < 0:
+        raise ValueError(f"load_YL holds {load_YL.min()} tokens for an expert; zero is the least")
+    if topology.num_ranks != placement.num_ranks:
+        raise ValueError(
+            f"topology has {topology.num_ranks} ranks and placement has {placement.num_ranks}; they must be the same"
+        )
+    return load_YL
+
+
+def order_slots(
+    primaries: Sequence[Sequence[int]], redundant: Sequence[Sequence[int]], current_RS: np.ndarray
+) -> np.ndarray:
+    """Lay a layer's experts out in slots so that whatever stays on its rank stays in its row.
+
+    An expert that a rank has in the same part already (primaries, redundant) keeps its row. The others take the rows
+    that are left, lower index first.
+
+    Args:
+        primaries: For each rank its primaries, logical ids.
+        redundant: For each rank the experts that it holds a redundant copy of, as many as it has slots or fewer.
+        current_RS: What the slots hold now, ``[R, S]``, ``-1`` where one is empty.
+
+    Returns:
+        The slots, int64 ``[R, S]``, ``-1`` where one stays empty.
+    """
+    slots_RS = np.full_like(current_RS, EMPTY)
+    for rank, now in enumerate(current_RS.tolist()):
+        n = len(primaries[rank])
+        for first, held, before in ((0, primaries[rank], now[:n]), (n, redundant[rank], now[n:])):
+            row_of = {expert: first + row for row, expert in enumerate(before) if expert in held}
+            rows = (first + row for row in range(len(before)) if first + row not in row_of.values())
+            for expert in sorted(held):
+                slots_RS[rank, row_of[expert] if expert in row_of else next(rows)] = expert
+    return slots_RS

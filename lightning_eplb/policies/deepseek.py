@@ -1,0 +1,301 @@
+"""The published planner of DeepSeek-V3, and a policy that trains with it.
+
+Source: https://github.com/deepseek-ai/EPLB, the algorithm of ``eplb.py`` (2025), written anew for numpy.
+
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``C`` most copies of an
+expert, ``G`` expert groups, ``N`` nodes, ``R`` ranks, ``S`` slots on a rank, ``I`` items, ``B`` bins, ``X`` any
+number of independent rows.
+"""
+
+import warnings
+from collections import deque
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.policies.base import Policy, Topology, checked_load, order_slots
+
+
+def rebalance_experts(
+    weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Plan replicas and their GPUs from scratch, as DeepSeek's EPLB does; with the outputs of that program.
+
+    When the expert groups divide over the nodes, groups are packed to nodes, experts are replicated within each node
+    and replicas are packed to its GPUs. Otherwise all of it happens at once over all GPUs.
+
+    Loads are compared as the source compares them, in float32. Only single additions and divisions are used, which
+    IEEE 754 rounds alike on every machine, and stable sorts: ties go to the lower index, where the source leaves
+    them to the machine's sort.
+
+    Args:
+        weight: Load of each logical expert, ``[Y, L]``: a torch tensor, an array or nested lists; whole numbers or
+            floats from zero up.
+        num_replicas: Physical experts of a layer, ``P``: a multiple of ``num_gpus`` and at least ``L``.
+        num_groups: Groups that the experts are routed in; a divisor of ``L``.
+        num_nodes: Nodes; a divisor of ``num_gpus``.
+        num_gpus: GPUs over all nodes.
+
+    Returns:
+        Three int64 tensors on the CPU: the logical expert of each physical one ``[Y, P]``, the physical experts of
+        each logical one ``[Y, L, C]`` padded with ``-1``, and the replicas of each logical expert ``[Y, L]``. A GPU
+        may be given two replicas of one expert.
+
+    Raises:
+        ValueError: A number does not fit, with what would.
+    """
+    weight_YL = _checked_weight(weight)
+    num_layers, num_experts = weight_YL.shape
+    for name, value in (("num_groups", num_groups), ("num_nodes", num_nodes), ("num_gpus", num_gpus)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+    if num_replicas < num_experts or num_replicas % num_gpus:
+        fitting = -(-num_experts // num_gpus) * num_gpus
+        raise ValueError(
+            f"num_replicas={num_replicas} must be a multiple of num_gpus={num_gpus} and no less than the {num_experts}"
+            f" logical experts of weight; {fitting} or {fitting + num_gpus} would do"
+        )
+    if num_groups % num_nodes:
+        num_groups, num_nodes = 1, 1
+    if num_experts % num_groups:
+        raise ValueError(
+            f"num_groups={num_groups} must divide the {num_experts} logical experts of weight;"
+            f" {_divisors(num_experts, num_nodes)} would do"
+        )
+    if num_gpus % num_nodes:
+        raise ValueError(
+            f"num_gpus={num_gpus} must be a multiple of num_nodes={num_nodes};"
+            f" {-(-num_gpus // num_nodes) * num_nodes} would do"
+        )
+    group_size = num_experts // num_groups
+    experts_per_node, slots_per_node = num_experts // num_nodes, num_replicas // num_nodes
+
+    # The experts in the order of nodes, and within a node in the order in which its groups were packed.
+    grouped_YGL = weight_YL.reshape(num_layers, num_groups, group_size)
+    tokens_YG = np.cumsum(grouped_YGL, axis=-1, dtype=np.float64)[..., -1].astype(np.float32)
+    group_order_YG = _pack(tokens_YG, num_nodes)
+    order_YL = (group_order_YG[..., None] * group_size + np.arange(group_size)).reshape(num_layers, num_experts)
+
+    # From here on every node of every layer is a row of its own, with its experts counted from 0.
+    weight_XL = np.take_along_axis(weight_YL, order_YL, axis=1).reshape(-1, experts_per_node)
+    expert_XP, copy_XP, copies_XL = _replicate(weight_XL, slots_per_node)
+    share_XP = np.take_along_axis(weight_XL / copies_XL.astype(np.float32), expert_XP, axis=1)
+    order_XP = _pack(share_XP, num_gpus // num_nodes)
+
+    def over_nodes(local_XP: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(local_XP, order_XP, axis=1).reshape(num_layers, num_replicas)
+
+    node_P = np.repeat(np.arange(num_nodes), slots_per_node)
+    phy2log_YP = np.take_along_axis(order_YL, over_nodes(expert_XP) + node_P * experts_per_node, axis=1)
+    logcnt_YL = np.empty((num_layers, num_experts), dtype=np.int64)
+    np.put_along_axis(logcnt_YL, order_YL, copies_XL.reshape(num_layers, num_experts), axis=1)
+    log2phy_YLC = np.full((num_layers, num_experts, int(logcnt_YL.max(initial=1))), EMPTY, dtype=np.int64)
+    log2phy_YLC[np.arange(num_layers)[:, None], phy2log_YP, over_nodes(copy_XP)] = np.arange(num_replicas)
+    return torch.from_numpy(phy2log_YP), torch.from_numpy(log2phy_YLC), torch.from_numpy(logcnt_YL)
+
+
+class DeepSeekPolicy(Policy):
+    """Plans with DeepSeek's published algorithm: a baseline, and for models whose routing is limited to nodes.
+
+    It plans from scratch and moves nearly everything each time. What it plans knows no primaries, and may put an
+    expert on a rank twice. So the second copy is dropped and its slot stays empty, and the primaries are chosen among
+    the ranks that hold an expert, on its present one where that works out. A rank that then lacks primaries takes
+    those that no rank had room for, and gives up its least loaded redundant copies. A layer without tokens stays as
+    it is.
+
+    Example::
+
+        EPLBCallback(num_redundant_experts=32, policy=DeepSeekPolicy(num_groups=8))
+
+    Args:
+        num_groups: Groups that the model's router chooses from first. Where they divide over nodes of equal size,
+            each group is kept on one node; otherwise the policy warns once and plans over all ranks at once.
+
+    Raises:
+        ValueError: ``num_groups`` is below 1 or, when it is used, does not divide the experts.
+    """
+
+    def __init__(self, num_groups: int = 1) -> None:
+        if num_groups < 1:
+            raise ValueError(f"num_groups={num_groups} must be 1 or more; 1 for a model without expert groups")
+        self.num_groups = num_groups
+        self._has_warned = False
+
+    def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Plan all layers that have tokens; see :meth:`Policy.rearrange` for the arguments."""
+        load_YL = checked_load(load_YL, placement, topology)
+        if placement.num_logical_experts % self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide the {placement.num_logical_experts} logical experts;"
+                f" {_divisors(placement.num_logical_experts)} would do"
+            )
+        layers = np.flatnonzero(load_YL.any(axis=1))
+        if not layers.size:
+            return placement
+        groups, nodes = self._groups_and_nodes(topology)
+        planned_YP = rebalance_experts(
+            load_YL[layers], placement.num_physical_experts, groups, nodes, placement.num_ranks
+        )[0].numpy()
+        # The plan counts ranks node by node.
+        rank_order_R = np.argsort(np.array(topology.node_of_rank), kind="stable")
+        planned_YRS = np.empty((layers.size, placement.num_ranks, placement.slots_per_rank), dtype=np.int64)
+        planned_YRS[:, rank_order_R] = planned_YP.reshape(planned_YRS.shape)
+        slots_YRS = placement.by_rank.copy()
+        for layer, planned_RS in zip(layers, planned_YRS, strict=True):
+            slots_YRS[layer] = _with_primaries(
+                load_YL[layer], planned_RS, placement.by_rank[layer], placement.primary_rank[layer]
+            )
+        slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
+        return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
+
+    def _groups_and_nodes(self, topology: Topology) -> tuple[int, int]:
+        nodes = topology.num_nodes
+        sizes = np.bincount(topology.node_of_rank).tolist()
+        if len(set(sizes)) == 1 and self.num_groups % nodes == 0:
+            return self.num_groups, nodes
+        if not self._has_warned:
+            self._has_warned = True
+            reason = (
+                f"the nodes have {sizes} ranks, not all the same number"
+                if len(set(sizes)) > 1
+                else f"num_groups={self.num_groups} is no multiple of the {nodes} nodes"
+            )
+            warnings.warn(f"DeepSeekPolicy plans over all ranks at once and not node by node: {reason}", stacklevel=3)
+        return 1, 1
+
+
+def _checked_weight(weight: Any) -> np.ndarray:
+    if isinstance(weight, torch.Tensor):
+        weight = weight.detach().to("cpu")
+        weight = (weight.to(torch.float64) if weight.is_floating_point() else weight.to(torch.int64)).numpy()
+    weight = np.asarray(weight)
+    if weight.ndim != 2 or not weight.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [layers, logical experts]")
+    weight_YL = weight.astype(np.float32)
+    wrong = ~(np.isfinite(weight_YL) & (weight_YL >= 0))
+    if wrong.any():
+        raise ValueError(f"weight holds {weight[wrong][0]}; a load is finite and zero or more")
+    return weight_YL
+
+
+def _divisors(number: int, multiple_of: int = 1) -> str:
+    return ", ".join(str(d) for d in range(multiple_of, number + 1, multiple_of) if number % d == 0) or "no number"
+
+
+def _pack(weight_XI: np.ndarray, num_bins: int) -> np.ndarray:
+    """Pack items to bins, the same number to each: heaviest first, always to the lightest bin that is not full.
+
+    Returns:
+        The items of row ``x`` bin by bin, and in a bin in the order in which they came, int64 ``[X, I]``.
+    """
+    rows, items = weight_XI.shape
+    bin_size = items // num_bins
+    if bin_size == 1:  # as the source has it: no item moves
+        return np.broadcast_to(np.arange(items), weight_XI.shape)
+    heaviest_first_XI = np.argsort(-weight_XI, axis=1, kind="stable")
+    weight_XB = np.zeros((rows, num_bins), dtype=np.float32)  # inf once the bin is full
+    count_XB = np.zeros((rows, num_bins), dtype=np.int64)
+    order_XI = np.empty((rows, items), dtype=np.int64)
+    row_X = np.arange(rows)
+    for item_X in heaviest_first_XI.T:
+        bin_X = weight_XB.argmin(axis=1)
+        order_XI[row_X, bin_X * bin_size + count_XB[row_X, bin_X]] = item_X
+        count_XB[row_X, bin_X] += 1
+        is_full_X = count_XB[row_X, bin_X] == bin_size
+        weight_XB[row_X, bin_X] = np.where(is_full_X, np.inf, weight_XB[row_X, bin_X] + weight_XI[row_X, item_X])
+    return order_XI
+
+
+def _replicate(weight_XL: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give one slot after the other to the expert with the most load for each replica that it has so far.
+
+    Returns:
+        The expert of each slot ``[X, P]``, which of its replicas that slot is ``[X, P]``, and the replicas of each
+        expert ``[X, L]``; int64.
+    """
+    rows, experts = weight_XL.shape
+    expert_XP = np.tile(np.arange(num_slots), (rows, 1))
+    copy_XP = np.zeros((rows, num_slots), dtype=np.int64)
+    copies_XL = np.ones((rows, experts), dtype=np.int64)
+    share_XL = weight_XL.copy()
+    row_X = np.arange(rows)
+    for slot in range(experts, num_slots):
+        hottest_X = share_XL.argmax(axis=1)
+        expert_XP[:, slot] = hottest_X
+        copy_XP[:, slot] = copies_XL[row_X, hottest_X]
+        copies_XL[row_X, hottest_X] += 1
+        share_XL[row_X, hottest_X] = weight_XL[row_X, hottest_X] / copies_XL[row_X, hottest_X].astype(np.float32)
+    return expert_XP, copy_XP, copies_XL
+
+
+def _with_primaries(
+    load_L: np.ndarray, planned_RS: np.ndarray, current_RS: np.ndarray, current_rank_L: np.ndarray
+) -> np.ndarray:
+    """Make a plan for one layer that knows no primaries into slots with primaries first, ``[R, S]``."""
+    num_ranks, num_slots = planned_RS.shape
+    per_rank = load_L.size // num_ranks
+    held = [set(row) for row in planned_RS.tolist()]
+    primary_rank = _match_primaries(held, current_rank_L.tolist(), per_rank)
+    primaries = [{expert for expert, at in enumerate(primary_rank) if at == rank} for rank in range(num_ranks)]
+    redundant = [of_rank - own for of_rank, own in zip(held, primaries, strict=True)]
+    copies = [sum(expert in of_rank for of_rank in held) for expert in range(load_L.size)]
+    share = [Fraction(int(load), count) for load, count in zip(load_L, copies, strict=True)]
+    leftover = sorted((x for x, at in enumerate(primary_rank) if at is None), key=lambda x: (-share[x], x))
+    for expert in leftover:
+        lacking = [rank for rank in range(num_ranks) if len(primaries[rank]) < per_rank]
+        emptiest = min(lacking, key=lambda rank: (sum(share[x] for x in held[rank]), rank))
+        primaries[emptiest].add(expert)
+        held[emptiest].add(expert)
+    for rank in range(num_ranks):
+        heaviest_first = sorted(redundant[rank], key=lambda x: (-share[x], x))
+        redundant[rank] = set(heaviest_first[: num_slots - per_rank])
+    return order_slots([sorted(own) for own in primaries], [sorted(rest) for rest in redundant], current_RS)
+
+
+def _match_primaries(held: list[set[int]], current_rank: list[int], per_rank: int) -> list[int | None]:
+    """Choose a rank for each expert's primary among those that hold it; as many as can be, ``per_rank`` at most.
+
+    Experts whose present rank holds them start there. Each other one looks for the shortest chain of experts that
+    step aside (breadth first, lower ranks and experts first), which ends at a rank with room: augmenting paths, so
+    the matching is a maximum one.
+
+    Returns:
+        For each expert its rank, or None where no rank has room for it.
+    """
+    ranks_of: list[list[int]] = [[] for _ in current_rank]
+    for rank, experts in enumerate(held):
+        for expert in experts:
+            ranks_of[expert].append(rank)  # ranks ascend
+    chosen: list[int | None] = [
+        rank if expert in held[rank] else None  # no rank can be overfull: it has per_rank primaries now
+        for expert, rank in enumerate(current_rank)
+    ]
+    members = [{expert for expert, rank in enumerate(chosen) if rank == at} for at in range(len(held))]
+    for start in range(len(chosen)):
+        if chosen[start] is not None:
+            continue
+        came_by: dict[int, int] = {}  # rank -> the expert that would move to it
+        queue = deque([start])
+        end: int | None = None
+        while queue and end is None:
+            expert = queue.popleft()
+            for rank in ranks_of[expert]:
+                if rank in came_by:
+                    continue
+                came_by[rank] = expert
+                if len(members[rank]) < per_rank:
+                    end = rank
+                    break
+                queue.extend(sorted(members[rank]))
+        while end is not None:
+            expert = came_by[end]
+            left = chosen[expert]
+            if left is not None:
+                members[left].remove(expert)
+            members[end].add(expert)
+            chosen[expert] = end
+            end = left
+    return chosen

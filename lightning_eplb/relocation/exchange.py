@@ -1,0 +1,48 @@
+"""Move primaries between ranks as planned: weights, optimizer state and, where they are still wanted, gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.rows import Route, exchange_rows
+from lightning_eplb.relocation.optimizer import state_rows
+from lightning_eplb.relocation.plan import LayerMoves
+
+
+def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gradients: bool) -> list[Tensor]:
+    """Every tensor that holds a row for each primary of a converted module, ``[n, ...]`` each."""
+    tensors: list[Tensor] = []
+    for parameter in module.parameters(recurse=False):
+        tensors += [parameter, *state_rows(optimizers, parameter)]
+        if with_gradients and parameter.grad is not None:
+            tensors.append(parameter.grad)
+    return tensors
+
+
+def relocate(moves: LayerMoves, tensors: Sequence[Tensor], groups: ExpertGroups) -> int:
+    """Move the rows of one layer's primaries, in place. All ranks of the EP group call it with the same moves.
+
+    Args:
+        moves: The layer's part of the plan.
+        tensors: As ``tensors_to_move`` gives them: the same shapes and dtypes on every rank.
+
+    Returns:
+        Bytes that crossed ranks, over all ranks of the EP group.
+    """
+    assert groups.exchange is not None
+    places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
+    route = Route.of_moves(*(torch.from_numpy(place) for place in places), rank=groups.rank, size=groups.size)
+    with torch.no_grad():
+        for device_tensors in _by_device(tensors):
+            exchange_rows(device_tensors, device_tensors, route, groups.exchange)
+    row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+    return row_bytes * moves.num_rows_between_ranks
+
+
+def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return [[tensor for tensor in tensors if str(tensor.device) == device] for device in devices]

@@ -1,0 +1,83 @@
+"""Which tensors of an optimizer's state have a row for each expert."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+
+def state_rows(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
+    """The tensors that the optimizers keep for ``parameter`` and that have its rows: moments, momentum, fp32 masters,
+    row-wise factors. Scalars, such as AdamW's ``step``, belong to the whole parameter and stay where they are.
+
+    Returns:
+        Tensors ``[n, ...]``, in an order that is the same on every rank.
+    """
+    states = (optimizer.state.get(parameter, {}) for optimizer in optimizers)
+    return [value for state in states for _, value in sorted(state.items()) if has_rows(value, parameter.shape[0])]
+
+
+def has_rows(value: Any, num_rows: int) -> bool:
+    """Whether a value of a parameter's state is a tensor with a row for each of its experts."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == num_rows
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tensor]) -> None:
+    """Refuse an optimizer whose state for experts can't be moved with them. Needs no communication.
+
+    Args:
+        optimizers: After their first step, when state exists.
+        parameters: This rank's expert parameters by name, dimension 0 the expert.
+
+    Raises:
+        ValueError: Names the optimizer, the parameter and the state.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            raise ValueError(f"ZeroRedundancyOptimizer gives every rank other parameters' state to keep. {_REMEDY}")
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
+        for name, parameter in mine.items():
+            state = optimizer.state.get(parameter, {})
+            if not state and parameter.grad is not None and _keeps_tensors(optimizer):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps its state for {name} elsewhere than in state[parameter];"
+                    f" its rows can't follow the experts. {_REMEDY}"
+                )
+            for key, value in state.items():
+                if not _is_scalar(value) and not has_rows(value, parameter.shape[0]):
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {key!r} of {name} as {_describe(value)}, which has no row"
+                        f" for each of the rank's {parameter.shape[0]} experts and can't follow them. {_REMEDY}"
+                    )
+
+
+_REMEDY = (
+    "Optimizers with state by element or by row would do (AdamW, SGD with momentum, Lion, ...), as would another"
+    " optimizer for the experts alone"
+)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() <= 1
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _keeps_tensors(optimizer: Optimizer) -> bool:
+    return any(
+        not _is_scalar(value)
+        for state in optimizer.state.values()
+        if isinstance(state, dict)
+        for value in state.values()
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, Sequence):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

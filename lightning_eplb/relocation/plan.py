@@ -1,0 +1,56 @@
+"""Which primaries change places between two placements. Pure: arrays in, plan out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_eplb.placement import ExpertPlacement
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMoves:
+    """The primaries of one layer that change places, in the order of their logical ids; int64 ``[moves]`` each.
+
+    Rows are positions among a rank's primaries, ``0 ... n-1``. As both placements hold every expert once, each row
+    that is written has one source, and each row that is read has one target.
+    """
+
+    layer: int
+    source_rank: np.ndarray
+    source_row: np.ndarray
+    target_rank: np.ndarray
+    target_row: np.ndarray
+
+    @property
+    def num_rows_between_ranks(self) -> int:
+        return int((self.source_rank != self.target_rank).sum())
+
+
+def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMoves]:
+    """The moves of primaries that lead from ``old`` to ``new``, for the layers that have any.
+
+    A change of redundant experts moves nothing: their weights come anew in every forward pass.
+
+    Raises:
+        ValueError: The placements are not of the same layers, experts, slots and ranks.
+    """
+    if (old.physical_to_logical.shape, old.num_logical_experts, old.num_ranks) != (
+        new.physical_to_logical.shape,
+        new.num_logical_experts,
+        new.num_ranks,
+    ):
+        raise ValueError(f"a placement must keep its shape: {new!r} can't follow {old!r}")
+    old_rank_YL, old_row_YL = _places(old)
+    new_rank_YL, new_row_YL = _places(new)
+    moved_YL = (old_rank_YL != new_rank_YL) | (old_row_YL != new_row_YL)
+    plan = []
+    for layer in np.flatnonzero(moved_YL.any(axis=1)).tolist():
+        experts = np.flatnonzero(moved_YL[layer])
+        places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
+        plan.append(LayerMoves(layer, *places))
+    return plan
+
+
+def _places(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
+    primary_YL = placement.logical_to_physical[:, :, 0]
+    return primary_YL // placement.slots_per_rank, primary_YL % placement.slots_per_rank

@@ -1,0 +1,151 @@
+"""Training with experts that move all the time, against one process with the unmodified model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from lightning_eplb import EPLBCallback, ExpertPlacement, Policy, Topology
+from tests.models import LanguageModel, hugging_face_model, language_loss, loader, optimizer_of, token_batches
+
+STEPS, SEQUENCES = 20, 2
+TOLERANCE = 1e-10
+CLIP = {"off": None, "norm": 0.5, "value": 0.01}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str = "mixtral"
+    ranks: int = 2
+    redundant: int = 0
+    """Redundant experts as a multiple of the ranks."""
+    accumulation: int = 1
+    clip: str = "off"
+    optimizer: str = "adamw"
+    top_k: int = 2
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}-top{self.top_k}-{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
+            f"-clip_{self.clip}-{self.optimizer}"
+        )
+
+
+class ShufflePolicy(Policy):
+    """Any placement at all: primaries and copies at random, some slots empty."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        slots_YRS = np.full_like(placement.by_rank, -1)
+        n, experts = placement.primaries_per_rank, placement.num_logical_experts
+        for layer in range(placement.num_layers):
+            slots_YRS[layer, :, :n] = self._random.permutation(experts).reshape(-1, n)
+            for rank in range(placement.num_ranks):
+                others = np.setdiff1d(np.arange(experts), slots_YRS[layer, rank, :n])
+                copies = self._random.permutation(others)[: placement.redundant_per_rank]
+                slots_YRS[layer, rank, n : n + len(copies)] = np.where(
+                    self._random.random(len(copies)) < 0.9, copies, -1
+                )
+        return ExpertPlacement(slots_YRS.reshape(placement.physical_to_logical.shape), experts, placement.num_ranks)
+
+
+@dataclass
+class Outcome:
+    losses: list[float]
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def trainer_for(ranks: int, **kwargs: Any) -> pl.Trainer:
+    """A trainer on the workers' process group."""
+    strategy = (
+        DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+        if ranks > 1
+        else "auto"
+    )
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(accelerator="cpu", devices=ranks, strategy=strategy, **{**quiet, **kwargs})
+
+
+def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of the optimizer's state dict, by the parameter's name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{order[index]}.{key}": torch.as_tensor(value).clone()
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def tokens_of(case: Case) -> Tensor:
+    return token_batches(STEPS * case.accumulation * SEQUENCES * case.ranks)
+
+
+def reference(case: Case) -> Outcome:
+    """One process, plain PyTorch, the unmodified model, every step the batches of all ranks."""
+    model = hugging_face_model(case.model, top_k=case.top_k)
+    optimizer = optimizer_of(case.optimizer, model)
+    losses = []
+    batches = tokens_of(case).split(SEQUENCES * case.ranks)
+    for i, batch in enumerate(batches):
+        loss = language_loss(model, batch)
+        losses.append(loss.item())
+        (loss / case.accumulation).backward()
+        if (i + 1) % case.accumulation == 0:
+            if case.clip == "norm":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP["norm"])
+            elif case.clip == "value":
+                torch.nn.utils.clip_grad_value_(model.parameters(), CLIP["value"])
+            optimizer.step()
+            optimizer.zero_grad()
+    return Outcome(losses, {k: v.clone() for k, v in model.state_dict().items()}, named_state(model, optimizer))
+
+
+def distributed(case: Case) -> Outcome:
+    """On every worker: Lightning, DDP, experts spread over the ranks and shuffled after every step."""
+    module = LanguageModel(hugging_face_model(case.model, top_k=case.top_k), case.optimizer)
+    callback = EPLBCallback(num_redundant_experts=case.redundant * case.ranks, policy=ShufflePolicy(), step_interval=1)
+    trainer = trainer_for(
+        case.ranks,
+        max_steps=STEPS,
+        accumulate_grad_batches=case.accumulation,
+        gradient_clip_val=CLIP[case.clip],
+        gradient_clip_algorithm=case.clip if case.clip != "off" else None,
+        callbacks=[callback],
+    )
+    trainer.fit(module, loader(tokens_of(case), SEQUENCES))
+    assert callback.balancer is not None
+    assert callback.balancer.num_rearrangements == STEPS
+    assert callback.balancer.rearranged_bytes > 0
+    return Outcome(
+        module.losses,
+        {k: v.clone() for k, v in module.model.state_dict().items()},
+        named_state(module.model, trainer.optimizers[0]),
+    )
+
+
+def largest_difference(expected: Outcome, ranks: list[Outcome]) -> float:
+    """Over every loss (the mean over ranks), every weight and every optimizer moment of every rank."""
+    losses = np.mean([outcome.losses for outcome in ranks], axis=0)
+    differences = [float(np.abs(losses - np.array(expected.losses)).max())]
+    for outcome in ranks:
+        for ours, theirs in ((outcome.weights, expected.weights), (outcome.state, expected.state)):
+            assert list(ours) == list(theirs)
+            for name, tensor in theirs.items():
+                assert ours[name].shape == tensor.shape, name
+                differences.append(float((ours[name].double() - tensor.double()).abs().max()))
+    return max(differences)

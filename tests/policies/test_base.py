@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
+from lightning_eplb.policies.base import order_slots
+
+
+def test_topology_counts_ranks_and_nodes():
+    topology = Topology((0, 1, 1, 0, 2))
+    assert (topology.num_ranks, topology.num_nodes) == (5, 3)
+    assert Topology.even(4, 2) == Topology((0, 0, 1, 1))
+    assert Topology.even(3).node_of_rank == (0, 0, 0)
+
+
+def test_topology_takes_a_list_as_yaml_gives_one():
+    assert Topology([0, 0, 1]).node_of_rank == (0, 0, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("node_of_rank", "message"),
+    [((), "names no rank"), ((0, 2), r"nodes \[0, 2\].*numbered 0 to 1"), ((-1, 0), r"nodes \[-1, 0\]")],
+)
+def test_topology_refuses_nodes_that_are_not_numbered_from_zero(node_of_rank, message):
+    with pytest.raises(ValueError, match=message):
+        Topology(node_of_rank)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_nodes"), [(5, 2), (0, 1), (4, 0)])
+def test_even_topology_refuses_what_does_not_divide(num_ranks, num_nodes):
+    with pytest.raises(ValueError, match=f"num_ranks={num_ranks} must be a positive multiple of num_nodes={num_nodes}"):
+        Topology.even(num_ranks, num_nodes)
+
+
+def test_policy_is_abstract():
+    with pytest.raises(TypeError, match="rearrange"):
+        Policy()  # type: ignore[abstract]
+
+
+def test_the_example_of_the_manual_works():
+    class HottestFirst(Policy):
+        def rearrange(self, load_YL, placement, topology):
+            order_YL = np.argsort(-load_YL, axis=1, kind="stable")
+            slots_YRS = np.full_like(placement.by_rank, -1)
+            shape = slots_YRS[:, :, : placement.primaries_per_rank].shape
+            slots_YRS[:, :, : placement.primaries_per_rank] = order_YL.reshape(shape)
+            slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
+            return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
+
+    planned = HottestFirst().rearrange(
+        np.array([[1, 5, 0, 5]]), ExpertPlacement.initial(1, 4, 2, 2), Topology.even(num_ranks=2)
+    )
+    assert planned.physical_to_logical.tolist() == [[1, 3, -1, 0, 2, -1]]
+
+
+@pytest.mark.parametrize("policy", [StaticPolicy(), BalancedPolicy(), DeepSeekPolicy()])
+@pytest.mark.parametrize(
+    ("load", "num_ranks", "message"),
+    [
+        (np.zeros((2, 4), dtype=np.int64), 2, r"load_YL has shape \[2, 4\].*must be \[1, 4\]"),
+        (np.zeros((1, 4)), 2, "load_YL has dtype float64"),
+        (np.array([[0, -3, 1, 1]]), 2, "load_YL holds -3 tokens"),
+        (np.zeros((1, 4), dtype=np.int64), 4, "topology has 4 ranks and placement has 2"),
+    ],
+)
+def test_policies_refuse_what_does_not_fit(policy, load, num_ranks, message):
+    with pytest.raises(ValueError, match=message):
+        policy.rearrange(load, ExpertPlacement.initial(1, 4, 2, 2), Topology.even(num_ranks))
+
+
+def test_order_slots_keeps_rows_of_what_stays():
+    current_RS = np.array([[4, 2, 7, 1], [0, 3, -1, 6]])
+    slots_RS = order_slots([[2, 9], [3, 5]], [[1, 8], [6]], current_RS)
+    assert slots_RS.tolist() == [[9, 2, 8, 1], [5, 3, -1, 6]]
+
+
+def test_order_slots_does_not_keep_the_row_of_a_copy_that_becomes_a_primary():
+    assert order_slots([[2, 1]], [[4]], np.array([[4, 2, 1]])).tolist() == [[1, 2, 4]]

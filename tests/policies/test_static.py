@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies import StaticPolicy, Topology
+
+LOAD = np.array([[9, 1, 1, 1], [0, 0, 0, 7]])
+PLACEMENT = ExpertPlacement.initial(num_layers=2, num_logical_experts=4, num_ranks=2, num_redundant_experts=2)
+
+
+def test_keeps_the_placement():
+    assert StaticPolicy().rearrange(LOAD, PLACEMENT, Topology.even(2)) is PLACEMENT
+
+
+def test_moves_to_the_given_placement_and_stays():
+    given = [[3, 0, 1, 2, 1, -1], [0, 1, 2, 2, 3, 0]]
+    policy = StaticPolicy(given)
+    moved = policy.rearrange(LOAD, PLACEMENT, Topology.even(2))
+    assert moved.physical_to_logical.tolist() == given
+    assert policy.rearrange(LOAD, moved, Topology.even(2)) == moved
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[0, 1, 2, 3, 2, 1]], "has 1 layers of 6 slots; this model has 2 MoE layers of 6 slots"),
+        ([[0, 1, 2, 3]] * 2, r"has 2 layers of 4 slots; .* \(4 experts and 2 redundant ones over 2 ranks\)"),
+        ([[0, 1, 1, 2, 3, 2]] * 2, "rank 0 holds expert 1 twice"),
+        ([[0, 1, 1, 2, 2, 3]] * 2, "expert 3 is missing among the primaries"),
+    ],
+)
+def test_refuses_at_use_what_is_not_a_placement_of_this_model(given, message):
+    policy = StaticPolicy(given)
+    with pytest.raises(ValueError, match=message):
+        policy.rearrange(LOAD, PLACEMENT, Topology.even(2))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[0, 1], [0, 1, 2]], r"layers of \[2, 3\] slots"),
+        ([], r"layers of \[\] slots"),
+        ([[0, 1.5]], "holds 1.5"),
+        ([[0, True]], "holds True"),
+    ],
+)
+def test_refuses_at_once_what_is_no_table_of_experts(given, message):
+    with pytest.raises(ValueError, match=message):
+        StaticPolicy(given)

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_eplb.placement import EMPTY, ExpertPlacement
+
+
+@st.composite
+def placements(draw):
+    ranks, layers = draw(st.integers(1, 5)), draw(st.integers(0, 3))
+    per_rank, redundant = draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    experts = ranks * per_rank
+    slots = np.full((layers, ranks, per_rank + redundant), EMPTY)
+    for layer in range(layers):
+        slots[layer, :, :per_rank] = np.reshape(draw(st.permutations(range(experts))), (ranks, per_rank))
+        for rank in range(ranks):
+            others = [expert for expert in range(experts) if expert not in slots[layer, rank]]
+            for slot in range(per_rank, per_rank + redundant):
+                if others and draw(st.booleans()):
+                    slots[layer, rank, slot] = others.pop(draw(st.integers(0, len(others) - 1)))
+    return ExpertPlacement(slots.reshape(layers, ranks * (per_rank + redundant)), experts, ranks)
+
+
+@settings(max_examples=50, deadline=None)
+@given(placements())
+def test_the_maps_are_each_others_inverse(placement):
+    n, S = placement.primaries_per_rank, placement.slots_per_rank
+    for layer in range(placement.num_layers):
+        p2l_P = placement.physical_to_logical[layer]
+        for expert in range(placement.num_logical_experts):
+            slots = placement.logical_to_physical[layer, expert]
+            count = placement.replica_count[layer, expert]
+            assert (slots[count:] == EMPTY).all()
+            assert sorted(slots[:count].tolist()) == np.flatnonzero(p2l_P == expert).tolist()
+            assert slots[0] % S < n  # the primary comes first
+            assert slots[1:count].tolist() == sorted(slots[1:count].tolist())
+            assert placement.primary_rank[layer, expert] == slots[0] // S
+        assert sorted(placement.primaries[layer].tolist()) == list(range(placement.num_logical_experts))
+    assert placement.by_rank.shape == (placement.num_layers, placement.num_ranks, S)
+    assert (placement.replica_count.sum(axis=1) == (placement.physical_to_logical != EMPTY).sum(axis=1)).all()
+    for array in (placement.physical_to_logical, placement.logical_to_physical, placement.replica_count):
+        assert array.dtype == np.int64
+        assert not array.flags.writeable
+
+
+@settings(max_examples=50, deadline=None)
+@given(placements(), placements())
+def test_digests_are_equal_where_placements_are(one, other):
+    is_same = (one.num_ranks, one.num_logical_experts, one.physical_to_logical.tolist()) == (
+        other.num_ranks,
+        other.num_logical_experts,
+        other.physical_to_logical.tolist(),
+    )
+    is_same = is_same and one.physical_to_logical.shape == other.physical_to_logical.shape
+    assert (one == other) is (one.digest() == other.digest()) is is_same
+    copy = ExpertPlacement(one.physical_to_logical.copy(), one.num_logical_experts, one.num_ranks)
+    assert copy == one
+    assert hash(copy) == hash(one)
+    assert len(one.digest()) == 32
+
+
+def test_digest_does_not_change_between_versions_and_machines():
+    assert (
+        ExpertPlacement.initial(1, 4, 2, 2).digest().hex()
+        == "7714054b2f433f83c8e5785e02ba09336812f9454bcd8da5005b950625f74c67"
+    )
+
+
+def test_placements_differ_by_rank_count_alone():
+    assert ExpertPlacement([[0, 1, 2, 3]], 4, 2) != ExpertPlacement([[0, 1, 2, 3]], 4, 4)
+    assert ExpertPlacement([[0, 1, 2, 3]], 4, 2) != "a placement"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 4))
+def test_initial_placement(layers, ranks, per_rank, redundant):
+    experts = ranks * per_rank
+    placement = ExpertPlacement.initial(layers, experts, ranks, ranks * redundant)
+    assert placement.physical_to_logical.shape == (layers, experts + ranks * redundant)
+    assert (placement.num_redundant_experts, placement.redundant_per_rank) == (ranks * redundant, redundant)
+    for layer, rank in np.ndindex(layers, ranks):
+        held = placement.by_rank[layer, rank]
+        assert held[:per_rank].tolist() == list(range(rank * per_rank, rank * per_rank + per_rank))
+        assert (held != EMPTY).sum() == min(per_rank + redundant, experts)
+        if redundant and per_rank < experts:
+            first = rank * redundant % experts
+            assert held[per_rank] == (first if first not in held[:per_rank] else (rank + 1) * per_rank % experts)
+
+
+def test_initial_placement_by_hand():
+    assert ExpertPlacement.initial(1, 4, 2, 2).physical_to_logical.tolist() == [[0, 1, 2, 2, 3, 1]]
+    assert ExpertPlacement.initial(1, 2, 1, 2).physical_to_logical.tolist() == [[0, 1, -1, -1]]
+
+
+def test_the_given_array_is_copied():
+    given_slots = np.array([[0, 1, 2, 3]])
+    placement = ExpertPlacement(given_slots, 4, 2)
+    given_slots[0, 0] = 3
+    assert placement.physical_to_logical[0, 0] == 0
+
+
+def test_repr_tells_the_numbers():
+    assert repr(ExpertPlacement.initial(3, 4, 2, 2)) == "ExpertPlacement(layers=3, logical=4, redundant=2, ranks=2)"
+
+
+@pytest.mark.parametrize(
+    ("slots", "experts", "ranks", "message"),
+    [
+        ([[0, 1, 2]], 3, 2, "num_logical_experts=3 must be a positive multiple of num_ranks=2"),
+        ([[0]], 0, 1, "num_logical_experts=0 must be a positive multiple"),
+        ([[0]], 1, 0, "num_logical_experts=1 must be a positive multiple of num_ranks=0"),
+        ([0, 1], 2, 2, r"shape \[2\]; it must be \[layers, slots\]"),
+        ([[0, 1]], 4, 2, r"shape \[1, 2\].* at least num_logical_experts=4 slots"),
+        ([[0, 1, 2, 3, -1]], 4, 2, r"shape \[1, 5\].* multiple of num_ranks=2"),
+        ([[0, 1, 2, 4]], 4, 2, "holds expert 4; experts are 0 to 3"),
+        ([[0, -2, 2, 3]], 4, 2, "holds expert -2; experts are 0 to 3"),
+        ([[0, 1, 2, 3], [0, 1, 2, -1]], 4, 2, "layer 1: a primary slot of rank 1 is empty"),
+        ([[0, 1, 2, 2]], 4, 2, "layer 0: expert 3 is missing among the primaries and expert 2 is there 2 times"),
+        ([[0, 1, -1, 2, 3, -1], [0, 1, -1, 2, 3, 3]], 4, 2, "layer 1: rank 1 holds expert 3 twice"),
+    ],
+)
+def test_what_is_no_placement_is_refused(slots, experts, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertPlacement(slots, experts, ranks)
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "redundant", "message"),
+    [
+        (5, 2, 0, "num_logical_experts=5 must be a positive multiple of num_ranks=2"),
+        (4, 2, 3, "num_redundant_experts=3 must be zero or a multiple of num_ranks=2"),
+        (4, 2, -2, "num_redundant_experts=-2 must be zero or a multiple of num_ranks=2"),
+    ],
+)
+def test_initial_placement_refuses_numbers_that_do_not_fit(experts, ranks, redundant, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertPlacement.initial(1, experts, ranks, redundant)
