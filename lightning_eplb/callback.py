@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
@@ -115,6 +115,12 @@ class EPLBCallback(Callback):
         if not found and is_overridden("configure_model", pl_module):
             return
         check_experts(pl_module, found, ep_size, self.num_redundant_experts)
+        experts = {id(parameter) for module in found.values() for parameter in module.parameters()}
+        if ep_size > 1 and all(id(p) in experts for p in pl_module.parameters() if p.requires_grad):
+            raise ValueError(
+                f"{type(pl_module).__name__} trains no parameter outside of experts, and DDP refuses such a model; let"
+                " one other parameter require gradients, a norm's would do"
+            )
         group = None
         if trainer.world_size > ep_size:
             group, _ = dist.new_subgroups(ep_size)

@@ -1,5 +1,6 @@
 """Tiny models, and the Lightning module that trains them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -87,6 +88,26 @@ def token_batches(count: int, seed: int = 1) -> Tensor:
     return (VOCABULARY * ranks**3).long()
 
 
+class ResumableLoader(DataLoader):
+    """Goes on where a checkpoint left off: Lightning asks for that through these two methods."""
+
+    batches_given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.batches_given = self.batches_given, 0
+        for i, batch in enumerate(super().__iter__()):
+            self.batches_given = i + 1
+            if i >= start:
+                yield batch
+        self.batches_given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches_given": self.batches_given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches_given = state["batches_given"]
+
+
 def loader(tokens: Tensor, batch_size: int) -> DataLoader:
     """In order: rank ``r`` of ``R`` gets sequences ``r, r + R, ...``, so that all ranks' batches of a step are a run.
 
@@ -94,4 +115,4 @@ def loader(tokens: Tensor, batch_size: int) -> DataLoader:
     """
     dataset = TensorDataset(tokens)
     sampler = DistributedSampler(dataset, shuffle=False) if dist.is_initialized() else None
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+    return ResumableLoader(dataset, batch_size=batch_size, sampler=sampler)

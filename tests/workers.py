@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS_A_CALL = 150
+SECONDS_A_CALL = 60
 
 
 class Workers:
@@ -68,7 +68,7 @@ class Workers:
             self._pipes.append(ours)
 
     def _receive(self, rank: int, seconds: int) -> Any:
-        if not self._pipes[rank].poll(seconds + 30):
+        if not self._pipes[rank].poll(seconds + 10):
             return WorkerError(f"rank {rank} did not answer within {seconds} s", lost=True)
         try:
             result, error = self._pipes[rank].recv()
@@ -114,4 +114,6 @@ def _join(rank: int, world_size: int, port: int) -> None:
         "TORCHELASTIC_RUN_ID": "tests",
     }
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=SECONDS_A_CALL)
+    )

@@ -14,7 +14,7 @@ from lightning_eplb.placement import ExpertPlacement
 
 PROTOCOL = (
     "a module with an int attribute num_experts, whose forward takes (hidden, top_k_index, top_k_weights), and whose"
-    " own parameters (none in submodules, at least one of three dimensions) all have num_experts rows"
+    " own parameters (at least one of three dimensions) all have num_experts rows"
 )
 
 
@@ -34,7 +34,8 @@ def parallelize_experts(
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
     1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;
-    2. its own parameters, biases too, have the expert as dimension 0; none are in submodules;
+    2. its own parameters, biases too, have the expert as dimension 0; those of its submodules, such as a norm behind
+       the experts, are shared by all experts and stay on every rank;
     3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``, each token's sum over
        its K experts of weight times expert output: linear in the weights, every token by itself;
     4. ids from ``num_experts`` up, if the router emits them, mean no expert.
@@ -142,8 +143,6 @@ def _why_not_experts(module: nn.Module) -> str | None:
     own = dict(module.named_parameters(recurse=False))
     if not own:
         return "no parameters of its own"
-    if len(list(module.parameters())) > len(own):
-        return "parameters in submodules"
     for name, parameter in own.items():
         if parameter.ndim == 0 or parameter.shape[0] != num_experts:
             return f"{name} has shape {list(parameter.shape)}, not {num_experts} rows"

@@ -69,7 +69,7 @@ class Dispatch:
 
 
 def count_tokens(sorted_experts_N: Tensor, num_logical_experts: int) -> Tensor:
-    """Pairs of each logical expert, ``[L]`` int64, without waiting for the device; ids from ``L`` up are no expert's."""
+    """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; ids from ``L`` up are no expert's."""
     experts = torch.arange(num_logical_experts + 1, device=sorted_experts_N.device, dtype=sorted_experts_N.dtype)
     return torch.searchsorted(sorted_experts_N, experts).diff()
 

@@ -129,8 +129,9 @@ class ParallelExperts(nn.Module):
             output_MD = self._serve(primaries, received_MD, plan.slots, weights_TK.dtype)
 
         home_ND = dispatch.exchange_tokens(output_MD, plan.recv_counts, plan.send_counts, groups)
-        output_TKD = home_ND.new_zeros(tokens * top_k, home_ND.shape[-1]).index_copy(0, plan.pairs, home_ND)
-        weighted_TKD = output_TKD.view(tokens, top_k, -1) * weights_TK.unsqueeze(-1)
+        width = home_ND.shape[-1]
+        output_ND = home_ND.new_zeros(tokens * top_k, width).index_copy(0, plan.pairs, home_ND)
+        weighted_TKD = output_ND.view(tokens, top_k, width) * weights_TK.unsqueeze(-1)
         return weighted_TKD.sum(dim=1).to(home_ND.dtype)
 
     def _serve(self, weights: list[Tensor], hidden_MD: Tensor, slots_M: Tensor, weights_dtype: torch.dtype) -> Tensor:
@@ -146,17 +147,22 @@ class ParallelExperts(nn.Module):
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
             sample = forward(local, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
-        return _Tied.apply(sample[:0], hidden_MD, *weights)
+        shared = [parameter for child in self.children() for parameter in child.parameters()]
+        return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
 
 
 class _Tied(torch.autograd.Function):
-    """An output that depends on nothing, tied to tensors whose backward collectives every rank must enter."""
+    """An output that depends on nothing, tied to tensors whose backward collectives every rank must enter.
+
+    Parameters that all experts share come first. They get zero gradients, as DDP waits for one from every rank; those
+    of exchanged tensors may stay undefined, the exchanges fill in zeros.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.num_tensors = len(tensors)
+    def forward(ctx: Any, output: Tensor, num_shared: int, *tensors: Tensor) -> Tensor:
+        ctx.shared, ctx.num_exchanged = tensors[:num_shared], len(tensors) - num_shared
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * (1 + ctx.num_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(torch.zeros_like(shared) for shared in ctx.shared), *(None,) * ctx.num_exchanged

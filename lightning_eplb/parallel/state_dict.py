@@ -1,6 +1,5 @@
 """A converted module's state dict is the unmodified model's: all experts, in logical order."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -30,7 +29,7 @@ def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
 
 
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
-    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. All ranks call it."""
+    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective."""
     assert layer.groups.exchange is not None
     return gather_rows(rows, layer.row_order, layer.groups.exchange)
 
@@ -49,13 +48,13 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
     return full[layer.local_experts.to(full.device)]
 
 
-def wait_for_all_ranks(groups: ExpertGroups, what: str, timeout: timedelta = CONTROL_TIMEOUT) -> None:
+def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
     """Return once every rank is here. A rank that never comes becomes an error on the others, not a hang.
 
     Raises:
-        RuntimeError: Some rank did not come within ``timeout``.
+        RuntimeError: Some rank did not come within ``CONTROL_TIMEOUT``.
     """
     try:
-        dist.monitored_barrier(groups.control, timeout=timeout, wait_all_ranks=True)
+        dist.monitored_barrier(groups.control, timeout=CONTROL_TIMEOUT, wait_all_ranks=True)
     except RuntimeError as error:
         raise RuntimeError(f"{what} gathers experts from all ranks, so every rank must call it: {error}") from error

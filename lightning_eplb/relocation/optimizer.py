@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 
@@ -35,8 +34,11 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tens
         ValueError: Names the optimizer, the parameter and the state.
     """
     for optimizer in optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            raise ValueError(f"ZeroRedundancyOptimizer gives every rank other parameters' state to keep. {_REMEDY}")
+        if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer and its kin
+            raise ValueError(
+                f"{type(optimizer).__name__} gives every rank other parameters to update and to keep state for, while"
+                f" every rank has experts of its own. {_REMEDY}"
+            )
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
         for name, parameter in mine.items():

@@ -1,0 +1,195 @@
+"""The forward and the backward of a converted layer, against the unmodified module in the same process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_eplb import ExpertLoadBalancer, parallelize_experts
+from lightning_eplb.parallel.convert import expert_layers
+from tests.fidelity import ShufflePolicy
+from tests.models import hugging_face_model
+from tests.workers import Workers
+
+EXPERTS, WIDTH = 8, 16
+
+
+def layer(name: str = "mixtral") -> nn.Module:
+    """One layer's experts, the same weights in every process."""
+    model = hugging_face_model(name, num_experts=EXPERTS, layers=1)
+    return next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+
+
+def routing(tokens: int, top_k: int, experts: range = range(EXPERTS), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, distinct experts for each token and their weights; other ones on every rank."""
+    generator = torch.Generator().manual_seed(seed + 100 * dist.get_rank())
+    hidden = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    scores = torch.rand(tokens, len(experts), generator=generator, dtype=torch.float64)
+    weights, index = scores.topk(top_k, dim=-1)
+    return hidden, index + experts.start, weights
+
+
+def summed(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of all experts in logical order, summed over ranks as if one process had seen all tokens."""
+    grads = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}  # type: ignore[union-attr]
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return grads
+
+
+def compare(
+    redundant: int,
+    tokens_of_rank: Callable[[int], int],
+    top_k: int = 2,
+    experts: range = range(EXPERTS),
+    name: str = "mixtral",
+    run: Callable[..., Tensor] = lambda module, *args: module(*args),
+    ep_group: Any = None,
+) -> float:
+    """The largest difference of outputs and of all gradients between a converted layer and the original."""
+    original, converted = layer(name), layer(name)
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder, ep_group, num_redundant_experts=redundant)
+    (expert_layer, _), *_ = expert_layers(holder)
+    balancer = ExpertLoadBalancer(holder, policy=ShufflePolicy(), step_interval=1)
+    differences = []
+    for step in range(3):
+        tokens = tokens_of_rank(dist.get_rank())
+        hidden, index, weights = routing(tokens, top_k, experts, seed=step)
+        inputs = [(hidden.clone().requires_grad_(), weights.clone().requires_grad_()) for _ in range(2)]
+        original.zero_grad(set_to_none=False)
+        holder.zero_grad(set_to_none=False)
+        for parameter in original.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        outputs = []
+        for module, (x, w) in zip((original, converted), inputs, strict=True):
+            output = run(module, x, index, w)
+            if output.requires_grad:  # the original's is not, where no expert got a token
+                (output * torch.arange(WIDTH)).sum().backward()
+            outputs.append(output)
+        differences.append(largest(outputs[0], outputs[1]))
+        for ours, theirs in zip(inputs[1], inputs[0], strict=True):
+            differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+        expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
+        for parameter_name, parameter in converted.named_parameters():
+            assert parameter.grad is not None
+            differences.append(largest(parameter.grad, expected[parameter_name][expert_layer.local_experts]))
+        counted = torch.bincount(index.flatten(), minlength=EXPERTS)
+        dist.all_reduce(counted)
+        load = balancer.step()
+        assert (load is None) == (not counted.any())
+        if load is not None:
+            assert torch.equal(load.load[0], counted[:EXPERTS])
+    return max(differences)
+
+
+def largest(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max()) if ours.numel() else 0.0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_any_top_k(name: str, top_k: int, workers: Workers) -> None:
+    assert max(workers.run(2, any_top_k, name, top_k)) < 1e-12
+
+
+def any_top_k(name: str, top_k: int) -> float:
+    return compare(4, lambda rank: 7 + rank, top_k, name=name)
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_rank_without_tokens(redundant: int, workers: Workers) -> None:
+    assert max(workers.run(4, rank_without_tokens, redundant)) < 1e-12
+
+
+def rank_without_tokens(redundant: int) -> float:
+    return compare(redundant, lambda rank: 5 * rank)
+
+
+@pytest.mark.parametrize("redundant", [0, 2])
+def test_ranks_and_experts_that_get_none(redundant: int, workers: Workers) -> None:
+    """Every token goes to two experts, so some ranks compute nothing; they take part in each collective."""
+    assert max(workers.run(2, experts_without_tokens, redundant)) < 1e-12
+
+
+def experts_without_tokens(redundant: int) -> float:
+    return compare(redundant, lambda rank: 6, experts=range(2, 4))
+
+
+def test_no_token_anywhere(workers: Workers) -> None:
+    assert max(workers.run(2, no_token)) == 0.0
+
+
+def no_token() -> float:
+    return compare(2, lambda rank: 0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_forward_and_counts_once(reentrant: bool, workers: Workers) -> None:
+    assert max(workers.run(2, checkpointed, reentrant)) < 1e-12
+
+
+def checkpointed(reentrant: bool) -> float:
+    def run(module: nn.Module, *args: Tensor) -> Tensor:
+        return checkpoint(module, *args, use_reentrant=reentrant)  # type: ignore[return-value]
+
+    return compare(2, lambda rank: 9, run=run)
+
+
+def test_two_groups_of_two(workers: Workers) -> None:
+    """Ranks of both groups hold the same rows; gradients are averaged over the groups, loads summed."""
+    assert max(workers.run(4, two_groups)) < 1e-12
+
+
+def two_groups() -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 + rank, ep_group=group)
+
+
+def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:
+    """Hugging Face's routers mark a choice that does not count by the id behind the last expert."""
+    assert max(workers.run(2, masked_choices)) < 1e-12
+
+
+def masked_choices() -> float:
+    original, converted = layer(), layer()
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    hidden, index, weights = routing(6, 2)
+    index[::2, 1] = EXPERTS
+    return largest(converted(hidden, index, weights), original(hidden, index, weights))
+
+
+def test_keyword_arguments_under_the_originals_names(workers: Workers) -> None:
+    assert max(workers.run(2, by_keyword)) < 1e-12
+
+
+def by_keyword() -> float:
+    original, converted = layer("gpt_oss"), layer("gpt_oss")
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    hidden, index, weights = routing(6, 2)
+    ours = converted(hidden, routing_weights=weights, router_indices=index)
+    return largest(ours, original(hidden, index, weights))
+
+
+def test_one_rank_runs_the_module_as_it_was() -> None:
+    original, converted = layer(), layer()
+    weight = converted.gate_up_proj
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder)
+    assert converted.gate_up_proj is weight
+    balancer = ExpertLoadBalancer(holder)
+    hidden = torch.randn(5, WIDTH, dtype=torch.float64)
+    index = torch.tensor([[0, 1], [1, 2], [1, 3], [7, 0], [1, 5]])
+    weights = torch.rand(5, 2, dtype=torch.float64)
+    assert torch.equal(converted(hidden, index, weights), original(hidden, index, weights))
+    load = balancer.step()
+    assert load is not None
+    assert load.load.tolist() == [[2, 4, 1, 1, 0, 1, 0, 1]]
+    assert load.balancedness == 1.0

@@ -1,0 +1,16 @@
+"""The full product of the settings of ``tests/test_fidelity.py``: ``pytest tests/soak`` (ten minutes)."""
+
+from itertools import product
+
+import pytest
+
+from tests.fidelity import TOLERANCE, Case, distributed, largest_difference, reference
+from tests.test_fidelity import SETTINGS
+from tests.workers import Workers
+
+CASES = [Case(**dict(zip(SETTINGS, values, strict=True))) for values in product(*SETTINGS.values())]
+
+
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.ranks), ids=str)
+def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
+    assert largest_difference(reference(case), workers.run(case.ranks, distributed, case)) < TOLERANCE

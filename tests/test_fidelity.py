@@ -1,0 +1,35 @@
+"""Training is the same training: all pairs of settings here, their full product in ``tests/soak``."""
+
+import pytest
+
+from tests.fidelity import TOLERANCE, Case, distributed, largest_difference, reference
+from tests.pairs import all_pairs
+from tests.workers import Workers
+
+SETTINGS = {
+    "model": ["mixtral", "qwen3_moe", "gpt_oss"],
+    "ranks": [2, 4],
+    "redundant": [0, 1, 2],
+    "accumulation": [1, 2],
+    "clip": ["off", "norm", "value"],
+    "optimizer": ["adamw", "sgd"],
+}
+CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
+WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]
+
+
+@pytest.mark.parametrize("case", CASES + WIDE, ids=str)
+def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
+    assert largest_difference(reference(case), workers.run(case.ranks, distributed, case)) < TOLERANCE
+
+
+def test_pairs_cover_every_two_settings() -> None:
+    for first, second in [("model", "redundant"), ("ranks", "clip"), ("accumulation", "optimizer")]:
+        met = {(getattr(case, first), getattr(case, second)) for case in CASES}
+        assert met == {(a, b) for a in SETTINGS[first] for b in SETTINGS[second]}
+
+
+def test_a_wrong_reference_is_noticed(workers: Workers) -> None:
+    """The comparison can fail: one step's clipping is enough to see."""
+    case = Case(ranks=2, clip="norm")
+    assert largest_difference(reference(Case(ranks=2, clip="off")), workers.run(2, distributed, case)) > 1e-3
