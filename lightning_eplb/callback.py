@@ -171,8 +171,14 @@ class EPLBCallback(Callback):
         load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
         if load is None:
             return
-        pl_module.log("eplb/balancedness", load.balancedness, prog_bar=True)
-        pl_module.log_dict({"eplb/avg_tokens": load.avg_tokens, "eplb/max_tokens": load.max_tokens})
+        pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a progress bar is narrow
+        pl_module.log_dict(
+            {
+                "eplb/balancedness": load.balancedness,
+                "eplb/avg_tokens": load.avg_tokens,
+                "eplb/max_tokens": load.max_tokens,
+            }
+        )
         latest = self.balancer.last_rearrangement
         if latest is not None:
             pl_module.log_dict(

@@ -1,0 +1,198 @@
+"""Pretrain a Mixtral-class model, its experts spread over the ranks and kept level by ``EPLBCallback``.
+
+    python examples/pretrain.py fit --config examples/configs/cpu.yaml
+
+Everything is set in the YAML file; any of it can be overridden on the command line, for instance
+``--trainer.max_steps 100`` (``--help`` lists what there is). The text is the source code of Python's standard library,
+which every machine has, one token a byte.
+"""
+
+import os
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lightning_eplb import EPLBCallback
+from lightning_eplb.logging.heatmap import draw_expert_load
+
+
+class MoELanguageModel(pl.LightningModule):
+    """A Mixtral model on bytes, without an auxiliary loss: nothing tells the router to spread its tokens.
+
+    Args:
+        width: Width of the residual stream.
+        expert_width: Width within an expert.
+        layers: Number of layers, each with attention and experts.
+        heads: Attention heads.
+        experts: Experts of a layer.
+        top_k: Experts that a token visits.
+        learning_rate: Peak learning rate of AdamW, after a warm-up.
+        warmup_steps: Optimizer steps in which it rises from zero.
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        expert_width: int = 256,
+        layers: int = 4,
+        heads: int = 4,
+        experts: int = 16,
+        top_k: int = 2,
+        learning_rate: float = 3e-3,
+        warmup_steps: int = 20,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=256,
+                hidden_size=width,
+                intermediate_size=expert_width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                num_local_experts=experts,
+                num_experts_per_tok=top_k,
+                output_router_logits=False,
+            )
+        )
+
+    def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
+        loss = self._loss(tokens)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(tokens), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=self.hparams["warmup_steps"])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+class Windows(Dataset):
+    """A text as windows of ``length`` bytes that do not overlap."""
+
+    def __init__(self, text: bytes, length: int) -> None:
+        count = len(text) // length
+        self.tokens = torch.frombuffer(bytearray(text[: count * length]), dtype=torch.uint8).view(count, length)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tokens[index].long()
+
+
+class StandardLibrary(pl.LightningDataModule):
+    """The bytes of the standard library's source files. Every twentieth file is kept for validation.
+
+    Args:
+        sequence_length: Tokens of a sequence.
+        batch_size: Sequences of a rank's batch.
+        validation_sequences: How many sequences of the files that are kept are used.
+    """
+
+    def __init__(self, sequence_length: int = 128, batch_size: int = 8, validation_sequences: int = 128) -> None:
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.validation_sequences = validation_sequences
+
+    def setup(self, stage: str) -> None:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        files = sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py"))
+        files = [file for file in files if file.parent.name not in {"site-packages", "test", "idlelib"}]
+        texts = [file.read_bytes() for file in files]
+        kept = b"".join(texts[::20])[: self.validation_sequences * self.sequence_length]
+        self.train = Windows(b"".join(text for i, text in enumerate(texts) if i % 20), self.sequence_length)
+        self.validation = Windows(kept, self.sequence_length)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.validation, self.batch_size, drop_last=True)
+
+
+class Summary(Callback):
+    """Prints at the end what balancing did: the first steps against the last ones, and where the results lie.
+
+    Args:
+        steps: How many steps are "first" and "last".
+        warmup: How many of the first steps don't count for the speed: they fill caches.
+    """
+
+    def __init__(self, steps: int = 50, warmup: int = 10) -> None:
+        self.steps = steps
+        self.warmup = warmup
+        self._rows: list[tuple[float, float]] = []  # balancedness and seconds of every step
+        self._tokens = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        self._tokens = batch.numel() * trainer.world_size
+        balancedness = trainer.callback_metrics.get("eplb/balancedness", torch.tensor(float("nan")))
+        self._rows.append((float(balancedness), time.perf_counter() - self._start))
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        eplb = next(callback for callback in trainer.callbacks if isinstance(callback, EPLBCallback))  # type: ignore[attr-defined]
+        balancer = eplb.balancer
+        checkpoint = trainer.checkpoint_callback
+        assert balancer is not None
+        picture = Path(trainer.default_root_dir) / "expert_load.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_expert_load(balancer.load.compute()["load"], "Tokens of each expert in the last window").savefig(picture)
+
+        first, last = self._rows[: self.steps], self._rows[-self.steps :]
+        table = Table(title=f"{trainer.global_step} steps on {trainer.world_size} ranks")
+        table.add_column("")
+        table.add_column(f"first {len(first)} steps", justify="right")
+        table.add_column(f"last {len(last)} steps", justify="right")
+        table.add_row("balancedness", *(f"{sum(b for b, _ in part) / len(part):.3f}" for part in (first, last)))
+        timed = (first[self.warmup :] or first, last)
+        speed = (f"{self._tokens * len(part) / sum(s for _, s in part):,.0f}" for part in timed)
+        table.add_row("tokens per second", *speed)
+        table.add_section()
+        table.add_row("rearrangements", "", str(balancer.num_rearrangements))
+        table.add_row("moved between ranks", "", f"{balancer.rearranged_bytes / 2**20:.1f} MiB")
+        if "val_loss" in trainer.callback_metrics:
+            table.add_row("validation loss", "", f"{float(trainer.callback_metrics['val_loss']):.3f}")
+        console = Console()
+        console.print(table)
+        console.print(f"checkpoint  {_relative(getattr(checkpoint, 'best_model_path', ''))}", soft_wrap=True)
+        console.print(f"heatmap     {_relative(picture)}", soft_wrap=True)
+
+
+def _relative(path: Any) -> str:
+    return os.path.relpath(path) if path else "none"
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # each rank is a process of its own: more threads would take each other's cores
+    LightningCLI(MoELanguageModel, StandardLibrary, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""What EPLBCallback costs where there is nothing to balance.
+
+A Mixtral-like model trains under Lightning's DDP on two gloo processes of one thread each, in three lanes: ``alone``
+(``parallelize_experts`` in ``configure_model``, its experts kept out of DDP, no callback), ``control`` (the same once
+more) and ``callback`` (the same with ``EPLBCallback``). The routers are exactly even, so no decision moves an expert.
+
+The lanes are interleaved by single steps. Each is one real, uninterrupted ``Trainer.fit``, and a callback in front of
+all others holds it at the start of every batch until it is its turn: one step of one lane, then one of the next, in an
+order that changes from round to round. A fit is a call that can't be left and entered again without losing the
+optimizer's state and paying for its start, so each lane has a thread of its own; but threads are only how a lane is
+held. Exactly one of them runs at any time, as coroutines do, on both ranks the same one.
+
+A step is timed from the start of its batch to the start of the next one, so all that Lightning and the callbacks do
+for it is in it, and starting the fit is not. Both ranks start it behind a barrier, and it takes as long as the slower
+rank does. Steps of one round make a pair, and what disturbs the machine for longer than a step is in both. The median
+of the pairs' ratios is sure to half the width of its confidence interval; ``control`` shows what the machine and the
+method do to a ratio that is 1.
+
+Decisions fall due five times as often as by default, so that there are many to measure. A median of steps does not
+see them. What they take is timed inside the callback and spread over the default interval; the figure held against the
+bar is the sum of both: ``median(callback / alone) + decision / (100 * alone)``.
+"""
+
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_eplb import EPLBCallback, parallelize_experts
+from lightning_eplb.parallel.convert import expert_layers
+from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
+from tests.fidelity import trainer_for
+from tests.workers import Workers
+
+RANKS = 2
+LANES = ("alone", "control", "callback")
+ROUNDS, QUICK_ROUNDS, WARM_UP_ROUNDS = 400, 70, 6
+STEP_INTERVAL, DEFAULT_STEP_INTERVAL = 20, 100
+SEQUENCES, SEQUENCE, VOCABULARY = 4, 64, 256
+MOST_MILLISECONDS = 1000  # of a step on a busy machine; a run that is slower than this is taken for a deadlock
+BAR = 1.02
+
+
+class EvenRouter(nn.Module):
+    """Scores experts as the router it wraps, and sends the tokens to all of them in turn."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TL, weights_TK, index_TK = self.router(hidden)
+        index_TK = (torch.arange(index_TK.numel()) % logits_TL.shape[-1]).view_as(index_TK)
+        weights_TK = logits_TL.float().softmax(dim=-1).gather(1, index_TK)
+        return logits_TL, weights_TK / weights_TK.sum(dim=-1, keepdim=True), index_TK
+
+
+class LanguageModel(pl.LightningModule):
+    """Made in ``configure_model``, as a model that is too large for one rank would be."""
+
+    def __init__(self, ignores_experts: bool) -> None:
+        super().__init__()
+        self.ignores_experts = ignores_experts
+        self.model: nn.Module | None = None
+
+    def configure_model(self) -> None:
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        if self.model is not None:
+            return
+        config = MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=SEQUENCE,
+            num_local_experts=16,
+            num_experts_per_tok=2,
+        )
+        torch.manual_seed(0)
+        self.model = MixtralForCausalLM(config).train()
+        for block in [module for module in self.model.modules() if hasattr(module, "gate")]:
+            block.gate = EvenRouter(block.gate)
+        parallelize_experts(self)
+        if self.ignores_experts:
+            experts = {id(p) for _, module in expert_layers(self) for p in module.parameters(recurse=False)}
+            names = [name for name, parameter in self.named_parameters() if id(parameter) in experts]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        assert self.model is not None
+        loss = self.model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class Stopwatch:
+    """Time inside methods, in each step; a method's time is without that of watched methods which it calls."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]
+
+    def watch(self, owner: Any, method: str, part: str) -> None:
+        inner: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                seconds = time.perf_counter() - start
+                self._seconds[part] += seconds - self._inner.pop()
+                self._inner[-1] += seconds
+
+        setattr(owner, method, timed)
+
+    def close_step(self) -> None:
+        self.steps.append(dict(self._seconds))
+        self._seconds.clear()
+
+
+class Lane(Callback):
+    """A fit that goes on by one step with each call of :meth:`advance`, and stands still in between."""
+
+    def __init__(self, name: str, steps: int, folder: str) -> None:
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.stopwatch = Stopwatch()
+        self.eplb = EPLBCallback(step_interval=STEP_INTERVAL) if name == "callback" else None
+        self._fit_arguments = name, steps, folder
+        self._may_go, self._stands = threading.Event(), threading.Event()
+        self._failure: BaseException | None = None
+        self._started: tuple[float, float] | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def advance(self) -> None:
+        """Start the fit; or run the step that it stands before. After the last step, end it."""
+        self._stands.clear()
+        self._may_go.set()
+        self._stands.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.eplb is None:
+            return
+        balancer = self.eplb.balancer
+        assert balancer is not None
+        for layer, _ in expert_layers(pl_module):
+            self.stopwatch.watch(layer, "record", "counting, all layers")
+        self.stopwatch.watch(balancer, "record", "balancer.record")
+        self.stopwatch.watch(balancer, "step", "balancer.step")
+        self.stopwatch.watch(balancer, "rearrange", "balancer.rearrange")
+        self.stopwatch.watch(self.eplb, "on_train_batch_start", "callback, rest")
+        self.stopwatch.watch(self.eplb, "on_train_batch_end", "callback, rest")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter(), time.thread_time()
+        if self._started is not None:
+            self.seconds.append(now[0] - self._started[0])
+            self.cpu_seconds.append(now[1] - self._started[1])
+            self.stopwatch.close_step()
+        self._stand()
+        dist.barrier()
+        self._started = time.perf_counter(), time.thread_time()
+
+    def _stand(self) -> None:
+        self._may_go.clear()
+        self._stands.set()
+        self._may_go.wait()
+
+    def _run(self) -> None:
+        self._may_go.wait()
+        try:
+            torch.set_num_threads(1)
+            self._fit(*self._fit_arguments)
+        except BaseException as failure:
+            self._failure = failure
+        finally:
+            self._stands.set()
+
+    def _fit(self, name: str, steps: int, folder: str) -> None:
+        callbacks = [self] if self.eplb is None else [self, self.eplb]
+        logger = CSVLogger(folder, name=name, version="")
+        trainer = trainer_for(RANKS, max_steps=steps, logger=logger, callbacks=callbacks)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(VOCABULARY, (steps * SEQUENCES * RANKS, SEQUENCE), generator=generator)
+        trainer.fit(LanguageModel(name != "callback"), DataLoader(TensorDataset(tokens), batch_size=SEQUENCES))
+
+
+def measure(rounds: int, folder: str) -> dict[str, Any]:
+    """On every rank: all lanes in turn. Seconds of each step by lane, and the parts of the callback's steps."""
+    warnings.filterwarnings("ignore", module="lightning")
+    steps = WARM_UP_ROUNDS + rounds
+    lanes = {name: Lane(name, steps + 1, folder) for name in LANES}  # the last step ends the fit and is not timed
+    for lane in lanes.values():
+        lane.advance()
+    orders = list(permutations(LANES))
+    for i in range(steps + 1):
+        for name in orders[i % len(orders)]:
+            lanes[name].advance()
+    eplb = lanes["callback"].eplb
+    assert eplb is not None
+    assert eplb.balancer is not None
+    assert eplb.balancer.num_rearrangements > 1
+    assert eplb.balancer.rearranged_bytes == 0, "there was something to balance"
+    return {
+        "seconds": {name: lane.seconds[WARM_UP_ROUNDS:] for name, lane in lanes.items()},
+        "cpu_seconds": {name: lane.cpu_seconds[WARM_UP_ROUNDS:] for name, lane in lanes.items()},
+        "parts": lanes["callback"].stopwatch.steps[WARM_UP_ROUNDS:],
+    }
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """A 95 % confidence interval of the median, from order statistics."""
+    ordered, half = np.sort(values), 0.98 * len(values) ** 0.5
+    low, high = int(len(values) / 2 - half), int(np.ceil(len(values) / 2 + half))
+    return float(ordered[max(low, 0)]), float(ordered[min(high, len(values) - 1)])
+
+
+def describe_ratios(ratios: np.ndarray) -> dict[str, Any]:
+    p10, p90 = np.percentile(ratios, [10, 90])
+    return {"median": float(np.median(ratios)), "interval": median_interval(ratios), "p10": p10, "p90": p90}
+
+
+def summarize(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """All figures, from what each rank measured."""
+    seconds = {name: np.max([rank["seconds"][name] for rank in ranks], axis=0) for name in LANES}
+    cpu_seconds = {name: np.mean([rank["cpu_seconds"][name] for rank in ranks], axis=0) for name in LANES}
+    names = sorted({part for rank in ranks for step in rank["parts"] for part in step})
+    # The slower rank's time in the callback holds the step up, and in a collective the faster one waits for it.
+    parts = {
+        name: np.mean([[step.get(name, 0.0) for step in rank["parts"]] for rank in ranks], axis=0) for name in names
+    }
+    decides = parts["balancer.rearrange"] > 0
+    in_callback = np.sum(list(parts.values()), axis=0)
+    usual = float(np.median(in_callback[~decides]))
+    step = float(np.median(seconds["alone"]))
+    decisions = in_callback[decides] - usual
+    ratios = {
+        "callback / alone": describe_ratios(seconds["callback"] / seconds["alone"]),
+        "control / alone": describe_ratios(seconds["control"] / seconds["alone"]),
+        "callback / alone, CPU time": describe_ratios(cpu_seconds["callback"] / cpu_seconds["alone"]),
+        "control / alone, CPU time": describe_ratios(cpu_seconds["control"] / cpu_seconds["alone"]),
+    }
+    share = float(np.median(decisions)) / DEFAULT_STEP_INTERVAL / step
+    return {
+        "pairs": len(seconds["alone"]),
+        "step_seconds": {name: float(np.median(values)) for name, values in seconds.items()},
+        "ratios": ratios,
+        "part_seconds": {
+            name: float(np.median(values[~decides])) for name, values in parts.items() if name != "balancer.rearrange"
+        },
+        "callback_seconds": usual,
+        "decisions": int(decides.sum()),
+        "decision_seconds": float(np.median(decisions)),
+        "slowest_decision_seconds": float(decisions.max()),
+        "decision_share": share,
+        "overhead": ratios["callback / alone"]["median"] + share,
+    }
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    print_table(
+        ["ratio of step times", "median", "95 % interval", "10th - 90th percentile"],
+        [
+            [name, f"{r['median']:.4f}", "{:.4f} - {:.4f}".format(*r["interval"]), f"{r['p10']:.3f} - {r['p90']:.3f}"]
+            for name, r in figures["ratios"].items()
+        ],
+    )
+    step = figures["step_seconds"]["alone"]
+
+    def row(name: str, seconds: float) -> list[str]:
+        return [name, f"{1e3 * seconds:.3f}", f"{100 * seconds / step:.3f} %"]
+
+    print_table(
+        [f"inside the callback ({figures['pairs']} steps)", "ms", "of a step alone"],
+        [
+            row("step alone", step),
+            *(row(name, seconds) for name, seconds in figures["part_seconds"].items()),
+            row("all of these in an ordinary step", figures["callback_seconds"]),
+            row(f"a decision, median of {figures['decisions']}", figures["decision_seconds"]),
+            row("a decision, slowest", figures["slowest_decision_seconds"]),
+            row(f"a decision / {DEFAULT_STEP_INTERVAL} steps", figures["decision_share"] * step),
+        ],
+    )
+
+
+def main() -> int:
+    arguments = parse_arguments(__doc__)
+    rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    workers = Workers(RANKS)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = 60 + len(LANES) * rounds * MOST_MILLISECONDS // 1000
+        figures = summarize(workers.run(RANKS, measure, rounds, folder, seconds=seconds))
+    workers.stop()
+    figures["seconds"] = time.perf_counter() - start
+    print(f"{RANKS} ranks, {rounds} pairs of steps, {figures['seconds']:.0f} s\n")
+    print_figures(figures)
+    return finish([Bar("overhead of EPLBCallback", figures["overhead"], BAR)], figures, arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What all benchmarks have in common: their arguments, their tables and their bars."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure and the limit that it has to keep.
+
+    Attributes:
+        name: What is measured.
+        figure: What came out.
+        bar: The limit.
+        at_least: The limit is the lowest figure that meets it; otherwise the highest.
+    """
+
+    name: str
+    figure: float
+    bar: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.figure >= self.bar if self.at_least else self.figure <= self.bar
+
+    def __str__(self) -> str:
+        limit = "at least" if self.at_least else "at most"
+        return f"{self.name}: {self.figure:.4f}, {limit} {self.bar:g}: {'met' if self.met else 'missed'}"
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """``--quick`` and ``--json FILE``."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smaller run, under 60 s on 2 cores")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    return parser.parse_args()
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, all others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        first, *others = (
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())
+    print()
+
+
+def finish(bars: Sequence[Bar], figures: dict[str, Any], json_file: Path | None) -> int:
+    """Write the file, print one line for each bar, and say with which status to exit."""
+    if json_file is not None:
+        verdicts = [{**asdict(bar), "met": bar.met} for bar in bars]
+        json_file.write_text(json.dumps({**figures, "bars": verdicts}, indent=1) + "\n")
+    for bar in bars:
+        print(bar)
+    return 0 if all(bar.met for bar in bars) else 1
