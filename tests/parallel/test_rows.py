@@ -1,0 +1,100 @@
+"""Rows travel between ranks: any shapes and dtypes, in place, within a bounded buffer."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_eplb.parallel import rows as rows_module
+from lightning_eplb.parallel.rows import Route, _column_windows, exchange_rows, gather_rows
+from tests.workers import Workers
+
+
+def permutation_moves(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every row of every rank goes to the place of another: nothing may be overwritten before it was read."""
+    size = dist.get_world_size()
+    target = torch.randperm(size * n, generator=torch.Generator().manual_seed(seed))
+    source = torch.arange(size * n)
+    return source // n, source % n, target // n, target % n
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
+def test_a_permutation_in_place(max_bytes: int, workers: Workers) -> None:
+    workers.run(3, permute_in_place, max_bytes)
+
+
+def permute_in_place(max_bytes: int) -> None:
+    n, rank, size = 4, dist.get_rank(), dist.get_world_size()
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.int64]
+    shapes = [(5, 3), (7,), (), (2, 1, 3), (0,)]
+    everything = [
+        (torch.randint(0, 100, (size * n, *shape), generator=torch.Generator().manual_seed(i)) * 1.0).to(dtype)
+        for i, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))
+    ]
+    mine = [tensor[rank * n : rank * n + n].clone() for tensor in everything]
+    moves = permutation_moves(n, seed=3)
+    exchange_rows(mine, mine, Route.of_moves(*moves, rank, size), dist.group.WORLD, max_bytes)
+    source_rank, source_row, target_rank, target_row = moves
+    for tensor, before in zip(mine, everything, strict=True):
+        expected = torch.empty_like(before)
+        expected[target_rank * n + target_row] = before[source_rank * n + source_row]
+        assert torch.equal(tensor, expected[rank * n : rank * n + n])
+
+
+def test_a_buffer_never_holds_more_than_it_may(workers: Workers) -> None:
+    for most in workers.run(2, largest_buffer):
+        assert most <= 1000
+
+
+def largest_buffer() -> int:
+    sizes = []
+    original = dist.all_to_all_single
+
+    def watched(received: Tensor, sent: Tensor, *args: object, **kwargs: object) -> object:
+        sizes.extend([received.nbytes, sent.nbytes])
+        return original(received, sent, *args, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module.dist, "all_to_all_single", watched)
+        tensors = [torch.zeros(4, 100, dtype=torch.float64), torch.zeros(4, 50)]
+        route = Route.of_moves(*permutation_moves(4, seed=1), dist.get_rank(), 2)
+        exchange_rows(tensors, tensors, route, dist.group.WORLD, 1000)
+    assert len(sizes) > 4
+    return max(sizes)
+
+
+def test_tensors_that_are_not_contiguous(workers: Workers) -> None:
+    workers.run(2, move_transposed)
+
+
+def move_transposed() -> None:
+    rank = dist.get_rank()
+    tensor = torch.arange(12.0).view(3, 4).t() + 100 * rank
+    assert not tensor.is_contiguous()
+    before = tensor.clone()
+    one = torch.tensor([1])
+    moves = (torch.tensor([0, 1]), torch.cat([one, one]), torch.tensor([1, 0]), torch.cat([one, one]))
+    exchange_rows([tensor], [tensor], Route.of_moves(*moves, rank, 2), dist.group.WORLD)
+    before[1] += 100 - 200 * rank
+    assert torch.equal(tensor, before)
+
+
+def test_gathered_in_logical_order(workers: Workers) -> None:
+    workers.run(2, gather)
+
+
+def gather() -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    logical = torch.arange(12.0).view(4, 3)
+    mine = logical[order.view(2, 2)[dist.get_rank()]]
+    assert torch.equal(gather_rows(mine, order, dist.group.WORLD), logical)
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50))
+def test_windows_cover_every_column_once(widths: list[int], columns: int) -> None:
+    windows = _column_windows(widths, columns)
+    covered = [(i, c) for window in windows for i, start, stop in window for c in range(start, stop)]
+    assert covered == [(i, c) for i, width in enumerate(widths) for c in range(width)]
+    assert all(sum(stop - start for _, start, stop in window) == columns for window in windows[:-1])

@@ -1,0 +1,64 @@
+"""Which state moves with an expert, and which optimizer is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adafactor, AdamW, Optimizer
+
+from lightning_eplb.relocation.optimizer import check_optimizers, state_rows
+
+
+def stepped(optimizer_class: type[Optimizer], rows: int = 3, **kwargs: object) -> tuple[Optimizer, nn.Parameter]:
+    parameter, other = nn.Parameter(torch.randn(rows, 4, 5)), nn.Parameter(torch.randn(6))
+    optimizer = optimizer_class([other, parameter], **kwargs)  # type: ignore[call-arg]
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = parameter.square().sum() + other.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    return optimizer, parameter
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs", "shapes"),
+    [
+        (AdamW, {}, [(3, 4, 5), (3, 4, 5)]),
+        (AdamW, {"amsgrad": True}, [(3, 4, 5)] * 3),
+        (SGD, {"lr": 0.1, "momentum": 0.9}, [(3, 4, 5)]),
+        (SGD, {"lr": 0.1}, []),
+        (Adafactor, {}, [(3, 1, 5), (3, 4, 1)]),
+    ],
+)
+def test_state_with_rows(optimizer_class: type[Optimizer], kwargs: dict, shapes: list[tuple[int, ...]]) -> None:
+    optimizer, parameter = stepped(optimizer_class, **kwargs)
+    check_optimizers([optimizer], {"experts.up": parameter})
+    assert [tuple(tensor.shape) for tensor in state_rows([optimizer], parameter)] == shapes
+
+
+def test_flat_state_is_refused_by_name() -> None:
+    optimizer, parameter = stepped(torch.optim.LBFGS)
+    with pytest.raises(ValueError, match=r"LBFGS keeps its state for experts\.up elsewhere"):
+        check_optimizers([optimizer], {"experts.up": parameter})
+
+
+class Blockwise(AdamW):
+    """Keeps a scale for blocks of elements, as 8-bit optimizers do."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        super().step(closure)  # type: ignore[arg-type]
+        for state in self.state.values():
+            state["absmax"] = torch.ones(7)
+
+
+def test_state_without_rows_is_refused_by_name() -> None:
+    optimizer, parameter = stepped(Blockwise)
+    with pytest.raises(ValueError, match=r"Blockwise keeps 'absmax' of experts\.up as a tensor of shape \[7\]"):
+        check_optimizers([optimizer], {"experts.up": parameter})
+
+
+def test_an_optimizer_of_other_parameters_may_be_anything() -> None:
+    optimizer, _ = stepped(Blockwise)
+    check_optimizers([optimizer], {"experts.up": nn.Parameter(torch.zeros(3, 4, 5))})

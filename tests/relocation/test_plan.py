@@ -1,0 +1,53 @@
+"""The plan from one placement to another."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_eplb import ExpertPlacement
+from lightning_eplb.policies import Topology
+from lightning_eplb.relocation.plan import plan_relocation
+from tests.fidelity import ShufflePolicy
+
+
+@st.composite
+def two_placements(draw: st.DrawFn) -> tuple[ExpertPlacement, ExpertPlacement]:
+    ranks, n, e, layers = (draw(st.integers(low, high)) for low, high in ((1, 4), (1, 4), (0, 2), (1, 3)))
+    initial = ExpertPlacement.initial(layers, ranks * n, ranks, ranks * e)
+    policy, topology = ShufflePolicy(draw(st.integers(0, 99))), Topology.even(ranks)
+    load_YL = np.ones((layers, ranks * n), dtype=np.int64)
+    old = policy.rearrange(load_YL, initial, topology)
+    return old, policy.rearrange(load_YL, old, topology)
+
+
+@given(two_placements())
+def test_moves_lead_from_old_to_new(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
+    old, new = placements
+    n = old.primaries_per_rank
+    rows_YRn = old.by_rank[:, :, :n].copy()
+    for moves in plan_relocation(old, new):
+        before = rows_YRn[moves.layer].copy()
+        rows_YRn[moves.layer, moves.target_rank, moves.target_row] = before[moves.source_rank, moves.source_row]
+    assert np.array_equal(rows_YRn, new.by_rank[:, :, :n])
+
+
+@given(two_placements())
+def test_nothing_moves_that_stays(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
+    old, new = placements
+    assert plan_relocation(old, old) == []
+    for moves in plan_relocation(old, new):
+        same = (moves.source_rank == moves.target_rank) & (moves.source_row == moves.target_row)
+        assert not same.any()
+        assert 0 <= moves.num_rows_between_ranks <= len(moves.source_rank)
+
+
+def test_copies_move_nothing() -> None:
+    old = ExpertPlacement([[0, 1, 2, 2, 3, 0]], 4, 2)
+    new = ExpertPlacement([[0, 1, 3, 2, 3, -1]], 4, 2)
+    assert plan_relocation(old, new) == []
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="must keep its shape"):
+        plan_relocation(ExpertPlacement.initial(1, 4, 2), ExpertPlacement.initial(1, 4, 2, 2))
