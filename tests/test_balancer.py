@@ -1,0 +1,185 @@
+"""The balancer in a plain PyTorch loop, with a hand-written MoE."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
+from tests.fidelity import TOLERANCE, ShufflePolicy
+from tests.workers import WorkerError, Workers
+
+EXPERTS, WIDTH, TOKENS = 4, 6, 10
+
+
+class Experts(nn.Module):
+    """As in the docstring of ``parallelize_experts``."""
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up = nn.Parameter(torch.randn(num_experts, width, hidden) / width**0.5)
+        self.down = nn.Parameter(torch.randn(num_experts, hidden, width) / hidden**0.5)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique():
+            token, k = torch.where(top_k_index == expert)
+            expert_output = F.relu(hidden_states[token] @ self.up[expert]) @ self.down[expert]
+            output = output.index_add(0, token, expert_output * top_k_weights[token, k, None])
+        return output
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(WIDTH, EXPERTS)
+        self.experts = Experts(EXPERTS, WIDTH, 5)
+        self.double()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weights, index = self.router(hidden).softmax(dim=-1).topk(2)
+        return hidden + self.experts(hidden, index, weights)
+
+
+def inputs(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def loop(steps: int, balancer_arguments: dict[str, Any]) -> tuple[ExpertLoadBalancer, Model, list[int]]:
+    """Two micro-batches a step; which steps ended with a rearrangement."""
+    model = Model()
+    parallelize_experts(model, num_redundant_experts=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    balancer = ExpertLoadBalancer(model, [optimizer], **balancer_arguments)
+    rearranged_at = []
+    for step in range(steps):
+        for micro_batch in range(2):
+            (model(inputs(2 * step + micro_batch, dist.get_rank())).square().mean() / 2).backward()
+        for parameter in model.router.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+        optimizer.step()
+        before = balancer.num_rearrangements
+        load = balancer.step()
+        assert load is not None
+        assert int(load.load.sum()) == 2 * 2 * 2 * TOKENS  # micro-batches, ranks, top-2
+        if balancer.num_rearrangements > before:
+            rearranged_at.append(step + 1)
+        optimizer.zero_grad()
+    return balancer, model, rearranged_at
+
+
+def shuffled_weights() -> dict[str, Tensor]:
+    _, model, rearranged_at = loop(8, {"policy": ShufflePolicy(), "step_interval": 1})
+    assert rearranged_at == list(range(1, 9))
+    return model.state_dict()
+
+
+def test_same_weights_as_one_process(workers: Workers) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for step in range(8):
+        for micro_batch in range(2):
+            hidden = torch.cat([inputs(2 * step + micro_batch, rank) for rank in range(2)])
+            (model(hidden).square().mean() / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for weights in workers.run(2, shuffled_weights):
+        for name, tensor in model.state_dict().items():
+            assert float((weights[name] - tensor).abs().max()) < TOLERANCE, name
+
+
+def when(step_interval: int) -> list[int]:
+    return loop(20, {"policy": StaticPolicy(), "step_interval": step_interval})[2]
+
+
+def test_the_first_rearrangement_comes_after_a_quarter(workers: Workers) -> None:
+    assert workers.run(2, when, 8) == [[2, 10, 18]] * 2
+    assert workers.run(2, when, 3) == [[1, 4, 7, 10, 13, 16, 19]] * 2
+
+
+def resume_into(window_size: int) -> None:
+    balancer, _, _ = loop(6, {"policy": BalancedPolicy(), "step_interval": 8, "window_size": 4})
+    file = io.BytesIO()
+    torch.save(balancer.state_dict(), file)
+    file.seek(0)
+    model = Model()
+    parallelize_experts(model, num_redundant_experts=2)
+    resumed = ExpertLoadBalancer(model, step_interval=8, window_size=window_size)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    kept = min(4, window_size)
+    assert torch.equal(resumed.load.steps(), balancer.load.steps()[4 - kept :])
+    assert resumed.state_dict() | {"window": None} == balancer.state_dict() | {"window": None}
+
+
+@pytest.mark.parametrize("window_size", [2, 4, 9])
+def test_state_is_saved_and_restored(window_size: int, workers: Workers) -> None:
+    workers.run(2, resume_into, window_size)
+
+
+def resume_another_model() -> None:
+    balancer, _, _ = loop(1, {})
+    balancer.load_state_dict(balancer.state_dict() | {"window": torch.zeros(2, 3, 4)})
+
+
+def test_the_window_of_another_model_is_refused(workers: Workers) -> None:
+    with pytest.raises(WorkerError, match=r"has \[3, 4\] layers and experts, the model has \[1, 4\]"):
+        workers.run(2, resume_another_model)
+
+
+def without_tokens() -> None:
+    model = Model()
+    parallelize_experts(model)
+    balancer = ExpertLoadBalancer(model, policy=StaticPolicy(), step_interval=4)
+    model(torch.zeros(0, WIDTH, dtype=torch.float64))
+    assert balancer.step() is None
+    balancer.record(False)
+    model(inputs(0, 0))
+    assert balancer.step() is None
+    assert (balancer.num_steps, balancer.num_rearrangements, balancer.load.num_steps) == (0, 0, 0)
+    balancer.record(True)
+    model(inputs(0, 0))
+    assert balancer.step() is not None
+    assert (balancer.num_steps, balancer.num_rearrangements) == (1, 1)
+
+
+def test_a_step_without_tokens_is_none(workers: Workers) -> None:
+    workers.run(2, without_tokens)
+
+
+def to_a_given_placement() -> None:
+    balancer, model, _ = loop(1, {"policy": StaticPolicy()})
+    before = model.state_dict()
+    goal = ExpertPlacement([[3, 0, 1, 2, 1, -1]], 4, 2)
+    done = balancer.rearrange(goal)
+    assert done is not None
+    assert balancer.placement == goal
+    assert (done.num_layers, done.num_rows) == (1, 2)  # experts 3 and 1 change ranks, 0 and 2 rows
+    assert done.num_bytes == 2 * 2 * WIDTH * 5 * 8 * 3  # two rows of two matrices, each with two moments
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    rows = torch.tensor([3, 0] if dist.get_rank() == 0 else [2, 1])
+    assert torch.equal(model.experts.up, before["experts.up"][rows])
+
+
+def test_rearranged_as_told(workers: Workers) -> None:
+    workers.run(2, to_a_given_placement)
+
+
+@pytest.mark.parametrize("argument", ["window_size", "step_interval"])
+def test_numbers_below_one(argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument}=0 must be at least 1"):
+        ExpertLoadBalancer(Model(), **{argument: 0})
+
+
+def test_a_model_that_was_not_converted() -> None:
+    with pytest.raises(ValueError, match=r"call parallelize_experts\(model\) before"):
+        ExpertLoadBalancer(Model())

@@ -1,0 +1,270 @@
+"""What can't work is refused in words: argument, value, what would do; on every rank, and nothing hangs or moves."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from lightning_eplb import EPLBCallback, ExpertLoadBalancer, ExpertPlacement, Policy, Topology, parallelize_experts
+from lightning_eplb.parallel.groups import ExpertGroups
+from tests.fidelity import SEQUENCES, trainer_for
+from tests.models import LanguageModel, hugging_face_model, loader, optimizer_of, token_batches
+from tests.workers import Workers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window_size": 0}, "window_size=0 must be at least 1"),
+        ({"step_interval": 0}, "step_interval=0 must be at least 1"),
+        ({"ep_size": 0}, "ep_size=0 must be at least 1; None takes every"),
+        ({"num_redundant_experts": -2}, "num_redundant_experts=-2 must not be negative; 0 is none"),
+        ({"policy": "balanced"}, "policy='balanced' must be a lightning_eplb.Policy"),
+    ],
+)
+def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EPLBCallback(**arguments)
+
+
+def fails_in_setup(arguments: dict[str, Any], more_callbacks: list[pl.Callback] | None = None, **trainer: Any) -> str:
+    """The message of ``fit``, which must come before our first collective, the making of groups."""
+    callbacks = [EPLBCallback(**arguments), *(more_callbacks or [])]
+    module = LanguageModel(trainer.pop("model", None) or hugging_face_model("mixtral"), "adamw")
+    too_late = AssertionError("a collective before the check")
+    with (
+        mock.patch.object(ExpertGroups, "create", side_effect=too_late),
+        mock.patch("torch.distributed.new_subgroups", side_effect=too_late),
+        pytest.raises(ValueError, match=r"\w") as raised,
+    ):
+        trainer_for(dist.get_world_size(), max_steps=1, callbacks=callbacks, **trainer).fit(module, tokens())
+    return str(raised.value)
+
+
+def tokens() -> Any:
+    return loader(token_batches(8 * SEQUENCES), SEQUENCES)
+
+
+def test_experts_that_do_not_divide(workers: Workers) -> None:
+    (message,) = set(workers.run(3, fails_in_setup, {}))
+    assert message == "ep_size=3 must divide the 8 experts of model.model.layers.0.mlp.experts; 1, 2, 4 or 8 would do"
+
+
+def test_redundant_experts_that_do_not_divide(workers: Workers) -> None:
+    (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 3}))
+    assert message == "num_redundant_experts=3 must be a multiple of ep_size=2; 2 or 4 would do"
+
+
+def test_ranks_that_do_not_divide(workers: Workers) -> None:
+    (message,) = set(workers.run(4, fails_in_setup, {"ep_size": 3}))
+    assert message == "ep_size=3 must divide the 4 data-parallel ranks; one of [1, 2, 4] would do"
+
+
+def no_moe_layer() -> str:
+    return fails_in_setup({}, model=nn.ModuleDict({"feed_forward_experts": nn.Linear(4, 4)}))
+
+
+def test_no_moe_layer(workers: Workers) -> None:
+    (message,) = set(workers.run(2, no_moe_layer))
+    assert message.startswith("no MoE layer found in LanguageModel: looked for a module with an int attribute num_exp")
+
+
+class MyAverage(WeightAveraging):
+    pass
+
+
+def averaging(name: str) -> str:
+    callbacks = {
+        "MyAverage": MyAverage,
+        "EMAWeightAveraging": EMAWeightAveraging,
+        "StochasticWeightAveraging": lambda: StochasticWeightAveraging(1e-3),
+    }
+    return fails_in_setup({}, [callbacks[name]()])
+
+
+@pytest.mark.parametrize("name", ["MyAverage", "EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_weight_averaging(name: str, workers: Workers) -> None:
+    (message,) = set(workers.run(2, averaging, name))
+    assert message.startswith(
+        f"{name} is not supported with EPLBCallback: it averages the rows of experts by the place"
+    )
+
+
+def half_precision() -> str:
+    scaler = torch.amp.GradScaler("cpu")
+    return fails_in_setup({}, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+
+
+def test_float16(workers: Workers) -> None:
+    (message,) = set(workers.run(2, half_precision))
+    assert message.startswith("precision='16-mixed' is not supported by EPLBCallback")
+    assert "'bf16-mixed' would do" in message
+
+
+def only_experts_trained() -> str:
+    model = hugging_face_model("mixtral")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    return fails_in_setup({}, model=model)
+
+
+def test_a_model_that_trains_only_experts(workers: Workers) -> None:
+    (message,) = set(workers.run(2, only_experts_trained))
+    assert message.startswith("LanguageModel trains no parameter outside of experts, and DDP refuses such a model")
+
+
+def test_another_strategy() -> None:
+    trainer = mock.Mock(world_size=2)
+    trainer.strategy = object()
+    with pytest.raises(ValueError, match="strategy=object is not supported by EPLBCallback; 'ddp'"):
+        EPLBCallback().setup(trainer, LanguageModel(hugging_face_model("mixtral"), "adamw"), "fit")
+
+
+class BuiltLater(LanguageModel):
+    def __init__(self, redundant: int | None) -> None:
+        super().__init__(nn.Linear(2, 2), "adamw")
+        self.redundant = redundant
+
+    def configure_model(self) -> None:
+        self.model = hugging_face_model("mixtral")
+        if self.redundant is not None:
+            parallelize_experts(self, num_redundant_experts=self.redundant)
+
+
+def built_later(redundant: int | None) -> str:
+    trainer = trainer_for(2, max_steps=2, callbacks=[EPLBCallback(num_redundant_experts=2)])
+    try:
+        trainer.fit(BuiltLater(redundant), tokens())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_of_configure_model_is_adopted(workers: Workers) -> None:
+    assert workers.run(2, built_later, 2) == ["", ""]
+
+
+def test_a_model_of_configure_model_that_is_not_converted(workers: Workers) -> None:
+    for message in workers.run(2, built_later, None):
+        assert "call parallelize_experts(self, num_redundant_experts=2) at its end" in message
+
+
+def test_a_model_of_configure_model_that_is_converted_otherwise(workers: Workers) -> None:
+    for message in workers.run(2, built_later, 4):
+        assert "num_redundant_experts=2; parallelize_experts was called for 2 ranks with num_redundant_exp" in message
+
+
+class Wrong(Policy):
+    """Returns what no policy may."""
+
+    def __init__(self, make: Callable[[ExpertPlacement], Any]) -> None:
+        self.make = make
+
+    def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        return self.make(placement)
+
+
+def changed(slot: int, expert: int) -> Callable[[ExpertPlacement], Any]:
+    def make(placement: ExpertPlacement) -> ExpertPlacement:
+        slots_YP = placement.physical_to_logical.copy()
+        slots_YP[0, slot] = expert
+        return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
+
+    return make
+
+
+def divided_by_zero(placement: ExpertPlacement) -> Any:
+    raise ZeroDivisionError("no load")
+
+
+# Slots of 8 experts and 2 redundant ones on 2 ranks: 0 1 2 3 (4) | 4 5 6 7 (1).
+WRONG: dict[str, tuple[Callable[[ExpertPlacement], Any], str]] = {
+    "missing and twice among the primaries": (changed(0, 7), "expert 0 is missing among the primaries and expert 7"),
+    "an empty primary slot": (changed(3, -1), "a primary slot of rank 0 is empty"),
+    "twice on one rank": (changed(4, 2), "rank 0 holds expert 2 twice"),
+    "no such expert": (changed(4, 8), "holds expert 8; experts are 0 to 7"),
+    "no placement": (lambda placement: placement.physical_to_logical, "it returned a ndarray, not an ExpertPlacement"),
+    "another shape": (
+        lambda placement: ExpertPlacement.initial(2, 8, 2),
+        "which can't follow ExpertPlacement(layers=2",
+    ),
+    "an exception": (divided_by_zero, "ZeroDivisionError: no load"),
+}
+
+
+def rearranged_by(name: str) -> str:
+    model = parallelize_experts(hugging_face_model("mixtral"), num_redundant_experts=2)
+    balancer = ExpertLoadBalancer(model, policy=Wrong(WRONG[name][0]))
+    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"Wrong\.rearrange\(\) failed") as raised:
+        balancer.rearrange()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.named_parameters())
+    count = torch.ones(1)
+    dist.all_reduce(count)  # the ranks still understand each other
+    assert count == 2
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_policy_that_returns_what_is_no_placement(name: str, workers: Workers) -> None:
+    for message in workers.run(2, rearranged_by, name):
+        assert WRONG[name][1] in message
+
+
+class OtherOptimizer(LanguageModel):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer_name == "lbfgs":
+            return torch.optim.LBFGS(self.parameters(), max_iter=2)
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=1e-3)
+
+
+def trained_by(optimizer: str) -> tuple[str, int]:
+    callback = EPLBCallback(step_interval=1000)
+    trainer = trainer_for(2, max_steps=5, callbacks=[callback])
+    try:
+        trainer.fit(OtherOptimizer(hugging_face_model("mixtral"), optimizer), tokens())
+    except ValueError as error:
+        return str(error), trainer.global_step
+    return "", -1
+
+
+def test_an_optimizer_with_flat_state_at_the_first_step_boundary(workers: Workers) -> None:
+    for message, step in workers.run(2, trained_by, "lbfgs"):
+        assert message.startswith("LBFGS keeps its state for model.model.layers.0.mlp.experts.gate_up_proj elsewhere")
+        assert "AdamW" in message
+        assert step == 1
+
+
+def test_an_optimizer_that_shares_parameters_out(workers: Workers) -> None:
+    for message, step in workers.run(2, trained_by, "zero"):
+        assert message.startswith("ZeroRedundancyOptimizer gives every rank other parameters to update")
+        assert step <= 1
+
+
+def ranks_disagree() -> tuple[str, bool]:
+    model = parallelize_experts(hugging_face_model("mixtral"))
+    optimizer = optimizer_of("adamw", model)
+    if dist.get_rank() == 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    balancer = ExpertLoadBalancer(model, [optimizer])
+    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
+    with pytest.raises(RuntimeError) as raised:
+        balancer.rearrange(ExpertPlacement([[4, 1, 2, 3, 0, 5, 6, 7]] * 2, 8, 2))
+    return str(raised.value), all(torch.equal(before[key], tensor) for key, tensor in model.named_parameters())
+
+
+def test_ranks_that_would_move_other_rows(workers: Workers) -> None:
+    for message, untouched in workers.run(2, ranks_disagree):
+        assert message.startswith("ranks [1] would move other rows than rank 0")
+        assert untouched
