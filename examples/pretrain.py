@@ -152,13 +152,14 @@ class Summary(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         self._tokens = batch.numel() * trainer.world_size
-        balancedness = trainer.callback_metrics.get("eplb/balancedness", torch.tensor(float("nan")))
-        self._rows.append((float(balancedness), time.perf_counter() - self._start))
+        balancer = _eplb(trainer).balancer
+        assert balancer is not None
+        assert balancer.last_step is not None
+        self._rows.append((balancer.last_step.balancedness, time.perf_counter() - self._start))
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        eplb = next(callback for callback in trainer.callbacks if isinstance(callback, EPLBCallback))  # type: ignore[attr-defined]
-        balancer = eplb.balancer
+        balancer = _eplb(trainer).balancer
         checkpoint = trainer.checkpoint_callback
         assert balancer is not None
         picture = Path(trainer.default_root_dir) / "expert_load.png"
@@ -183,6 +184,10 @@ class Summary(Callback):
         console.print(table)
         console.print(f"checkpoint  {_relative(getattr(checkpoint, 'best_model_path', ''))}", soft_wrap=True)
         console.print(f"heatmap     {_relative(picture)}", soft_wrap=True)
+
+
+def _eplb(trainer: pl.Trainer) -> EPLBCallback:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, EPLBCallback))  # type: ignore[attr-defined]
 
 
 def _relative(path: Any) -> str:

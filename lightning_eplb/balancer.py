@@ -29,22 +29,26 @@ log = logging.getLogger(__name__)
 class StepLoad:
     """One optimizer step's load, as the ranks served it. Tokens are summed over layers.
 
+    Where one rank holds all experts, each expert counts as if it were alone on a rank.
+
     Attributes:
         load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
         avg_tokens: Mean over ranks.
         max_tokens: The fullest rank of each layer.
         balancedness: ``avg_tokens / max_tokens``.
+        rearrangement: What was decided after it, if that was due.
     """
 
     load: Tensor
     avg_tokens: float
     max_tokens: float
     balancedness: float
+    rearrangement: "Rearrangement | None" = None
 
 
 @dataclass(frozen=True)
 class Rearrangement:
-    """What a rearrangement did.
+    """What was decided between two steps, and done. Where ``before == after``, nothing was worth a change.
 
     Attributes:
         before: The placement that it found.
@@ -132,15 +136,19 @@ class ExpertLoadBalancer:
             len(self._modules),
             first_layer.num_logical_experts,
             window_size,
-            self.placement,
+            self.placement if self.groups.size > 1 else None,
             sync_on_compute=False,  # every rank is given the sum over all
         )
         self.num_steps = 0
         """Optimizer steps in which the experts got a token."""
         self.num_rearrangements = 0
+        """Decisions that changed the placement."""
         self.rearranged_bytes = 0
         """Bytes that crossed ranks in all rearrangements, over all ranks."""
         self.last_rearrangement: Rearrangement | None = None
+        """The latest that changed the placement."""
+        self.last_step: StepLoad | None = None
+        """The latest optimizer step in which the experts got a token."""
         self._steps_to_go = max(1, step_interval // 4)
         self._optimizers_are_checked = False
         self.record(True)
@@ -175,11 +183,13 @@ class ExpertLoadBalancer:
         values = self.load(load_YL)
         self.num_steps += 1
         self._steps_to_go -= 1
+        done = None
         if self._steps_to_go == 0:
             self._steps_to_go = self.step_interval
-            self.rearrange(with_gradients=with_gradients)
+            done = self.rearrange(with_gradients=with_gradients)
         tokens = {name: float(values[name]) for name in ("avg_tokens", "max_tokens", "balancedness")}
-        return StepLoad(load_YL, **tokens)
+        self.last_step = StepLoad(load_YL, **tokens, rearrangement=done)
+        return self.last_step
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -219,9 +229,10 @@ class ExpertLoadBalancer:
             num_bytes=num_bytes * self.groups.num_replicas,
             seconds=time.perf_counter() - start,
         )
-        self.num_rearrangements += 1
-        self.rearranged_bytes += done.num_bytes
-        self.last_rearrangement = done
+        if before != after:
+            self.num_rearrangements += 1
+            self.rearranged_bytes += done.num_bytes
+            self.last_rearrangement = done
         return done
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement
+from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, StepLoad
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import rank_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
@@ -40,14 +40,15 @@ class EPLBCallback(Callback):
     ``configure_model`` must be converted there, by :func:`~lightning_eplb.parallelize_experts`; the callback adopts it.
     Any Hugging Face MoE model will do, and any module that follows the protocol described there.
 
-    Logged with every optimizer step, tokens summed over layers:
+    Logged whenever loggers write (``Trainer(log_every_n_steps=...)``), of that step, tokens summed over layers:
 
     - ``eplb/balancedness``: mean over ranks of the tokens they served, divided by the fullest rank's; 1 is perfect.
     - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
-    - ``eplb/rearrangements``: how many there were.
+    - ``eplb/rearrangements``: how many there were that changed the placement.
     - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
 
-    A ``WandbLogger`` gets a heatmap of experts and one of ranks with each rearrangement.
+    The progress bar shows ``balancedness`` of every step. A ``WandbLogger`` gets a heatmap of experts and one of ranks
+    with each rearrangement.
 
     Example::
 
@@ -60,8 +61,8 @@ class EPLBCallback(Callback):
     Args:
         num_redundant_experts: Redundant experts of each layer, over all ranks of an EP group: copies of popular
             experts, for which each rank keeps weights but no optimizer state. A multiple of ``ep_size``.
-        ep_size: Ranks that share the experts of a layer. ``None``: all. With 1, experts stay where they are and their
-            load is only observed.
+        ep_size: Ranks that share the experts of a layer. ``None``: all. With 1, the model stays as it is and is only
+            watched; each expert then counts as if it were alone on a rank, so that balancedness is that of experts.
         policy: Decides where experts go. ``None``: :class:`~lightning_eplb.BalancedPolicy`.
         window_size: Optimizer steps whose load the policy looks at.
         step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it.
@@ -106,9 +107,9 @@ class EPLBCallback(Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         ep_size = self._check_trainer(trainer)
-        pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(  # type: ignore[assignment]
-            pl_module, getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
-        )
+        ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
+        if not isinstance(ignored, _IgnoredByDDP):
+            pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
@@ -134,6 +135,7 @@ class EPLBCallback(Callback):
             self.balancer = ExpertLoadBalancer(
                 pl_module, policy=self.policy, window_size=self.window_size, step_interval=self.step_interval
             )
+            self.balancer.record(False)  # until training starts: the sanity check is no load
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
@@ -166,30 +168,17 @@ class EPLBCallback(Callback):
         if trainer.global_step == self._last_global_step:
             return
         self._last_global_step = trainer.global_step
-        rearrangements = self.balancer.num_rearrangements
         # Under automatic optimization gradients are zeroed before the next backward pass: they need not move.
         load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
         if load is None:
             return
-        pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a progress bar is narrow
-        pl_module.log_dict(
-            {
-                "eplb/balancedness": load.balancedness,
-                "eplb/avg_tokens": load.avg_tokens,
-                "eplb/max_tokens": load.max_tokens,
-            }
-        )
-        latest = self.balancer.last_rearrangement
-        if latest is not None:
-            pl_module.log_dict(
-                {
-                    "eplb/rearrangements": float(self.balancer.num_rearrangements),
-                    "eplb/rearrange_seconds": latest.seconds,
-                    "eplb/rearranged_bytes": float(latest.num_bytes),
-                }
-            )
-            if self.balancer.num_rearrangements > rearrangements:
-                self._report(trainer, latest)
+        if load.rearrangement is not None:
+            self._report(trainer, load.rearrangement)
+        # A value that is logged costs a third of a millisecond, also in the steps that no logger writes.
+        if trainer.progress_bar_callback is not None:
+            pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
+        if self._is_logged(trainer, pl_module):
+            pl_module.log_dict(self._values(load))
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -254,7 +243,28 @@ class EPLBCallback(Callback):
                 f" num_redundant_experts={redundant}; give both the same"
             )
 
+    def _is_logged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # Under manual optimization Lightning counts batches, which `global_step` doesn't tell.
+        return not pl_module.automatic_optimization or (every > 0 and trainer.global_step % every == 0)
+
+    def _values(self, load: StepLoad) -> dict[str, float]:
+        assert self.balancer is not None
+        values = {
+            "eplb/balancedness": load.balancedness,
+            "eplb/avg_tokens": load.avg_tokens,
+            "eplb/max_tokens": load.max_tokens,
+            "eplb/rearrangements": float(self.balancer.num_rearrangements),
+        }
+        if (latest := self.balancer.last_rearrangement) is not None:
+            values["eplb/rearrange_seconds"] = latest.seconds
+            values["eplb/rearranged_bytes"] = float(latest.num_bytes)
+        return values
+
     def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
+        if done.before == done.after:
+            rank_zero_info(f"step {trainer.global_step}: no expert moved, the placement is as good as the policy's")
+            return
         rank_zero_info(
             f"step {trainer.global_step}: {done.num_rows} experts in {done.num_layers} layers changed ranks,"
             f" {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"

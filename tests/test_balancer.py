@@ -98,7 +98,7 @@ def test_same_weights_as_one_process(workers: Workers) -> None:
 
 
 def when(step_interval: int) -> list[int]:
-    return loop(20, {"policy": StaticPolicy(), "step_interval": step_interval})[2]
+    return loop(20, {"policy": ShufflePolicy(), "step_interval": step_interval})[2]
 
 
 def test_the_first_rearrangement_comes_after_a_quarter(workers: Workers) -> None:
@@ -138,7 +138,7 @@ def test_the_window_of_another_model_is_refused(workers: Workers) -> None:
 def without_tokens() -> None:
     model = Model()
     parallelize_experts(model)
-    balancer = ExpertLoadBalancer(model, policy=StaticPolicy(), step_interval=4)
+    balancer = ExpertLoadBalancer(model, policy=ShufflePolicy(), step_interval=4)
     model(torch.zeros(0, WIDTH, dtype=torch.float64))
     assert balancer.step() is None
     balancer.record(False)
@@ -153,6 +153,19 @@ def without_tokens() -> None:
 
 def test_a_step_without_tokens_is_none(workers: Workers) -> None:
     workers.run(2, without_tokens)
+
+
+def with_a_policy_that_stays() -> None:
+    balancer, _, rearranged_at = loop(3, {"policy": StaticPolicy(), "step_interval": 4})
+    assert rearranged_at == []
+    assert (balancer.num_rearrangements, balancer.rearranged_bytes) == (0, 0)
+    done = balancer.rearrange()
+    assert done is not None
+    assert (done.before == done.after, done.num_rows, done.num_bytes) == (True, 0, 0)
+
+
+def test_a_decision_that_changes_nothing_is_no_rearrangement(workers: Workers) -> None:
+    workers.run(2, with_a_policy_that_stays)
 
 
 def to_a_given_placement() -> None:

@@ -26,7 +26,6 @@ def train(folder: str) -> list[int]:
         WandbLogger(save_dir=str(rank_folder), offline=True),
         CSVLogger(str(rank_folder), name="csv", version=""),
     ]
-    # Interval 8: rearrangements after steps 2 and 10; interval 4 gives those after 1 and 5.
     callback = EPLBCallback(2, policy=ShufflePolicy(), step_interval=4)
     trainer = trainer_for(2, max_steps=STEPS, logger=loggers, log_every_n_steps=1, callbacks=[callback])
     trainer.fit(LanguageModel(hugging_face_model("mixtral"), "adamw"), loader(token_batches(50), SEQUENCES))

@@ -46,6 +46,9 @@ class Skewed(pl.LightningModule):
         hidden = self.embedding
         return self.experts(hidden, index, torch.ones(TOKENS, 1, dtype=torch.float64)).mean()
 
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
@@ -53,9 +56,14 @@ class Skewed(pl.LightningModule):
 def train(folder: str) -> None:
     logger = CSVLogger(folder, name="", version="")
     trainer = trainer_for(
-        2, max_steps=STEPS, logger=logger, log_every_n_steps=1, callbacks=[EPLBCallback(step_interval=16)]
+        2,
+        max_steps=STEPS,
+        val_check_interval=1,
+        logger=logger,
+        log_every_n_steps=1,
+        callbacks=[EPLBCallback(step_interval=16)],
     )
-    trainer.fit(Skewed(), loader(token_batches(STEPS * 2), 1))
+    trainer.fit(Skewed(), loader(token_batches(STEPS * 2), 1), loader(token_batches(4), 1))
 
 
 def test_logged_balancedness_is_the_count_by_hand(workers: Workers, tmp_path: Path) -> None:
@@ -68,7 +76,20 @@ def test_logged_balancedness_is_the_count_by_hand(workers: Workers, tmp_path: Pa
     assert [float(row["eplb/max_tokens"]) for row in rows[:4]] == [120.0] * 4
     assert [float(row["eplb/avg_tokens"]) for row in rows] == [100.0] * STEPS
     assert min(balancedness[4:]) > 0.95
-    assert rows[2]["eplb/rearrangements"] == ""
+    assert float(rows[2]["eplb/rearrangements"]) == 0
+    assert rows[2]["eplb/rearranged_bytes"] == ""
     assert float(rows[-1]["eplb/rearrangements"]) == 1
     expert_bytes = 2 * 4 * 4 * 8  # float64 weights and as much momentum
     assert float(rows[-1]["eplb/rearranged_bytes"]) in [expert_bytes * experts for experts in range(2, 9, 2)]
+
+
+def test_one_process_only_watches(tmp_path: Path) -> None:
+    logger = CSVLogger(str(tmp_path), name="", version="")
+    callback = EPLBCallback(step_interval=4)
+    trainer = trainer_for(1, max_steps=STEPS, logger=logger, log_every_n_steps=1, callbacks=[callback])
+    trainer.fit(Skewed(), loader(token_batches(STEPS), 1))
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["eplb/balancedness"]]
+    assert [float(row["eplb/balancedness"]) for row in rows] == pytest.approx([12.5 / 20] * STEPS)
+    assert [float(row["eplb/max_tokens"]) for row in rows] == [20.0] * STEPS
+    assert float(rows[-1]["eplb/rearrangements"]) == 0
