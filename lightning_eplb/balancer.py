@@ -1,7 +1,6 @@
 """Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from lightning_eplb.policies import BalancedPolicy, Policy, Topology
 from lightning_eplb.relocation.exchange import relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The Lightning callback."""
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +23,6 @@ from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.policies import Policy
-
-log = logging.getLogger(__name__)
 
 
 class EPLBCallback(Callback):
@@ -116,8 +113,9 @@ class EPLBCallback(Callback):
         if not found and is_overridden("configure_model", pl_module):
             return
         check_experts(pl_module, found, ep_size, self.num_redundant_experts)
-        experts = {id(parameter) for module in found.values() for parameter in module.parameters()}
-        if ep_size > 1 and all(id(p) in experts for p in pl_module.parameters() if p.requires_grad):
+        experts = {id(parameter) for module in found.values() for parameter in module.parameters(recurse=False)}
+        trained_elsewhere = any(p.requires_grad and id(p) not in experts for p in pl_module.parameters())
+        if stage == "fit" and ep_size > 1 and not trained_elsewhere:
             raise ValueError(
                 f"{type(pl_module).__name__} trains no parameter outside of experts, and DDP refuses such a model; let"
                 " one other parameter require gradients, a norm's would do"

@@ -28,11 +28,12 @@ class Case:
     clip: str = "off"
     optimizer: str = "adamw"
     top_k: int = 2
+    ep_size: int | None = None
 
     def __str__(self) -> str:
         return (
             f"{self.model}-top{self.top_k}-{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
-            f"-clip_{self.clip}-{self.optimizer}"
+            f"-clip_{self.clip}-{self.optimizer}" + (f"-ep{self.ep_size}" if self.ep_size else "")
         )
 
 
@@ -118,7 +119,7 @@ def reference(case: Case) -> Outcome:
 def distributed(case: Case) -> Outcome:
     """On every worker: Lightning, DDP, experts spread over the ranks and shuffled after every step."""
     module = LanguageModel(hugging_face_model(case.model, top_k=case.top_k), case.optimizer)
-    callback = EPLBCallback(num_redundant_experts=case.redundant * case.ranks, policy=ShufflePolicy(), step_interval=1)
+    callback = EPLBCallback(case.redundant * case.ranks, case.ep_size, ShufflePolicy(), step_interval=1)
     trainer = trainer_for(
         case.ranks,
         max_steps=STEPS,

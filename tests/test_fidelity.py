@@ -16,9 +16,10 @@ SETTINGS = {
 }
 CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
 WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]
+GROUPS = [Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2)]
 
 
-@pytest.mark.parametrize("case", CASES + WIDE, ids=str)
+@pytest.mark.parametrize("case", CASES + WIDE + GROUPS, ids=str)
 def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case)) < TOLERANCE
 

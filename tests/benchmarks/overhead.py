@@ -244,8 +244,7 @@ def measure(rounds: int, folder: str) -> dict[str, Any]:
     eplb = lanes["callback"].eplb
     assert eplb is not None
     assert eplb.balancer is not None
-    assert eplb.balancer.num_rearrangements > 1
-    assert eplb.balancer.rearranged_bytes == 0, "there was something to balance"
+    assert eplb.balancer.num_rearrangements == 0, "there was something to balance"
     return {
         "seconds": {name: lane.seconds[WARM_UP_ROUNDS:] for name, lane in lanes.items()},
         "cpu_seconds": {name: lane.cpu_seconds[WARM_UP_ROUNDS:] for name, lane in lanes.items()},
@@ -285,6 +284,7 @@ def summarize(fits: list[list[dict[str, Any]]]) -> dict[str, Any]:
     names = sorted({part for step in steps for part in step})
     parts = {name: np.array([step.get(name, 0.0) for step in steps]) for name in names}
     decides = parts.pop("balancer.rearrange") > 0
+    assert decides.sum() > RANKS, "too few decisions were due"
     in_callback = np.array([sum(step.values()) for step in steps])
     usual = float(np.median(in_callback[~decides]))
     decisions = in_callback[decides] - usual

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -16,8 +17,6 @@ from PIL import Image
 
 from lightning_eplb.logging import draw_expert_load, draw_rank_load, log_heatmaps, takes_pictures
 from tests.logging.offline_run import image_paths, read_history, run_dirs
-
-wandb = pytest.importorskip("wandb")
 
 
 @pytest.fixture
