@@ -1,5 +1,6 @@
 """The Lightning callback."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.policies import Policy
+from lightning_eplb.trace import TraceWriter
 
 
 class EPLBCallback(Callback):
@@ -63,6 +65,8 @@ class EPLBCallback(Callback):
         policy: Decides where experts go. ``None``: :class:`~lightning_eplb.BalancedPolicy`.
         window_size: Optimizer steps whose load the policy looks at.
         step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it.
+        trace: A file to record the load of every optimizer step in, for ``python -m lightning_eplb simulate``. A
+            resumed run goes on with it, any other replaces it.
 
     Raises:
         ValueError: In ``__init__`` or in ``setup``, before any communication, if an argument does not fit by itself,
@@ -81,6 +85,7 @@ class EPLBCallback(Callback):
         policy: Policy | None = None,
         window_size: int = 100,
         step_interval: int = 100,
+        trace: str | os.PathLike | None = None,
     ) -> None:
         if num_redundant_experts < 0:
             raise ValueError(f"num_redundant_experts={num_redundant_experts} must not be negative; 0 is none")
@@ -96,10 +101,12 @@ class EPLBCallback(Callback):
         self.policy = policy
         self.window_size = window_size
         self.step_interval = step_interval
+        self.trace = trace
         self.balancer: ExpertLoadBalancer | None = None
         """Exists from the start of ``fit`` on, and stays."""
         self._saved_state: dict[str, Any] = {}
         self._last_global_step = 0
+        self._trace_writer: TraceWriter | None = None
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -143,6 +150,8 @@ class EPLBCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self._last_global_step = trainer.global_step
+        if self.trace is not None and trainer.is_global_zero:
+            self._trace_writer = TraceWriter(self.trace, append=bool(self._saved_state))
         if self._saved_state:
             self.balancer.load_state_dict(self._saved_state)
             self._saved_state = {}
@@ -170,6 +179,8 @@ class EPLBCallback(Callback):
         load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
         if load is None:
             return
+        if self._trace_writer is not None:
+            self._trace_writer.append(load.load)
         if load.rearrangement is not None:
             self._report(trainer, load.rearrangement)
         # A value that is logged costs a third of a millisecond, also in the steps that no logger writes.
@@ -181,6 +192,9 @@ class EPLBCallback(Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
+        if self._trace_writer is not None:
+            self._trace_writer.close()
+            self._trace_writer = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_eplb.trace import read_trace
+
 REPOSITORY = Path(__file__).parents[2]
 SMALL = """
 --trainer.max_steps=12 --trainer.val_check_interval=6 --model.width=32 --model.expert_width=32 --model.layers=2
@@ -35,6 +37,8 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     assert done.stdout.count("12 steps on 2 ranks") == 1
     assert (tmp_path / "expert_load.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "logs/version_0/metrics.csv").exists()
+
+    assert read_trace(tmp_path / "trace.npy").shape == (12, 2, 16)
 
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 12
