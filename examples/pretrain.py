@@ -3,8 +3,8 @@
     python examples/pretrain.py fit --config examples/configs/cpu.yaml
 
 Everything is set in the YAML file; any of it can be overridden on the command line, for instance
-``--trainer.max_steps 100`` (``--help`` lists what there is). The text is the source code of Python's standard library,
-which every machine has, one token a byte.
+``--trainer.max_steps 1000`` (``fit --help`` lists what there is). The text is the source code of Python's standard
+library, which every machine has, one token a byte.
 """
 
 import os
@@ -15,13 +15,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_eplb import EPLBCallback
@@ -39,7 +39,7 @@ class MoELanguageModel(pl.LightningModule):
         experts: Experts of a layer.
         top_k: Experts that a token visits.
         learning_rate: Peak learning rate of AdamW, after a warm-up.
-        warmup_steps: Optimizer steps in which it rises from zero.
+        warmup_steps: Optimizer steps in which it rises, from a twentieth.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class MoELanguageModel(pl.LightningModule):
         return loss
 
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self._loss(tokens), prog_bar=True, sync_dist=True)
+        self.log("val_loss", self._loss(tokens), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
@@ -106,7 +106,7 @@ class StandardLibrary(pl.LightningDataModule):
     Args:
         sequence_length: Tokens of a sequence.
         batch_size: Sequences of a rank's batch.
-        validation_sequences: How many sequences of the files that are kept are used.
+        validation_sequences: How many sequences are used, evenly spaced over the files that are kept.
     """
 
     def __init__(self, sequence_length: int = 128, batch_size: int = 8, validation_sequences: int = 128) -> None:
@@ -119,10 +119,13 @@ class StandardLibrary(pl.LightningDataModule):
         folder = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py"))
         files = [file for file in files if file.parent.name not in {"site-packages", "test", "idlelib"}]
+        if not files:
+            raise FileNotFoundError(f"no source files of the standard library in {folder}")
         texts = [file.read_bytes() for file in files]
-        kept = b"".join(texts[::20])[: self.validation_sequences * self.sequence_length]
         self.train = Windows(b"".join(text for i, text in enumerate(texts) if i % 20), self.sequence_length)
-        self.validation = Windows(kept, self.sequence_length)
+        kept = Windows(b"".join(texts[::20]), self.sequence_length)
+        count = min(self.validation_sequences, len(kept))
+        self.validation = Subset(kept, [i * len(kept) // count for i in range(count)])
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
@@ -131,19 +134,36 @@ class StandardLibrary(pl.LightningDataModule):
         return DataLoader(self.validation, self.batch_size, drop_last=True)
 
 
+class ProgressBar(TQDMProgressBar):
+    """Lightning's, without what would push loss and balancedness out of a terminal of 80 columns."""
+
+    BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
 class Summary(Callback):
     """Prints at the end what balancing did: the first steps against the last ones, and where the results lie.
 
+    List it after ``EPLBCallback``: a step's time then has that callback's in it. Waiting for data, validation and
+    checkpoints are left out.
+
     Args:
-        steps: How many steps are "first" and "last".
-        warmup: How many of the first steps don't count for the speed: they fill caches.
+        steps: How many optimizer steps are "first" and "last".
+        warmup: How many steps at the start don't count for the speed: they fill caches.
     """
 
     def __init__(self, steps: int = 50, warmup: int = 10) -> None:
         self.steps = steps
         self.warmup = warmup
-        self._rows: list[tuple[float, float]] = []  # balancedness and seconds of every step
-        self._tokens = 0
+        self._rows: list[tuple[float, int, float]] = []  # balancedness, tokens of all ranks and seconds of each step
+        self._tokens, self._seconds = 0, 0.0  # of the step's batches so far
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._global_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._start = time.perf_counter()
@@ -151,30 +171,39 @@ class Summary(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        self._tokens = batch.numel() * trainer.world_size
+        self._tokens += batch.numel() * trainer.world_size
+        self._seconds += time.perf_counter() - self._start
+        if trainer.global_step == self._global_step:
+            return  # gradients are accumulated: the step goes on
+        self._global_step = trainer.global_step
         balancer = _eplb(trainer).balancer
         assert balancer is not None
         assert balancer.last_step is not None
-        self._rows.append((balancer.last_step.balancedness, time.perf_counter() - self._start))
+        self._rows.append((balancer.last_step.balancedness, self._tokens, self._seconds))
+        self._tokens, self._seconds = 0, 0.0
 
     @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         balancer = _eplb(trainer).balancer
-        checkpoint = trainer.checkpoint_callback
-        assert balancer is not None
+        if balancer is None or not self._rows:
+            return  # resumed where there was nothing left to do
         picture = Path(trainer.default_root_dir) / "expert_load.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw_expert_load(balancer.load.compute()["load"], "Tokens of each expert in the last window").savefig(picture)
 
         first, last = self._rows[: self.steps], self._rows[-self.steps :]
-        table = Table(title=f"{trainer.global_step} steps on {trainer.world_size} ranks")
+        left_out = min(self.warmup, len(first) - 1)
+        timed = first[left_out:], self._rows[left_out:][-self.steps :]
+        table = Table(
+            title=f"{trainer.global_step} steps on {trainer.world_size} ranks",
+            caption=f"tokens per second: without the first {left_out} steps, a warm-up",
+        )
         table.add_column("")
         table.add_column(f"first {len(first)} steps", justify="right")
         table.add_column(f"last {len(last)} steps", justify="right")
-        table.add_row("balancedness", *(f"{sum(b for b, _ in part) / len(part):.3f}" for part in (first, last)))
-        timed = (first[self.warmup :] or first, last)
-        speed = (f"{self._tokens * len(part) / sum(s for _, s in part):,.0f}" for part in timed)
-        table.add_row("tokens per second", *speed)
+        table.add_row("balancedness", *(f"{sum(b for b, _, _ in part) / len(part):.3f}" for part in (first, last)))
+        speeds = (sum(tokens for _, tokens, _ in part) / sum(seconds for _, _, seconds in part) for part in timed)
+        table.add_row("tokens per second", *(f"{speed:,.0f}" for speed in speeds))
         table.add_section()
         table.add_row("rearrangements", "", str(balancer.num_rearrangements))
         table.add_row("moved between ranks", "", f"{balancer.rearranged_bytes / 2**20:.1f} MiB")
@@ -182,8 +211,11 @@ class Summary(Callback):
             table.add_row("validation loss", "", f"{float(trainer.callback_metrics['val_loss']):.3f}")
         console = Console()
         console.print(table)
-        console.print(f"checkpoint  {_relative(getattr(checkpoint, 'best_model_path', ''))}", soft_wrap=True)
+        console.print(
+            f"checkpoint  {_relative(getattr(trainer.checkpoint_callback, 'best_model_path', ''))}", soft_wrap=True
+        )
         console.print(f"heatmap     {_relative(picture)}", soft_wrap=True)
+        console.print(f"logs        {_relative(getattr(trainer.logger, 'log_dir', ''))}", soft_wrap=True)
 
 
 def _eplb(trainer: pl.Trainer) -> EPLBCallback:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning_eplb.trace import read_trace
 REPOSITORY = Path(__file__).parents[2]
 SMALL = """
 --trainer.max_steps=12 --trainer.val_check_interval=6 --model.width=32 --model.expert_width=32 --model.layers=2
---data.sequence_length=32 --data.batch_size=4 --data.validation_sequences=16
+--data.sequence_length=32 --data.batch_size=4 --data.validation_sequences=16 --trainer.accumulate_grad_batches=2
 """
 
 
@@ -22,19 +23,17 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     config = (REPOSITORY / "examples/configs/cpu.yaml").read_text()
     config = config.replace("runs/pretrain", str(tmp_path)).replace("step_interval: 160", "step_interval: 16")
     (tmp_path / "cpu.yaml").write_text(config)
-    environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
-    done = subprocess.run(
-        [*command, "--config", str(tmp_path / "cpu.yaml"), *SMALL.split()],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=tmp_path,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for words in ("balancedness", "tokens per second", "rearrangements", "moved between ranks", "validation loss"):
+    command += ["--config", str(tmp_path / "cpu.yaml"), *SMALL.split()]
+    done = run(command, tmp_path)
+    for words in ("balancedness", "tokens per second", "validation loss", "without the first 10 steps"):
         assert words in done.stdout
     assert done.stdout.count("12 steps on 2 ranks") == 1
+    assert int(re.findall(r"rearrangements\W+(\d+)", done.stdout)[0]) >= 1
+    assert float(re.findall(r"moved between ranks\W+([\d.]+) MiB", done.stdout)[0]) > 0
+    # The progress bar, in a terminal of 80 columns.
+    assert re.search(r"\d+/\d+ \[.*, loss=\d+\.\d+, balancedness=\d\.\d+", done.stdout + done.stderr)
+    for name in ("checkpoint", "heatmap", "logs"):
+        assert (tmp_path / re.findall(rf"^{name} +(.+)$", done.stdout, re.MULTILINE)[0]).exists()
     assert (tmp_path / "expert_load.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "logs/version_0/metrics.csv").exists()
 
@@ -49,3 +48,14 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
     spec.loader.exec_module(pretrain)
     model = pretrain.MoELanguageModel(width=32, expert_width=32, layers=2)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
+
+    # Resumed where nothing is left to do, it has nothing to sum up, and says so by ending well.
+    run([*command, "--ckpt_path", str(tmp_path / "checkpoints/last.ckpt")], tmp_path)
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+    environment["COLUMNS"] = "80"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
