@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.compiled import compiled
+from lightning_eplb.placement import ExpertPlacement
 
 
 def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
@@ -35,10 +36,9 @@ def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
             f"load_YL has shape {list(load.shape)}; this placement has {placement.num_layers} layers of"
             f" {placement.num_logical_experts} logical experts, so it must be {list(placement.replica_count.shape)}"
         )
-    share_YL = load / placement.replica_count
-    slots_YP = placement.physical_to_logical
-    share_YP = np.where(slots_YP == EMPTY, 0.0, np.take_along_axis(share_YL, np.maximum(slots_YP, 0), axis=1))
-    return share_YP.reshape(placement.by_rank.shape).sum(axis=-1)
+    tokens_YR = np.zeros(placement.by_rank.shape[:2])
+    _add_shares(load / placement.replica_count, placement.by_rank, tokens_YR)
+    return tokens_YR
 
 
 def balancedness(tokens_YR: Any) -> float:
@@ -66,9 +66,29 @@ def balancedness(tokens_YR: Any) -> float:
     tokens = _to_float64(tokens_YR)
     if tokens.ndim not in (1, 2):
         raise ValueError(f"tokens_YR has shape {list(tokens.shape)}; it must be [layers, ranks] or [ranks]")
-    if not tokens.any():
-        return 1.0
-    return float(tokens.sum() / tokens.shape[-1] / tokens.max(axis=-1).sum())
+    return _balancedness(np.atleast_2d(tokens))
+
+
+@compiled
+def _add_shares(share_YL, slots_YRS, tokens_YR):
+    for layer, rank, slot in np.ndindex(slots_YRS.shape):
+        expert = slots_YRS[layer, rank, slot]
+        if expert >= 0:
+            tokens_YR[layer, rank] += share_YL[layer, expert]
+
+
+@compiled
+def _balancedness(tokens_YR):
+    """One addition after the other, so that all machines get the same bits: ranks decide by it."""
+    layers, ranks = tokens_YR.shape
+    total = fullest = 0.0
+    for layer in range(layers):
+        most = 0.0
+        for rank in range(ranks):
+            total += tokens_YR[layer, rank]
+            most = max(most, tokens_YR[layer, rank])
+        fullest += most
+    return total / ranks / fullest if fullest > 0.0 else 1.0
 
 
 def _to_float64(values: Any) -> np.ndarray:

@@ -5,9 +5,12 @@ expert, ``R`` ranks, ``S`` slots on a rank.
 """
 
 import hashlib
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from lightning_eplb.compiled import compiled
 
 EMPTY = -1
 """What a redundant slot that holds no expert has in ``physical_to_logical``."""
@@ -36,13 +39,11 @@ class ExpertPlacement:
 
     physical_to_logical: np.ndarray
     """``[Y, P]`` int64, ``-1`` where a slot is empty."""
-    logical_to_physical: np.ndarray
-    """``[Y, L, C]`` int64, the primary first, then copies by slot; padded with ``-1``."""
     replica_count: np.ndarray
     """``[Y, L]`` int64, the primary included: never below 1."""
 
     def __init__(self, physical_to_logical: Any, num_logical_experts: int, num_ranks: int) -> None:
-        p2l_YP = np.array(physical_to_logical, dtype=np.int64)
+        p2l_YP = np.array(physical_to_logical, dtype=np.int64, order="C")
         if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
             raise ValueError(
                 f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
@@ -55,10 +56,11 @@ class ExpertPlacement:
         self.num_logical_experts = num_logical_experts
         self.num_ranks = num_ranks
         self.physical_to_logical = p2l_YP
-        self._check()
-        self.logical_to_physical, self.replica_count = self._invert()
-        for array in (self.physical_to_logical, self.logical_to_physical, self.replica_count):
-            array.setflags(write=False)
+        self.replica_count = np.empty((self.num_layers, num_logical_experts), dtype=np.int64)
+        if not _count_copies(self.by_rank, self.primaries_per_rank, self.replica_count):
+            raise self._explain_fault()
+        self.physical_to_logical.setflags(write=False)
+        self.replica_count.setflags(write=False)
 
     @classmethod
     def initial(
@@ -122,10 +124,27 @@ class ExpertPlacement:
         """The primaries in the order of ranks and of rows on a rank, ``[Y, L]``: logical ids, each one once."""
         return self.by_rank[:, :, : self.primaries_per_rank].reshape(self.num_layers, self.num_logical_experts)
 
+    @cached_property
+    def logical_to_physical(self) -> np.ndarray:
+        """``[Y, L, C]`` int64, the primary first, then copies by slot; padded with ``-1``."""
+        most = int(self.replica_count.max(initial=1))
+        l2p_YLC = np.empty((self.num_layers, self.num_logical_experts, most), dtype=np.int64)
+        _list_slots(self.by_rank, self.primaries_per_rank, l2p_YLC)
+        l2p_YLC.setflags(write=False)
+        return l2p_YLC
+
+    @property
+    def primary_slot(self) -> np.ndarray:
+        """The slot of each expert's primary, ``[Y, L]``: ``logical_to_physical[:, :, 0]``."""
+        slot_L = np.arange(self.num_physical_experts).reshape(self.num_ranks, -1)[:, : self.primaries_per_rank].ravel()
+        slot_YL = np.empty_like(self.replica_count)
+        np.put_along_axis(slot_YL, self.primaries, np.broadcast_to(slot_L, slot_YL.shape), axis=1)
+        return slot_YL
+
     @property
     def primary_rank(self) -> np.ndarray:
         """The rank that holds each expert's primary, ``[Y, L]``."""
-        return self.logical_to_physical[:, :, 0] // self.slots_per_rank
+        return self.primary_slot // self.slots_per_rank
 
     def digest(self) -> bytes:
         """32 bytes that are equal where the placement is, on every machine; ranks compare them before rows move."""
@@ -144,50 +163,78 @@ class ExpertPlacement:
             f" redundant={self.num_redundant_experts}, ranks={self.num_ranks})"
         )
 
-    def _check(self) -> None:
+    def _explain_fault(self) -> ValueError:
+        """The sentence for the first layer that is not a placement."""
         p2l_YP, experts = self.physical_to_logical, self.num_logical_experts
-        if p2l_YP.size and not (p2l_YP.min() >= EMPTY and p2l_YP.max() < experts):
-            raise ValueError(
+        if p2l_YP.min() < EMPTY or p2l_YP.max() >= experts:
+            return ValueError(
                 f"physical_to_logical holds expert {p2l_YP.min() if p2l_YP.min() < EMPTY else p2l_YP.max()};"
                 f" experts are 0 to {experts - 1}, and -1 is an empty slot"
             )
-        for layer in range(self.num_layers):
+        is_wrong_Y = (np.sort(self.primaries, axis=1) != np.arange(experts)).any(axis=1)
+        for layer in np.flatnonzero(is_wrong_Y)[:1]:
             primaries = self.primaries[layer]
             if (primaries == EMPTY).any():
                 rank = int(np.flatnonzero(primaries == EMPTY)[0]) // self.primaries_per_rank
-                raise ValueError(f"layer {layer}: a primary slot of rank {rank} is empty; only redundant slots may be")
+                return ValueError(f"layer {layer}: a primary slot of rank {rank} is empty; only redundant slots may be")
             times = np.bincount(primaries, minlength=experts)
-            if (times != 1).any():
-                doubled, missing = int(times.argmax()), int(times.argmin())
-                raise ValueError(
-                    f"layer {layer}: expert {missing} is missing among the primaries and expert {doubled} is there"
-                    f" {times[doubled]} times; the first {self.primaries_per_rank} slots of the ranks must hold every"
-                    " expert once"
-                )
-        for layer, rank in np.ndindex(self.num_layers, self.num_ranks):
-            held = self.by_rank[layer, rank]
-            times = np.bincount(held[held != EMPTY], minlength=experts)
-            if times.max(initial=0) > 1:
-                raise ValueError(
-                    f"layer {layer}: rank {rank} holds expert {int(times.argmax())} twice; a second copy on one rank"
-                    " serves nobody, leave the slot empty (-1)"
-                )
+            doubled, missing = int(times.argmax()), int(times.argmin())
+            return ValueError(
+                f"layer {layer}: expert {missing} is missing among the primaries and expert {doubled} is there"
+                f" {times[doubled]} times; the first {self.primaries_per_rank} slots of the ranks must hold every"
+                " expert once"
+            )
+        held_YRS = np.sort(self.by_rank, axis=2)
+        is_double_YRS = (held_YRS[:, :, 1:] == held_YRS[:, :, :-1]) & (held_YRS[:, :, 1:] != EMPTY)
+        layer, rank, slot = np.argwhere(is_double_YRS)[0]
+        return ValueError(
+            f"layer {layer}: rank {rank} holds expert {held_YRS[layer, rank, slot]} twice; a second copy on one"
+            " rank serves nobody, leave the slot empty (-1)"
+        )
 
-    def _invert(self) -> tuple[np.ndarray, np.ndarray]:
-        layers, slots = self.physical_to_logical.shape
-        is_primary_P = np.arange(slots) % self.slots_per_rank < self.primaries_per_rank
-        slot_order_P = np.concatenate([np.flatnonzero(is_primary_P), np.flatnonzero(~is_primary_P)])
-        ordered_YP = self.physical_to_logical[:, slot_order_P]
-        replica_count_YL = np.zeros((layers, self.num_logical_experts), dtype=np.int64)
-        layer_index, position = np.nonzero(ordered_YP != EMPTY)
-        np.add.at(replica_count_YL, (layer_index, ordered_YP[layer_index, position]), 1)
-        most_copies = int(replica_count_YL.max(initial=1))
-        l2p_YLC = np.full((layers, self.num_logical_experts, most_copies), EMPTY, dtype=np.int64)
-        for layer in range(layers):
-            held = np.flatnonzero(ordered_YP[layer] != EMPTY)
-            experts = ordered_YP[layer, held]
-            by_expert = np.argsort(experts, kind="stable")
-            first_of_expert = np.concatenate([[0], np.cumsum(replica_count_YL[layer])[:-1]])
-            copy = np.arange(held.size) - np.repeat(first_of_expert, replica_count_YL[layer])
-            l2p_YLC[layer, experts[by_expert], copy] = slot_order_P[held[by_expert]]
-        return l2p_YLC, replica_count_YL
+
+@compiled
+def _count_copies(slots_YRS, num_primaries, count_YL):
+    """Fill in the copies of each expert. Returns whether the slots are a placement; the copies are, where it is one."""
+    layers, ranks, num_slots = slots_YRS.shape
+    experts = count_YL.shape[1]
+    seen_at_L = np.full(experts, -1)
+    count_YL[:] = 0
+    for layer in range(layers):
+        for rank in range(ranks):
+            here = layer * ranks + rank
+            for slot in range(num_slots):
+                expert = slots_YRS[layer, rank, slot]
+                if expert == EMPTY and slot >= num_primaries:
+                    continue
+                if expert < 0 or expert >= experts or seen_at_L[expert] == here:
+                    return False
+                seen_at_L[expert] = here
+                count_YL[layer, expert] += 1
+    is_primary_L = np.empty(experts, dtype=np.bool_)
+    for layer in range(layers):
+        is_primary_L[:] = False
+        for rank in range(ranks):
+            for slot in range(num_primaries):
+                if is_primary_L[slots_YRS[layer, rank, slot]]:
+                    return False
+                is_primary_L[slots_YRS[layer, rank, slot]] = True
+    return True
+
+
+@compiled
+def _list_slots(slots_YRS, num_primaries, l2p_YLC):
+    """Fill in the slots of each expert, the primary first."""
+    layers, ranks, num_slots = slots_YRS.shape
+    l2p_YLC[:] = EMPTY
+    next_L = np.empty(l2p_YLC.shape[1], dtype=np.int64)
+    for layer in range(layers):
+        next_L[:] = 1
+        for rank in range(ranks):
+            for slot in range(num_slots):
+                expert = slots_YRS[layer, rank, slot]
+                if slot < num_primaries:
+                    l2p_YLC[layer, expert, 0] = rank * num_slots + slot
+                elif expert != EMPTY:
+                    l2p_YLC[layer, expert, next_L[expert]] = rank * num_slots + slot
+                    next_L[expert] += 1

@@ -52,5 +52,5 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
 
 
 def _places(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
-    primary_YL = placement.logical_to_physical[:, :, 0]
+    primary_YL = placement.primary_slot
     return primary_YL // placement.slots_per_rank, primary_YL % placement.slots_per_rank
