@@ -1,8 +1,8 @@
 """Who should hold which expert. Pure planning: no process group, no Lightning."""
 
 from lightning_eplb.policies.balanced import BalancedPolicy
-from lightning_eplb.policies.base import Policy, Topology
+from lightning_eplb.policies.base import Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.deepseek import DeepSeekPolicy
 from lightning_eplb.policies.static import StaticPolicy
 
-__all__ = ["BalancedPolicy", "DeepSeekPolicy", "Policy", "StaticPolicy", "Topology"]
+__all__ = ["BalancedPolicy", "Costs", "DeepSeekPolicy", "Outlook", "Policy", "StaticPolicy", "Topology"]

@@ -1,229 +1,276 @@
-"""The default policy: level primaries first, then copies of what is still too hot.
+"""The default policy: start from where the experts are, and change what pays.
 
-Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, ``S`` slots on a rank.
 """
 
-import heapq
-from typing import NamedTuple
+import warnings
+from typing import Literal
 
 import numpy as np
 
+from lightning_eplb.compiled import compiled
+from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.base import Policy, Topology, checked_load, order_slots
+from lightning_eplb.policies.base import Outlook, Policy, Topology, checked_load
+from lightning_eplb.policies.even import plan_even
+from lightning_eplb.policies.level import plan_level
+from lightning_eplb.policies.spill import PARTS_BITS, scale_to_parts
 
-_PARTS_OF_A_TOKEN = 720_720  # 1 to 16 divide it: an even share is a whole number of parts up to 16 copies
-_INT64_ROOM = 62  # bits that the sum of a layer may take
-
-
-class Copy(NamedTuple):
-    """A redundant copy of ``expert`` on ``rank`` that takes ``tokens`` from the primary."""
-
-    expert: int
-    rank: int
-    tokens: int
+ENOUGH = 1.0 + 1.0 / 4096
+"""A fullest rank that is so many times the mean need not be improved."""
+ENOUGH_TO_STAY = 1.0 + 1.0 / 256
+"""The same for primaries, where copies and quotas do the rest."""
+LASTING_GAIN = 1.0 / 20
+"""What a swap gains must be more than so much of the forecast's spread, which may undo it: 0.5 % where loads may change
+by 10 %."""
+WITH_COPIES = 1.0 / 4
+"""So much less is enough where there are copies to make up for it."""
+NOISE = 1.0 / 4
+"""And it must be more than so many standard deviations of a rank's tokens, were they drawn one by one."""
+LEAST_SPREAD = 0.1
+"""Copies are placed as if the load could change by that much at least: where it was quiet, it need not stay so."""
+LEAST_CAPACITY = 1.0 / 16
+"""A rank that should get nothing counts as one of so much of the mean capacity, to tell how bad its tokens are."""
 
 
 class BalancedPolicy(Policy):
-    """Levels the ranks with as few moves as a fresh plan allows.
+    """Levels the ranks for the next interval with few moves.
 
-    For every layer it makes two plans. One keeps the primaries where they are and chooses the redundant copies anew;
-    the other places the primaries anew too, by longest processing time with equal counts on each rank, on the ranks
-    where most of them are already. Copies are the ones that :func:`spill` finds and that pay while tokens are split
-    evenly among copies, and then more of the fullest ranks' experts as long as that lowers those ranks. The plan
-    whose fullest rank has the fewest tokens is taken. A tie goes to the one that moves less: a layer that cannot be
-    improved stays as it is, and so does one without tokens. A slot whose copy would lower nothing stays empty.
+    Each layer is planned from the placement as it is. First the redundant copies are chosen anew, which costs nothing
+    between steps. If the ranks are not level then, pairs of primaries are swapped between the fullest rank and
+    another, as long as the tokens that the fullest rank is relieved of over the next interval are worth the time that
+    the move takes. A layer that does not pay is left alone: so is one that is level already, or differs from level by
+    sampling noise only, and one without tokens.
 
-    All decisions are made in integers and ties go to the lower index, so the plan is the same on every machine.
+    What is planned for is a forecast and its spread. Copies are placed so that they connect the ranks and can take
+    what may come; see :func:`lightning_eplb.policies.spill.spill`.
+
+    All decisions are made in whole numbers or in single IEEE operations, and ties go to the lower index, so the plan
+    is the same on every machine.
 
     Example::
 
-        EPLBCallback(num_redundant_experts=8, policy=BalancedPolicy())
+        EPLBCallback(num_redundant_experts=8, policy=BalancedPolicy(max_moves=64))
 
-    Note:
-        It takes all ranks as equal: it does not look at the nodes, and asks of the window's load alone.
+    Args:
+        max_moves: The most primaries that one rearrangement may move, over all layers. ``None``: as many as pay.
+        num_groups: Groups of experts that the router picks from first (node-limited routing). Where each group's
+            experts are on one node, as they are at the start when the groups divide over nodes of equal size, they
+            stay on it, their copies too. 1: experts may go anywhere.
+        split: How tokens are divided among the copies of an expert: ``"even"`` as the layers do it now, ``"level"`` by
+            quotas that level the ranks.
+
+    Raises:
+        ValueError: ``max_moves`` is negative, ``num_groups`` is below 1 or does not divide the experts, or ``split``
+            is neither.
     """
 
+    def __init__(
+        self, max_moves: int | None = None, num_groups: int = 1, split: Literal["even", "level"] = "even"
+    ) -> None:
+        if max_moves is not None and max_moves < 0:
+            raise ValueError(f"max_moves={max_moves} must not be negative; None for as many as pay")
+        if num_groups < 1:
+            raise ValueError(f"num_groups={num_groups} must be 1 or more; 1 for a model without expert groups")
+        if split not in ("even", "level"):
+            raise ValueError(f"split={split!r} must be 'even' or 'level'")
+        self.max_moves = max_moves
+        self.num_groups = num_groups
+        self.split = split
+        self._has_warned = False
+
     def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
-        """Plan every layer on its own; see :meth:`Policy.rearrange` for the arguments."""
-        load_YL = checked_load(load_YL, placement, topology)
+        """Plan for the same load again, with moves that cost next to nothing; see :meth:`Policy.rearrange`."""
+        return self._plan(plain_mean(checked_load(load_YL, placement, topology)), placement, topology)
+
+    def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Plan for the forecast, and move what pays within the interval; see :meth:`Policy.look_ahead`."""
+        checked_load(outlook.forecast.load, placement, topology)
+        prices, least = (0.0, 0.0), 0.0
+        if (costs := outlook.costs) is not None:
+            per_window = outlook.num_steps / outlook.interval / costs.token
+            prices = (costs.row_within_node * per_window, costs.row_between_nodes * per_window)
+            least = costs.copy / costs.token * outlook.num_steps
+        return self._plan(outlook.forecast, placement, topology, prices, least)
+
+    def warm_up(self, placement: ExpertPlacement) -> None:
+        """Compile what a plan needs, by planning for a small layer."""
+        del placement
+        small = ExpertPlacement.initial(1, 4, 2, 2)
+        self._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
+
+    def _plan(
+        self,
+        ahead: Forecast,
+        placement: ExpertPlacement,
+        topology: Topology,
+        prices: tuple[float, float] = (0.0, 0.0),
+        least: float = 0.0,
+    ) -> ExpertPlacement:
+        capacity_R = np.ones(topology.num_ranks) if topology.capacity is None else np.array(topology.capacity)
+        node_R = np.array(topology.node_of_rank)
         slots_YRS = placement.by_rank.copy()
-        for layer in np.flatnonzero(load_YL.any(axis=1)):
-            slots_YRS[layer] = _plan_layer(load_YL[layer], placement.by_rank[layer], placement.primary_rank[layer])
+        domains = self._domains(placement, topology)
+        if domains is None:
+            parts = [(ahead.first, ahead.spread, slots_YRS, capacity_R, node_R)]
+            self._plan_parts(parts, placement.primaries_per_rank, prices, least)
+        else:
+            parts, experts = [], []
+            for ranks in domains:
+                local_YRS, expert_YL = _localize(slots_YRS[:, ranks], placement.primaries_per_rank)
+                load_YL, spread_YL = (
+                    np.take_along_axis(part, expert_YL, axis=1) for part in (ahead.first, ahead.spread)
+                )
+                here = capacity_R[ranks] if capacity_R[ranks].any() else np.ones(len(ranks))
+                parts.append((load_YL, spread_YL, local_YRS, here, node_R[ranks]))
+                experts.append(expert_YL)
+            self._plan_parts(parts, placement.primaries_per_rank, prices, least)
+            has_tokens_Y = ahead.first.any(axis=1)
+            for ranks, (_, _, local_YRS, _, _), expert_YL in zip(domains, parts, experts, strict=True):
+                flat_YP = local_YRS.reshape(len(local_YRS), -1)
+                global_YP = np.where(
+                    flat_YP == EMPTY, EMPTY, np.take_along_axis(expert_YL, np.maximum(flat_YP, 0), axis=1)
+                )
+                slots_YRS[np.ix_(has_tokens_Y, ranks)] = global_YP.reshape(local_YRS.shape)[has_tokens_Y]
         if np.array_equal(slots_YRS, placement.by_rank):
             return placement
         slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
         return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 
+    def _plan_parts(
+        self, parts: list[tuple[np.ndarray, ...]], num_primaries: int, prices: tuple[float, float], least: float
+    ) -> None:
+        """Plan all layers, in place, and see to it that no more is moved than may be.
 
-def pack_primaries(load_L: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Divide the experts among the ranks by longest processing time, the same number to each.
+        Args:
+            parts: For ranks that are planned by themselves: load, spread, slots, capacities, nodes.
+        """
+        before = [slots_YRS.copy() for _, _, slots_YRS, _, _ in parts]
+        most = np.iinfo(np.int32).max if self.max_moves is None else self.max_moves // 2
+        most_DY = np.full((len(parts), len(parts[0][0])), most)
+        gain_DY, swaps_DY = np.zeros(most_DY.shape), np.zeros(most_DY.shape, dtype=np.int64)
 
-    The heaviest expert first, each goes to the emptiest rank that has room for one more. Ties go to the lower index.
+        def plan() -> None:
+            for part, most_Y, gain_Y, swaps_Y in zip(parts, most_DY, gain_DY, swaps_DY, strict=True):
+                load_YL, spread_YL, slots_YRS, capacity_R, node_R = part
+                plan_layers(
+                    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, least,
+                    self.split == "even", most_Y, gain_Y, swaps_Y,
+                )  # fmt: skip
 
-    Args:
-        load_L: Tokens of each logical expert, int64 ``[L]``; their sum fits int64.
-        num_ranks: Ranks, ``R``; divides ``L``.
+        plan()
+        if self.max_moves is None or 2 * swaps_DY.sum() <= self.max_moves:
+            return
+        # The layers that gain most by a swap may make theirs; the others get what is left, and then copies only.
+        budget = self.max_moves // 2
+        for place in np.argsort(-gain_DY.ravel() / np.maximum(swaps_DY.ravel(), 1), kind="stable"):
+            most_DY.flat[place] = min(budget, swaps_DY.flat[place])
+            budget -= most_DY.flat[place]
+        for part, slots_YRS in zip(parts, before, strict=True):
+            part[2][:] = slots_YRS
+        plan()
 
-    Returns:
-        The rank of each expert, int64 ``[L]``.
-    """
-    rank_L = np.empty(load_L.size, dtype=np.int64)
-    room = [load_L.size // num_ranks] * num_ranks
-    ranks = [(0, rank) for rank in range(num_ranks)]  # (tokens, rank): a heap, so the emptiest comes first
-    for expert in np.argsort(-load_L, kind="stable").tolist():
-        tokens, rank = heapq.heappop(ranks)
-        rank_L[expert] = rank
-        room[rank] -= 1
-        if room[rank]:
-            heapq.heappush(ranks, (tokens + int(load_L[expert]), rank))
-    return rank_L
-
-
-def keep_ranks(rank_L: np.ndarray, current_rank_L: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Rename the ranks of a plan so that many experts stay where they are; who is with whom does not change.
-
-    The group of experts and the rank that have most in common are matched first. Ties go to the lower index.
-
-    Args:
-        rank_L: The rank that the plan gives each expert, int64 ``[L]``.
-        current_rank_L: The rank that each expert is on, int64 ``[L]``.
-        num_ranks: Ranks, ``R``.
-
-    Returns:
-        The rank of each expert, int64 ``[L]``.
-    """
-    common = np.bincount(rank_L * num_ranks + current_rank_L, minlength=num_ranks * num_ranks)
-    pairs = np.flatnonzero(common)
-    pairs = pairs[np.argsort(-common[pairs], kind="stable")]
-    name_of: dict[int, int] = {}
-    unused = dict.fromkeys(range(num_ranks))
-    for group, rank in zip(*(part.tolist() for part in np.divmod(pairs, num_ranks)), strict=True):
-        if group not in name_of and rank in unused:
-            name_of[group] = rank
-            del unused[rank]
-    rest = iter(unused)
-    return np.array([name_of[g] if g in name_of else next(rest) for g in range(num_ranks)], dtype=np.int64)[rank_L]
+    def _domains(self, placement: ExpertPlacement, topology: Topology) -> list[np.ndarray] | None:
+        """The ranks of each node where groups must stay on their node; None where experts may go anywhere."""
+        if self.num_groups == 1:
+            return None
+        if placement.num_logical_experts % self.num_groups:
+            raise ValueError(
+                f"num_groups={self.num_groups} must divide the {placement.num_logical_experts} logical experts"
+            )
+        if topology.num_nodes == 1:
+            return None
+        node_R = np.array(topology.node_of_rank)
+        node_YGL = node_R[placement.primary_rank].reshape(placement.num_layers, self.num_groups, -1)
+        if (node_YGL == node_YGL[:, :, :1]).all():
+            return [np.flatnonzero(node_R == node) for node in range(topology.num_nodes)]
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"BalancedPolicy plans over all ranks at once: num_groups={self.num_groups} and the nodes, of"
+                f" {np.bincount(node_R).tolist()} ranks, are such that the experts of a group are on several nodes",
+                stacklevel=4,
+            )
+        return None
 
 
-def spill(load_L: np.ndarray, primary_rank_L: np.ndarray, num_ranks: int, num_redundant: int) -> list[Copy]:
-    """Level the ranks by giving the fullest rank's heaviest expert a copy on the emptiest rank.
-
-    The copy takes over as much as the full rank has too much, the empty one has room for, and the primary still has.
-    That is repeated until no rank is above the mean (rounded up), or none that is below it has a free slot.
-
-    Args:
-        load_L: Tokens of each logical expert, int64 ``[L]``; their sum fits int64.
-        primary_rank_L: The rank that holds each expert's primary, int64 ``[L]``.
-        num_ranks: Ranks, ``R``.
-        num_redundant: Redundant slots of each rank.
+def _localize(slots_YRS: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count the experts of some ranks from 0. Copies of others' experts are dropped.
 
     Returns:
-        The copies in the order they were chosen, with the tokens each one takes over. Ties go to the lower index, so
-        every rank that is given the same load finds the same copies.
+        The slots in local numbers, and for each local number the expert, ``[Y, ranks * N]``.
     """
-    left_L = load_L.copy()  # what the primaries still serve
-    tokens_R = _sum_by_rank(load_L, primary_rank_L, num_ranks)
-    free_R = np.full(num_ranks, num_redundant)
-    level = -(-int(load_L.sum()) // num_ranks)
-    copies: list[Copy] = []
-    while tokens_R.max() > level:
-        has_room = np.flatnonzero((free_R > 0) & (tokens_R < level))
-        if not has_room.size:
-            break
-        fullest, emptiest = int(tokens_R.argmax()), int(has_room[tokens_R[has_room].argmin()])
-        # No rank is filled above the level, so all that the fullest one serves is its primaries'. And one of the
-        # three below becomes zero, so no copy is chosen twice.
-        expert = int(np.where(primary_rank_L == fullest, left_L, -1).argmax())
-        moved = int(min(tokens_R[fullest] - level, level - tokens_R[emptiest], left_L[expert]))
-        tokens_R[fullest] -= moved
-        tokens_R[emptiest] += moved
-        left_L[expert] -= moved
-        free_R[emptiest] -= 1
-        copies.append(Copy(expert, emptiest, moved))
-    return copies
+    layers, ranks, _ = slots_YRS.shape
+    expert_YL = np.sort(slots_YRS[:, :, :num_primaries].reshape(layers, ranks * num_primaries), axis=1)
+    local_YRS = np.full(slots_YRS.shape, EMPTY)
+    for layer in range(layers):
+        place = np.searchsorted(expert_YL[layer], slots_YRS[layer])
+        place = np.minimum(place, expert_YL.shape[1] - 1)
+        local_YRS[layer] = np.where(expert_YL[layer][place] == slots_YRS[layer], place, EMPTY)
+    return local_YRS, expert_YL
 
 
-def _plan_layer(load_L: np.ndarray, current_RS: np.ndarray, current_rank_L: np.ndarray) -> np.ndarray:
-    """The slots of one layer, ``[R, S]``: as they are, with new copies, or all new; the first with the lowest peak."""
-    num_ranks, num_slots = current_RS.shape
-    num_redundant = num_slots - load_L.size // num_ranks
-    load_L = _in_parts(load_L)
-    held_LR = np.zeros((load_L.size, num_ranks), dtype=bool)
-    ranks, rows = np.nonzero(current_RS != EMPTY)
-    held_LR[current_RS[ranks, rows], ranks] = True
-    best, lowest = None, int(_even_tokens(load_L, held_LR).max())
-    for primary_rank_L in (current_rank_L, keep_ranks(pack_primaries(load_L, num_ranks), current_rank_L, num_ranks)):
-        held_LR = _choose_copies(load_L, primary_rank_L, num_ranks, num_redundant)
-        peak = int(_even_tokens(load_L, held_LR).max())
-        if peak < lowest:
-            best, lowest = (primary_rank_L, held_LR), peak
-    if best is None:
-        return current_RS
-    primary_rank_L, held_LR = best
-    held_LR[np.arange(load_L.size), primary_rank_L] = False  # from here on the redundant copies alone
-    primaries = [np.flatnonzero(primary_rank_L == rank).tolist() for rank in range(num_ranks)]
-    redundant = [np.flatnonzero(held_LR[:, rank]).tolist() for rank in range(num_ranks)]
-    return order_slots(primaries, redundant, current_RS)
+@compiled
+def plan_layers(
+    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, least, is_even, most_Y, gain_Y, swaps_Y
+):
+    """Plan layer after layer, in place.
 
-
-def _choose_copies(load_L: np.ndarray, primary_rank_L: np.ndarray, num_ranks: int, num_redundant: int) -> np.ndarray:
-    """Who holds what, bool ``[L, R]``: the primaries, the copies of ``spill`` that pay, and more where it helps."""
-    held_LR = np.zeros((load_L.size, num_ranks), dtype=bool)
-    held_LR[np.arange(load_L.size), primary_rank_L] = True
-    free_R = np.full(num_ranks, num_redundant)
-    tokens_R = _even_tokens(load_L, held_LR)
-    for copy in spill(load_L, primary_rank_L, num_ranks, num_redundant):
-        # Spill moves as many tokens as fit; an even split moves what it moves, and that may be too much.
-        with_copy_R = _with_copies(load_L, held_LR, tokens_R, np.array([copy.expert]), np.array([copy.rank]))[0]
-        if with_copy_R.max() <= tokens_R.max():
-            held_LR[copy.expert, copy.rank] = True
-            free_R[copy.rank] -= 1
-            tokens_R = with_copy_R
-    while free_R.any():
-        experts = np.flatnonzero(held_LR[:, tokens_R.argmax()])
-        without_XR = _with_copies(load_L, held_LR, tokens_R, experts, None)
-        possible_XR = (free_R > 0) & ~held_LR[experts]
-        experts, without_XR, possible_XR = (a[possible_XR.any(axis=1)] for a in (experts, without_XR, possible_XR))
-        if not experts.size:
-            break
-        ranks = np.where(possible_XR, without_XR, np.iinfo(np.int64).max).argmin(axis=1)
-        with_copy_XR = _with_copies(load_L, held_LR, tokens_R, experts, ranks)
-        fullest_first = (-np.sort(-with_copy_XR, axis=1)).tolist()
-        choice = min(range(len(fullest_first)), key=fullest_first.__getitem__)
-        if fullest_first[choice] >= (-np.sort(-tokens_R)).tolist():
-            break
-        held_LR[experts[choice], ranks[choice]] = True
-        free_R[ranks[choice]] -= 1
-        tokens_R = with_copy_XR[choice]
-    return held_LR
-
-
-def _with_copies(
-    load_L: np.ndarray, held_LR: np.ndarray, tokens_R: np.ndarray, experts: np.ndarray, ranks: np.ndarray | None
-) -> np.ndarray:
-    """Each rank's tokens if expert ``x`` had one copy more, on ``ranks[x]`` (None: served nowhere), ``[X, R]``."""
-    copies_X = held_LR[experts].sum(axis=1)
-    share_X = load_L[experts] // (copies_X + 1)
-    tokens_XR = tokens_R - held_LR[experts] * (load_L[experts] // copies_X - share_X)[:, None]
-    if ranks is not None:
-        tokens_XR[np.arange(experts.size), ranks] += share_X
-    return tokens_XR
-
-
-def _even_tokens(load_L: np.ndarray, held_LR: np.ndarray) -> np.ndarray:
-    """What each rank serves when the copies of an expert share it evenly, int64 ``[R]``."""
-    return (held_LR * (load_L // held_LR.sum(axis=1))[:, None]).sum(axis=0)
-
-
-def _sum_by_rank(load_L: np.ndarray, rank_L: np.ndarray, num_ranks: int) -> np.ndarray:
-    tokens_R = np.zeros(num_ranks, dtype=np.int64)
-    np.add.at(tokens_R, rank_L, load_L)
-    return tokens_R
-
-
-def _in_parts(load_L: np.ndarray) -> np.ndarray:
-    """The load in equal parts of a token, so that even shares are whole numbers and no sum leaves int64."""
-    total = sum(load_L.tolist())  # Python integers: these cannot overflow
-    if total >> _INT64_ROOM:
-        return load_L >> (total.bit_length() - _INT64_ROOM)
-    return load_L * min(_PARTS_OF_A_TOKEN, (1 << _INT64_ROOM) // total)
+    Args:
+        load_YL: Expected tokens, int64.
+        spread_YL: Their standard deviations, int64.
+        slots_YRS: What the slots hold, int64; changed where it pays.
+        num_primaries: The first slots of each rank.
+        capacity_R: How much work a rank should get, float64.
+        node_R: The node of each rank.
+        prices: Of a swap within a node and between nodes, in tokens.
+        least: Tokens that a copy must serve.
+        is_even: Whether tokens are divided evenly among copies.
+        most_Y: Swaps that each layer may make.
+        gain_Y: Filled with the tokens by which the fullest rank is lowered, less the price.
+        swaps_Y: Filled with the swaps made.
+    """
+    layers, num_ranks, _ = slots_YRS.shape
+    parts_L = np.empty(load_YL.shape[1], dtype=np.int64)
+    spread_L = np.empty(load_YL.shape[1], dtype=np.int64)
+    level_R = np.empty(num_ranks, dtype=np.int64)
+    weight_R = np.empty(num_ranks)
+    speed = 0.0
+    for rank in range(num_ranks):
+        speed += capacity_R[rank]
+    mean_speed = speed / num_ranks
+    for rank in range(num_ranks):
+        weight_R[rank] = mean_speed / max(capacity_R[rank], LEAST_CAPACITY * mean_speed)
+    for layer in range(layers):
+        gain_Y[layer], swaps_Y[layer] = 0.0, 0
+        shift = scale_to_parts(load_YL[layer], parts_L)
+        total = spreads = np.int64(0)
+        for expert in range(parts_L.size):
+            total += parts_L[expert]
+            spread = spread_YL[layer, expert]
+            spread_L[expert] = spread << shift if shift >= 0 else spread >> -shift
+            spreads += spread_L[expert]
+            spread_L[expert] = max(spread_L[expert], np.int64(LEAST_SPREAD * parts_L[expert]))
+        if total == 0:
+            continue
+        for rank in range(num_ranks):
+            level_R[rank] = np.int64(np.ceil(total * (capacity_R[rank] / speed)))
+        mean = total / num_ranks
+        token = 2.0**shift
+        noise = np.sqrt(mean / token) * token  # the standard deviation of a rank's tokens, drawn one by one
+        has_copies = slots_YRS.shape[2] > num_primaries
+        undone = LASTING_GAIN * spreads / num_ranks * (WITH_COPIES if has_copies else 1.0)
+        least_gain = max(undone, NOISE * noise)
+        costs = (max(prices[0] * token, least_gain), max(prices[1] * token, least_gain))
+        least_parts = np.int64(min(least * token, 2.0**PARTS_BITS))
+        if is_even and has_copies:
+            gain, swaps = plan_even(
+                parts_L, slots_YRS[layer], num_primaries, weight_R, node_R, costs, least_parts,
+                least_gain, ENOUGH * mean, most_Y[layer],
+            )  # fmt: skip
+        else:
+            gain, swaps = plan_level(
+                parts_L, spread_L, slots_YRS[layer], num_primaries, level_R, weight_R, node_R, costs, least_parts,
+                least_gain, ENOUGH * mean, ENOUGH_TO_STAY * mean, most_Y[layer],
+            )  # fmt: skip
+        gain_Y[layer], swaps_Y[layer] = gain / token, swaps

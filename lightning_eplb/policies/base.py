@@ -10,25 +10,31 @@ from typing import Any
 
 import numpy as np
 
+from lightning_eplb.forecast import Forecast
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Which node each rank of the expert-parallel group is on.
+    """Which node each rank of the expert-parallel group is on, and how much work it should get.
 
     Example::
 
         Topology.even(num_ranks=4, num_nodes=2)  # Topology(node_of_rank=(0, 0, 1, 1))
+        Topology((0, 0, 1), capacity=(1, 1, 0.5))  # nodes of unequal size, and a GPU of half the speed
 
     Args:
         node_of_rank: For each rank, the index of its node: ``0`` to ``num_nodes - 1``, each at least once.
+        capacity: For each rank, how much work it should get, in any unit: its speed. 0 for a rank that should get no
+            token that can be served elsewhere. ``None``: all the same.
 
     Raises:
-        ValueError: There is no rank, or a node between the lowest and the highest index has none.
+        ValueError: There is no rank, or a node between the lowest and the highest index has none; or a capacity is
+            missing, negative, or zero on all ranks.
     """
 
     node_of_rank: tuple[int, ...]
+    capacity: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "node_of_rank", tuple(int(node) for node in self.node_of_rank))
@@ -40,6 +46,16 @@ class Topology:
                 f"node_of_rank={self.node_of_rank} names the nodes {nodes}; with {len(nodes)} nodes they must be"
                 f" numbered 0 to {len(nodes) - 1}"
             )
+        if self.capacity is not None:
+            object.__setattr__(self, "capacity", tuple(float(speed) for speed in self.capacity))
+            if len(self.capacity) != len(self.node_of_rank):
+                raise ValueError(
+                    f"capacity={self.capacity} is for {len(self.capacity)} ranks; there are {len(self.node_of_rank)}"
+                )
+            if not all(0 <= speed < float("inf") for speed in self.capacity) or not any(self.capacity):
+                raise ValueError(
+                    f"capacity={self.capacity} must be finite, zero or more, and above zero on at least one rank"
+                )
 
     @classmethod
     def even(cls, num_ranks: int, num_nodes: int = 1) -> "Topology":
@@ -61,12 +77,52 @@ class Topology:
         return max(self.node_of_rank) + 1
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What time a token and a move take. Seconds, or any other unit of time that all of them share.
+
+    Attributes:
+        token: To compute one token on one expert, forward and backward.
+        row_within_node: To move one primary, with its optimizer state, to another rank of the node.
+        row_between_nodes: The same to another node.
+        copy: To bring one redundant copy's weights out and its gradient home, in one step.
+    """
+
+    token: float
+    row_within_node: float = 0.0
+    row_between_nodes: float = 0.0
+    copy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.token > 0:
+            raise ValueError(f"token={self.token} must be above zero: all other costs are compared with it")
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """What is known when it is time to decide.
+
+    Attributes:
+        window: Tokens of each expert over the window, int64 ``[Y, L]``.
+        num_steps: The steps that these are of.
+        forecast: What a window of that many steps will look like from now on.
+        interval: Steps until the next decision.
+        costs: As far as they were measured.
+    """
+
+    window: np.ndarray
+    num_steps: int
+    forecast: Forecast
+    interval: int
+    costs: Costs | None = None
+
+
 class Policy(ABC):
     """Decides which rank should hold which expert. Derive from it to write your own.
 
     A policy is plain code: arrays in, a placement out; no process group, no clock, no trainer. One rank alone calls
-    :meth:`rearrange`, between two optimizer steps, and what it returns is broadcast to the others. It may therefore
-    keep state, but that state lives on that rank and no checkpoint holds it.
+    :meth:`rearrange` (through :meth:`look_ahead`), between two optimizer steps, and what it returns is broadcast to the
+    others. It may therefore keep state, but that state lives on that rank and no checkpoint holds it.
 
     Example::
 
@@ -99,6 +155,24 @@ class Policy(ABC):
             nothing. :class:`ExpertPlacement` checks the rest when it is built: each expert is the primary of one
             slot, and no rank holds two copies of one.
         """
+
+    def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Choose the placement of the next interval, knowing more than the window's sum.
+
+        This is what the balancer calls. A policy that has no use for more need not override it.
+
+        Args:
+            outlook: The window, a forecast of the next one, and what moves cost.
+            placement: Where the experts are now.
+            topology: Which ranks share a node, and what they can do.
+
+        Returns:
+            As :meth:`rearrange`.
+        """
+        return self.rearrange(outlook.window, placement, topology)
+
+    def warm_up(self, placement: ExpertPlacement) -> None:  # noqa: B027
+        """Do now what would otherwise delay the first decision, such as compiling. Called at set-up."""
 
 
 def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -> np.ndarray:

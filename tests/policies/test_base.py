@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
+from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy, Topology
 from lightning_eplb.policies.base import order_slots
 
 
@@ -30,6 +30,42 @@ def test_topology_refuses_nodes_that_are_not_numbered_from_zero(node_of_rank, me
 def test_even_topology_refuses_what_does_not_divide(num_ranks, num_nodes):
     with pytest.raises(ValueError, match=f"num_ranks={num_ranks} must be a positive multiple of num_nodes={num_nodes}"):
         Topology.even(num_ranks, num_nodes)
+
+
+def test_capacity_is_kept_as_numbers():
+    assert Topology((0, 0)).capacity is None
+    topology = Topology((0, 0, 1), [2, 1, "0.5"])  # type: ignore[arg-type, list-item]
+    assert topology.capacity == (2.0, 1.0, 0.5)
+    assert topology == Topology((0, 0, 1), (2.0, 1.0, 0.5))
+    assert Topology((0, 0), (0, 1)).capacity == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "message"),
+    [
+        ((1.0,), r"capacity=\(1.0,\) is for 1 ranks; there are 2"),
+        ((1.0, 1.0, 1.0), "is for 3 ranks; there are 2"),
+        ((), "is for 0 ranks; there are 2"),
+        ((1.0, -0.5), r"capacity=\(1.0, -0.5\) must be finite, zero or more"),
+        ((0.0, 0.0), "above zero on at least one rank"),
+        ((1.0, float("inf")), "must be finite"),
+        ((1.0, float("nan")), "must be finite"),
+    ],
+)
+def test_topology_refuses_capacities_that_make_no_sense(capacity, message):
+    with pytest.raises(ValueError, match=message):
+        Topology((0, 0), capacity)
+
+
+def test_costs_are_free_but_for_tokens():
+    costs = Costs(token=2.0)
+    assert (costs.row_within_node, costs.row_between_nodes, costs.copy) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("token", [0.0, -1.0, float("nan")])
+def test_costs_refuse_tokens_that_take_no_time(token):
+    with pytest.raises(ValueError, match=f"token={token} must be above zero"):
+        Costs(token)
 
 
 def test_policy_is_abstract():

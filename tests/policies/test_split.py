@@ -1,9 +1,10 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.split import split_evenly
+from lightning_eplb.policies.split import even_quotas, level_quotas, level_tokens, split_evenly
 
 
 def copy_of_slot(placement: ExpertPlacement) -> np.ndarray:
@@ -51,3 +52,117 @@ def test_rows_sum_to_the_counts_and_follow_the_formula(data):
             assert tokens_RP[rank, slot] == counts_RL[rank, expert] // copies + more
     for expert in range(experts):
         assert (tokens_RP[:, slots_P == expert].sum(axis=1) == counts_RL[:, expert]).all()
+
+
+@st.composite
+def layers(draw):
+    """A layer's load and slots: every expert somewhere, copies and empty slots anywhere."""
+    ranks, per_rank, redundant = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(0, 3))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    slots_RS = np.full((ranks, per_rank + redundant), -1)
+    slots_RS[:, :per_rank] = generator.permutation(ranks * per_rank).reshape(ranks, per_rank)
+    for rank in range(ranks):
+        others = np.setdiff1d(np.arange(ranks * per_rank), slots_RS[rank])
+        copies = generator.permutation(others)[: generator.integers(redundant + 1)]
+        slots_RS[rank, per_rank : per_rank + copies.size] = copies
+        slots_RS[rank, per_rank:] = generator.permutation(slots_RS[rank, per_rank:])
+    most = draw(st.sampled_from([3, 1000, 2**40]))
+    load_L = np.int64(generator.lognormal(0, 1.5, ranks * per_rank) / 10 * most)
+    return load_L, slots_RS, generator
+
+
+def lowest_fullest_rank(load_L, slots_RS, weight_R):
+    """The weighted tokens of the fullest rank where tokens are divided in the best way, by linear programming."""
+    ranks = len(slots_RS)
+    places = np.argwhere(slots_RS >= 0)
+    of_expert = np.zeros((load_L.size, len(places) + 1))
+    on_rank = np.zeros((ranks, len(places) + 1))
+    for column, (rank, slot) in enumerate(places):
+        of_expert[slots_RS[rank, slot], column] = 1
+        on_rank[rank, column] = weight_R[rank]
+    on_rank[:, -1] = -1
+    unit = max(load_L.sum(), 1)
+    objective = np.eye(len(places) + 1)[-1]
+    return linprog(objective, on_rank, np.zeros(ranks), of_expert, load_L / unit).fun * unit
+
+
+def assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R):
+    assert (quota_RS >= 0).all()
+    assert (quota_RS[slots_RS < 0] == 0).all()
+    for expert, load in enumerate(load_L):
+        assert quota_RS[slots_RS == expert].sum() == load
+    assert (quota_RS.sum(axis=1) == tokens_R).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(layers())
+def test_even_quotas_differ_by_one_token_at_most(layer):
+    load_L, slots_RS, _ = layer
+    quota_RS, tokens_R = np.full(slots_RS.shape, 99), np.full(len(slots_RS), 99)
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
+    for expert in range(load_L.size):
+        quotas = quota_RS[slots_RS == expert]
+        assert quotas.max() - quotas.min() <= 1
+        assert (np.diff(quotas) <= 0).all()  # the first slots get what does not divide
+
+
+@settings(max_examples=150, deadline=None)
+@given(layers(), st.booleans())
+def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
+    load_L, slots_RS, generator = layer
+    ranks = len(slots_RS)
+    weight_R = np.ones(ranks) if is_alike else generator.choice([0.5, 1.0, 1.7, 4.0], ranks)
+    quota_RS, tokens_R = np.empty(slots_RS.shape, dtype=np.int64), np.empty(ranks, dtype=np.int64)
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    peak = level_quotas(load_L, slots_RS, weight_R, 1000, 0.0, quota_RS, tokens_R)
+    assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
+    assert peak == (tokens_R * weight_R).max()
+    best = lowest_fullest_rank(load_L, slots_RS, weight_R)
+    rounding = slots_RS.size * weight_R.max()  # a token a slot
+    assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
+
+
+@settings(max_examples=100, deadline=None)
+@given(layers())
+def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
+    load_L, slots_RS, _ = layer
+    quota_RS, tokens_R = np.empty(slots_RS.shape, dtype=np.int64), np.empty(len(slots_RS), dtype=np.int64)
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    peak = tokens_R.max()
+    for _ in range(5):
+        after = level_quotas(load_L, slots_RS, np.ones(len(slots_RS)), 1, 0.0, quota_RS, tokens_R)
+        assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
+        assert after <= peak + slots_RS.size
+        peak = after
+
+
+def test_quotas_that_are_level_enough_stay():
+    load_L, slots_RS = np.array([100, 90]), np.array([[0, 1], [1, 0]])
+    quota_RS, tokens_R = np.array([[100, 0], [90, 0]]), np.array([100, 90])
+    assert level_quotas(load_L, slots_RS, np.ones(2), 10, 100.0, quota_RS, tokens_R) == 100
+    assert quota_RS.tolist() == [[100, 0], [90, 0]]
+    assert level_quotas(load_L, slots_RS, np.ones(2), 10, 99.0, quota_RS, tokens_R) == 95
+    assert tokens_R.tolist() == [95, 95]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(layers(), min_size=1, max_size=1), st.booleans())
+def test_level_tokens_of_a_layer_are_the_best_there_are(some, has_capacity):
+    (load_L, slots_RS, generator) = some[0]
+    ranks = len(slots_RS)
+    capacity_R = generator.choice([0.25, 0.5, 1.0], ranks) if has_capacity else None
+    weight_R = 1 / capacity_R if has_capacity else np.ones(ranks)
+    tokens_YR = level_tokens(np.stack([load_L, load_L * 0]), np.stack([slots_RS, slots_RS]), capacity_R, sweeps=1000)
+    assert tokens_YR.sum(axis=1).tolist() == [load_L.sum(), 0]
+    best = lowest_fullest_rank(load_L, slots_RS, weight_R)
+    assert (tokens_YR[0] * weight_R).max() <= best * (1 + 1e-3) + slots_RS.size * weight_R.max()
+
+
+def test_level_tokens_leave_out_a_rank_without_capacity():
+    slots_YRS = np.array([[[0, 1], [1, 0], [2, 3], [3, 2]]])
+    load_YL = np.array([[1000, 3000, 500, 700]])
+    tokens_R = level_tokens(load_YL, slots_YRS, np.array([1.0, 0.0, 1.0, 1.0]))[0]
+    assert tokens_R[1] <= 1  # by rounding
+    assert tokens_R[:2].sum() == 4000
+    assert tokens_R[2:].tolist() == [600, 600]

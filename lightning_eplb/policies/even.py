@@ -1,0 +1,360 @@
+"""Plans one layer for tokens that are divided evenly among the copies of an expert.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, ``S`` slots on a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
+from lightning_eplb.policies.split import fullest, fullest_rank
+
+MOST_CHANGES = 1
+"""Changes of copies that the search makes at most, for each redundant slot."""
+LARGER = 130
+"""Per cent of the largest copy beyond which no copy may grow when another of its expert is taken away."""
+EMPTIEST = 8
+"""Ranks that the fullest one always tries to trade with."""
+FURTHER = 8
+"""Further ranks that it tries in turn."""
+
+
+@compiled
+def sift_down(heap, size, key):
+    """Restore a binary heap, the largest ``key[item]`` on top, after the top's key became smaller."""
+    place, item = 0, heap[0]
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        right = child + 1
+        if right < size and (
+            key[heap[right]] > key[heap[child]] or (key[heap[right]] == key[heap[child]] and heap[right] < heap[child])
+        ):
+            child = right
+        if key[heap[child]] < key[item] or (key[heap[child]] == key[item] and heap[child] > item):
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = item
+
+
+@compiled
+def sift_up(heap, place, key):
+    """Restore a binary heap, the largest ``key[item]`` on top, after an item was put at its end."""
+    item = heap[place]
+    while place > 0:
+        parent = (place - 1) // 2
+        if key[heap[parent]] > key[item] or (key[heap[parent]] == key[item] and heap[parent] < item):
+            break
+        heap[place] = heap[parent]
+        place = parent
+    heap[place] = item
+
+
+@compiled
+def count_tokens(load_L, slots_RS, copies_L, tokens_R):
+    """Fill in the copies of each expert and what each rank serves."""
+    copies_L[:] = 0
+    for rank in range(slots_RS.shape[0]):
+        for expert in slots_RS[rank]:
+            if expert >= 0:
+                copies_L[expert] += 1
+    for rank in range(slots_RS.shape[0]):
+        tokens_R[rank] = 0
+        for expert in slots_RS[rank]:
+            if expert >= 0:
+                tokens_R[rank] += load_L[expert] // copies_L[expert]
+
+
+@compiled
+def holds(slots_RS, rank, expert):
+    for other in slots_RS[rank]:  # noqa: SIM110 (numba compiles no generator)
+        if other == expert:
+            return True
+    return False
+
+
+@compiled
+def replicate(load_L, slots_RS, num_primaries, weight_R, least):
+    """Fill the redundant slots from scratch: one copy after the other to the expert with the largest share.
+
+    Then the largest share first, each copy goes to the emptiest rank that has a slot and not this expert.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    num_redundant = num_slots - num_primaries
+    slots_RS[:, num_primaries:] = -1
+    copies_L = np.ones(load_L.size, dtype=np.int64)
+    share_L = load_L.copy()
+    order = np.argsort(-load_L, kind="mergesort")
+    size = order.size
+    heap = order.copy()
+    for _ in range(num_ranks * num_redundant):
+        while size and copies_L[heap[0]] >= num_ranks:
+            size -= 1
+            heap[0] = heap[size]
+            sift_down(heap, size, share_L)
+        if not size or share_L[heap[0]] // 2 < least:
+            break
+        expert = heap[0]
+        copies_L[expert] += 1
+        share_L[expert] = load_L[expert] // copies_L[expert]
+        sift_down(heap, size, share_L)
+    for expert in range(load_L.size):
+        share_L[expert] = load_L[expert] // copies_L[expert]
+    order = np.argsort(-share_L, kind="mergesort")
+    free_R = np.full(num_ranks, num_redundant)
+    room_R = np.zeros(num_ranks)  # the emptiest rank has the largest, below zero
+    for rank in range(num_ranks):
+        for slot in range(num_primaries):
+            room_R[rank] -= share_L[slots_RS[rank, slot]] * weight_R[rank]
+    emptiest = np.argsort(-room_R, kind="mergesort")  # sorted, so a heap
+    size = num_ranks if num_redundant else 0
+    passed = np.empty(num_ranks, dtype=np.int64)
+    for expert in order:
+        num_passed = 0
+        for _ in range(copies_L[expert] - 1):
+            while size and holds(slots_RS, emptiest[0], expert):
+                passed[num_passed] = emptiest[0]
+                num_passed += 1
+                size -= 1
+                emptiest[0] = emptiest[size]
+                sift_down(emptiest, size, room_R)
+            if not size:
+                break
+            rank = emptiest[0]
+            slots_RS[rank, num_slots - free_R[rank]] = expert
+            free_R[rank] -= 1
+            room_R[rank] -= share_L[expert] * weight_R[rank]
+            if free_R[rank] == 0:
+                size -= 1
+                emptiest[0] = emptiest[size]
+            sift_down(emptiest, size, room_R)
+        for index in range(num_passed):
+            emptiest[size] = passed[index]
+            size += 1
+            sift_up(emptiest, size - 1, room_R)
+
+
+@compiled
+def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, copies_L, tokens_R):
+    """Local search over the redundant slots until no single change helps. In place.
+
+    A change relieves the fullest rank: it exchanges one of its copies with the other rank's, hands one over to an
+    empty slot there, or gives one of its experts a further copy there, in an empty slot or in the place of another
+    copy.
+
+    Args:
+        copies_L: The copies of each expert; kept up to date.
+        tokens_R: What each rank serves; kept up to date.
+
+    Returns:
+        The weighted tokens of the fullest rank.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    # The slots of each expert, as a list through all slots.
+    head_L = np.full(load_L.size, -1)
+    next_P = np.full(num_ranks * num_slots, -1)
+    for place in range(num_ranks * num_slots):
+        expert = slots_RS[place // num_slots, place % num_slots]
+        if expert >= 0:
+            next_P[place], head_L[expert] = head_L[expert], place
+    largest = np.int64(0)
+    for expert in range(load_L.size):
+        largest = max(largest, load_L[expert] // copies_L[expert])
+    emptiest = np.empty(EMPTIEST + FURTHER, dtype=np.int64)
+    turn = failures = 0
+    for _ in range(MOST_CHANGES * num_ranks * (num_slots - num_primaries)):
+        full = np.int64(0)
+        found = 0
+        for rank in range(num_ranks):
+            line = tokens_R[rank] * weight_R[rank]
+            if line > tokens_R[full] * weight_R[full]:
+                full = np.int64(rank)
+            if found < EMPTIEST or line < tokens_R[emptiest[found - 1]] * weight_R[emptiest[found - 1]]:
+                place = min(found, EMPTIEST - 1)
+                while place > 0 and tokens_R[emptiest[place - 1]] * weight_R[emptiest[place - 1]] > line:
+                    emptiest[place] = emptiest[place - 1]
+                    place -= 1
+                emptiest[place] = rank
+                found = min(found + 1, EMPTIEST)
+        before = tokens_R[full] * weight_R[full]
+        lowest = before
+        from_slot = to_rank = to_slot = np.int64(-1)
+        exchange = False
+        for _ in range(min(FURTHER, num_ranks - found)):
+            emptiest[found] = turn
+            found += 1
+            turn = (turn + 1) % num_ranks
+        for index in range(found):
+            other = emptiest[index]
+            if other == full:
+                continue
+            for slot in range(num_primaries, num_slots):
+                here = slots_RS[other, slot]
+                here_share = load_L[here] // copies_L[here] if here >= 0 else np.int64(0)
+                for mine in range(num_slots):
+                    expert = slots_RS[full, mine]
+                    if expert < 0 or expert == here or holds(slots_RS, other, expert):
+                        continue
+                    mine_share = load_L[expert] // copies_L[expert]
+                    if mine >= num_primaries and (here < 0 or not holds(slots_RS, full, here)):
+                        peak = max(
+                            (tokens_R[full] - mine_share + here_share) * weight_R[full],
+                            (tokens_R[other] + mine_share - here_share) * weight_R[other],
+                        )
+                        if peak < lowest:
+                            lowest, from_slot, to_rank, to_slot = peak, np.int64(mine), other, np.int64(slot)
+                            exchange = True
+                    if not recount or load_L[expert] // (copies_L[expert] + 1) < least:
+                        continue
+                    new_share = load_L[expert] // (copies_L[expert] + 1)
+                    peak = max(
+                        (tokens_R[full] - mine_share + new_share) * weight_R[full],
+                        (tokens_R[other] + new_share - here_share) * weight_R[other],
+                    )
+                    if peak >= lowest:
+                        continue
+                    if here >= 0:  # the ranks that keep a copy of what is replaced get more of it
+                        more = load_L[here] // (copies_L[here] - 1) - here_share
+                        if 100 * (here_share + more) > LARGER * largest:
+                            continue
+                        place = head_L[here]
+                        while place >= 0 and peak < lowest:
+                            rank = place // num_slots
+                            if rank != other:
+                                less = mine_share - new_share if rank == full else np.int64(0)
+                                peak = max(peak, (tokens_R[rank] + more - less) * weight_R[rank])
+                            place = next_P[place]
+                    if peak < lowest:
+                        lowest, from_slot, to_rank, to_slot = peak, np.int64(mine), other, np.int64(slot)
+                        exchange = False
+        if to_rank < 0:
+            failures += 1
+            if failures * FURTHER >= num_ranks:
+                return before
+            continue
+        failures = 0
+        expert, here = slots_RS[full, from_slot], slots_RS[to_rank, to_slot]
+        place = to_rank * num_slots + to_slot
+        if here >= 0:
+            unlink(head_L, next_P, here, place)
+            shift_tokens(load_L, here, copies_L, -1, head_L, next_P, num_slots, tokens_R)
+            tokens_R[to_rank] -= load_L[here] // (copies_L[here] + 1)
+        if exchange:
+            unlink(head_L, next_P, expert, full * num_slots + from_slot)
+            shift_tokens(load_L, expert, copies_L, -1, head_L, next_P, num_slots, tokens_R)
+            tokens_R[full] -= load_L[expert] // (copies_L[expert] + 1)
+            slots_RS[full, from_slot] = here
+            if here >= 0:
+                back = full * num_slots + from_slot
+                shift_tokens(load_L, here, copies_L, 1, head_L, next_P, num_slots, tokens_R)
+                next_P[back], head_L[here] = head_L[here], back
+                tokens_R[full] += load_L[here] // copies_L[here]
+        shift_tokens(load_L, expert, copies_L, 1, head_L, next_P, num_slots, tokens_R)
+        next_P[place], head_L[expert] = head_L[expert], place
+        slots_RS[to_rank, to_slot] = expert
+        tokens_R[to_rank] += load_L[expert] // copies_L[expert]
+    return fullest(tokens_R, weight_R)
+
+
+@compiled
+def unlink(head_L, next_P, expert, place):
+    """Take a slot out of the list of its expert's slots."""
+    if head_L[expert] == place:
+        head_L[expert] = next_P[place]
+        return
+    before = head_L[expert]
+    while next_P[before] != place:
+        before = next_P[before]
+    next_P[before] = next_P[place]
+
+
+@compiled
+def shift_tokens(load_L, expert, copies_L, change, head_L, next_P, num_slots, tokens_R):
+    """Let an expert have more or fewer copies, and tell the ranks in its list, with what each copy then adds."""
+    more = load_L[expert] // (copies_L[expert] + change) - load_L[expert] // copies_L[expert]
+    copies_L[expert] += change
+    place = head_L[expert]
+    while place >= 0:
+        tokens_R[place // num_slots] += more
+        place = next_P[place]
+
+
+@compiled
+def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, gain, enough, most_swaps):
+    """Plan a layer with redundant slots. ``slots_RS`` is changed in place, or left alone where nothing pays.
+
+    The copies are chosen anew, and then pairs of primaries swapped that relieve the fullest rank, the copies improved
+    after each. That is tried with copies of the most popular experts, then with none, and last with other counts of
+    copies for the best of both.
+
+    Args and returns: as :func:`lightning_eplb.policies.level.plan_level`.
+    """
+    num_ranks = slots_RS.shape[0]
+    copies_L = np.empty(load_L.size, dtype=np.int64)
+    tokens_R = np.empty(num_ranks, dtype=np.int64)
+    share_L = np.empty_like(load_L)
+    count_tokens(load_L, slots_RS, copies_L, tokens_R)
+    before = fullest(tokens_R, weight_R)
+    if before <= enough:
+        return 0.0, 0
+    trial_RS = slots_RS.copy()
+    best_RS = slots_RS
+    lowest, best_peak, best_price, best_swaps = before - gain, before, 0.0, 0
+    for attempt in range(3):
+        if attempt > 0 and best_peak <= enough:
+            break
+        if attempt == 1 and load_L.max() * weight_R.min() >= lowest:
+            continue  # without copies, the largest expert alone makes a fuller rank
+        price, swaps = 0.0, 0
+        if attempt == 2:
+            trial_RS[:] = best_RS
+            price, swaps = best_price, best_swaps
+        else:
+            trial_RS[:] = slots_RS
+        if attempt == 1:
+            trial_RS[:, num_primaries:] = -1
+        if attempt == 0:
+            replicate(load_L, trial_RS, num_primaries, weight_R, least)
+        count_tokens(load_L, trial_RS, copies_L, tokens_R)
+        own_RN = trial_RS[:, :num_primaries]
+        reached, stalled = np.inf, 0
+        while True:
+            peak = fullest(tokens_R, weight_R)
+            if attempt != 1:
+                peak = improve_copies(
+                    load_L, trial_RS, num_primaries, weight_R, least, attempt == 2, copies_L, tokens_R
+                )
+            if peak + price < lowest:
+                lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
+                best_RS = trial_RS.copy()
+            if peak + price < reached:
+                reached, stalled = peak + price, 0
+            stalled += 1
+            if peak <= enough or swaps >= most_swaps or stalled > max(PATIENCE // num_ranks, 1):
+                break
+            rank = fullest_rank(tokens_R, weight_R)
+            for expert in range(load_L.size):
+                share_L[expert] = load_L[expert] // copies_L[expert]
+            partner, mine, theirs = best_swap(rank, tokens_R, weight_R, share_L, own_RN, node_R, prices[0], prices[1])
+            if partner < 0:
+                break
+            given, taken = own_RN[rank, mine], own_RN[partner, theirs]
+            drop_copy(trial_RS, partner, given, num_primaries)
+            drop_copy(trial_RS, rank, taken, num_primaries)
+            own_RN[rank, mine], own_RN[partner, theirs] = taken, given
+            price += prices[0] if node_R[rank] == node_R[partner] else prices[1]
+            swaps += 1
+            count_tokens(load_L, trial_RS, copies_L, tokens_R)
+    if best_peak == before:
+        return 0.0, 0
+    keep_slots(slots_RS, best_RS, num_primaries)
+    slots_RS[:] = best_RS
+    return before - best_peak - best_price, best_swaps
+
+
+@compiled
+def drop_copy(slots_RS, rank, expert, num_primaries):
+    """Empty the redundant slot of ``rank`` that holds ``expert``, if there is one: its primary comes there."""
+    for slot in range(num_primaries, slots_RS.shape[1]):
+        if slots_RS[rank, slot] == expert:
+            slots_RS[rank, slot] = -1

@@ -1,0 +1,259 @@
+"""Plans one layer for tokens divided by levelled quotas: copies first, then primaries where they do not suffice.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, ``S`` slots on a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.spill import spill
+from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
+
+SWEEPS = 12
+"""Of the quotas, to judge a plan."""
+FEW_SWEEPS = 2
+"""Of the quotas, to see how level a layer is."""
+NEARLY_LEVEL = 1.0 + 1.0 / 16
+"""A layer whose fullest rank is lower than so many times the mean after a few sweeps may be level after more."""
+DEPTHS = (0.7, 0.5)
+"""How much a link may carry, in parts of what its rank should serve: tried in this order until the ranks are level."""
+LOOSE_SPREADS = 2.0
+"""Standard deviations of its tokens that a rank should be able to leave to others."""
+PATIENCE = 32
+"""The search ends after so many swaps without a gain, divided by the ranks: among few ranks one swap changes much."""
+LEAST_PATIENCE = 4
+"""But not before so many."""
+
+
+@compiled
+def best_swap(rank, tokens_R, weight_R, share_L, own_RN, node_R, price_within, price_between):
+    """The swap of two primaries that relieves ``rank`` the most, its price taken into account.
+
+    Args:
+        rank: The rank to relieve.
+        tokens_R: Parts that each rank serves.
+        weight_R: What a part costs on each rank.
+        share_L: Parts that a primary takes with it.
+        own_RN: The primaries of each rank.
+        node_R: The node of each rank.
+        price_within: What a swap costs between ranks of a node, in weighted parts.
+        price_between: The same between nodes.
+
+    Returns:
+        The other rank and the two positions, of ``rank`` and of the other; -1 three times where no swap helps. Ties
+        go to the lower index.
+    """
+    before = tokens_R[rank] * weight_R[rank]
+    lowest, found = before, (np.int64(-1), np.int64(-1), np.int64(-1))
+    for other in range(tokens_R.size):
+        if tokens_R[other] * weight_R[other] >= lowest:
+            continue
+        price = price_within if node_R[other] == node_R[rank] else price_between
+        for mine in range(own_RN.shape[1]):
+            load = share_L[own_RN[rank, mine]]
+            for theirs in range(own_RN.shape[1]):
+                relief = load - share_L[own_RN[other, theirs]]
+                if relief <= 0:
+                    continue
+                here, there = (tokens_R[rank] - relief) * weight_R[rank], (tokens_R[other] + relief) * weight_R[other]
+                peak = max(here, there)
+                if peak < before and peak + price < lowest:
+                    lowest, found = peak + price, (np.int64(other), np.int64(mine), np.int64(theirs))
+    return found
+
+
+@compiled
+def plan_level(
+    load_L,
+    spread_L,
+    slots_RS,
+    num_primaries,
+    level_R,
+    weight_R,
+    node_R,
+    prices,
+    least,
+    gain,
+    enough,
+    enough_to_stay,
+    most_swaps,
+):
+    """Plan a layer. ``slots_RS`` is changed in place, or left alone where nothing pays.
+
+    A layer whose ranks are level is left alone if each of them has tokens that it could leave to others, as much as
+    may come in addition. Otherwise three things are compared by their fullest rank: the placement as it is; new copies
+    for the primaries as they are; and a series of swaps that relieve the fullest rank, each with new copies, and with
+    what it costs.
+
+    Args:
+        load_L: Expected parts of each expert.
+        spread_L: Standard deviation of each.
+        slots_RS: What the slots hold.
+        num_primaries: The first slots of each rank.
+        level_R: What each rank should serve.
+        weight_R: What a part costs on each rank, float64.
+        node_R: The node of each rank.
+        prices: Of a swap within a node and between nodes, in weighted parts.
+        least: Parts that a copy must serve.
+        gain: Weighted parts by which a plan must be better than none.
+        enough: A fullest rank that need not be improved.
+        enough_to_stay: One that is not worth moving primaries for.
+        most_swaps: The most that may be made.
+
+    Returns:
+        By how much the fullest rank was lowered, and the swaps made.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    quota_RS = np.empty((num_ranks, num_slots), dtype=np.int64)
+    tokens_R = np.empty(num_ranks, dtype=np.int64)
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    before = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, quota_RS, tokens_R)
+    if before > enough and before <= NEARLY_LEVEL * enough:
+        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, quota_RS, tokens_R)
+    has_copies = num_slots > num_primaries
+    stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS) if has_copies else 0
+    if before <= enough and stiff == 0:
+        return 0.0, 0
+    trial_RS = slots_RS.copy()
+    own_RN = trial_RS[:, :num_primaries]
+    best_RS = slots_RS
+    best_peak, best_price, best_swaps = before, 0.0, 0
+    lowest = before - gain
+    is_new = False
+    if has_copies:
+        new_quota_RS = np.empty_like(quota_RS)
+        new_tokens_R = np.empty_like(tokens_R)
+        peak = copy_and_level(
+            load_L,
+            spread_L,
+            trial_RS,
+            num_primaries,
+            level_R,
+            weight_R,
+            node_R,
+            least,
+            enough,
+            new_quota_RS,
+            new_tokens_R,
+        )
+        if peak > enough and before > NEARLY_LEVEL * enough:
+            before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, quota_RS, tokens_R)
+            best_peak, lowest = before, before - gain
+        quota_RS, tokens_R = new_quota_RS, new_tokens_R
+        is_looser = stiff > 0 and stiff_ranks(load_L, spread_L, trial_RS, quota_RS) < stiff
+        if peak < lowest or (peak <= max(before, enough) and is_looser):
+            lowest = best_peak = peak
+            best_RS = trial_RS.copy()
+            is_new = True
+    price, swaps, stalled, reached = 0.0, 0, 0, best_peak
+    alone_R = np.empty_like(tokens_R)
+    while best_peak > enough_to_stay and swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE):
+        if price + min(prices[0], prices[1]) + enough >= lowest:
+            break  # not even a level plan would be worth another swap
+        rank = fullest_rank(tokens_R, weight_R)
+        partner, mine, theirs = best_swap(rank, tokens_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
+        if has_copies and (partner < 0 or stalled % 2 == 1):  # where copies filled all others up: as if there were none
+            alone_R[:] = 0
+            for other in range(num_ranks):
+                for expert in own_RN[other]:
+                    alone_R[other] += load_L[expert]
+            rank = fullest_rank(alone_R, weight_R)
+            partner, mine, theirs = best_swap(rank, alone_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
+        if partner < 0:
+            break
+        given, taken = own_RN[rank, mine], own_RN[partner, theirs]
+        own_RN[rank, mine], own_RN[partner, theirs] = taken, given
+        price += prices[0] if node_R[rank] == node_R[partner] else prices[1]
+        swaps += 1
+        if has_copies:
+            peak = copy_and_level(
+                load_L, spread_L, trial_RS, num_primaries, level_R, weight_R, node_R, least, enough, quota_RS, tokens_R
+            )
+        else:
+            tokens_R[rank] -= load_L[given] - load_L[taken]
+            tokens_R[partner] += load_L[given] - load_L[taken]
+            peak = fullest(tokens_R, weight_R)
+        stalled += 1
+        if peak + price < reached:
+            reached, stalled = peak + price, 0
+        if peak + price < lowest:
+            lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
+            best_RS = trial_RS.copy()
+            is_new = True
+    if not is_new:
+        return 0.0, 0
+    keep_slots(slots_RS, best_RS, num_primaries)
+    slots_RS[:] = best_RS
+    return before - best_peak - best_price, best_swaps
+
+
+@compiled
+def stiff_ranks(load_L, spread_L, slots_RS, quota_RS):
+    """How many ranks could not leave ``LOOSE_SPREADS`` standard deviations of their tokens to other copies.
+
+    Level as they may be now, they stay above the others when their experts get more.
+    """
+    copies_L = np.zeros(load_L.size, dtype=np.int64)
+    for rank in range(slots_RS.shape[0]):
+        for expert in slots_RS[rank]:
+            if expert >= 0:
+                copies_L[expert] += 1
+    stiff = 0
+    for rank in range(slots_RS.shape[0]):
+        variance = 0.0
+        loose = np.int64(0)
+        for slot in range(slots_RS.shape[1]):
+            expert = slots_RS[rank, slot]
+            if expert >= 0 and quota_RS[rank, slot] > 0:
+                spread = spread_L[expert] * (quota_RS[rank, slot] / load_L[expert])
+                variance += spread * spread
+                if copies_L[expert] > 1:
+                    loose += quota_RS[rank, slot]
+        stiff += loose < LOOSE_SPREADS * np.sqrt(variance)
+    return stiff
+
+
+@compiled
+def copy_and_level(
+    load_L, spread_L, slots_RS, num_primaries, level_R, weight_R, node_R, least, enough, quota_RS, tokens_R
+):
+    """Choose the copies for the primaries of ``slots_RS``, in place, and divide the tokens among them.
+
+    Returns:
+        The weighted parts of the fullest rank.
+    """
+    left_L = np.empty_like(load_L)
+    own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
+    lowest, best = np.inf, 0
+    for attempt in range(len(DEPTHS) + 1):
+        is_last = attempt == len(DEPTHS) or lowest <= enough
+        if is_last and best == attempt - 1:
+            break
+        depth = DEPTHS[best if is_last else attempt]
+        spill(
+            load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quota_RS[:, num_primaries:],
+            left_L, tokens_R,
+        )  # fmt: skip
+        for rank in range(slots_RS.shape[0]):
+            for slot in range(num_primaries):
+                quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
+        peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, quota_RS, tokens_R)
+        if peak < lowest:
+            lowest, best = peak, attempt
+    return lowest
+
+
+@compiled
+def keep_slots(before_RS, after_RS, num_primaries):
+    """Reorder ``after_RS`` in place, primaries and redundant slots apart, so that what stays keeps its slot."""
+    num_slots = after_RS.shape[1]
+    for rank in range(after_RS.shape[0]):
+        for slot in range(num_slots):
+            expert = before_RS[rank, slot]
+            start, end = (0, num_primaries) if slot < num_primaries else (num_primaries, num_slots)
+            if expert >= 0:
+                for other in range(start, end):
+                    if after_RS[rank, other] == expert:
+                        after_RS[rank, other] = after_RS[rank, slot]
+                        after_RS[rank, slot] = expert
+                        break

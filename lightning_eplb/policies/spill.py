@@ -1,0 +1,273 @@
+"""Which experts get redundant copies, and where: one layer at a time, compiled.
+
+Tokens are counted in parts here, see :func:`scale_to_parts`: whole numbers, a layer's total below ``2**31``, so that no
+sum, product or square of them leaves int64.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, ``E`` redundant slots on a rank, ``S``
+slots on a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+
+PARTS_BITS = 31
+"""A layer's tokens are scaled by a power of two to a total below ``2**PARTS_BITS``, and not far below."""
+
+LEAST_LINK = 4
+"""A link carries at least the mean divided by this, or half of what the lowest donor has."""
+LINK_SPREADS = 2.0
+"""In between, it carries so many standard deviations of what lies behind it."""
+MARGIN_SPREADS = 2.5
+"""A rank that is less than so many standard deviations below its level has load to give."""
+
+
+@compiled
+def scale_to_parts(load_L, parts_L):
+    """Fill ``parts_L`` with the load in parts of a token, or of ``2**n`` tokens.
+
+    Returns the bits that it was shifted by, to the left.
+    Any int64 counts will do: the sum need not fit int64.
+    """
+    high = np.int64(0)
+    low = np.int64(0)
+    for load in load_L:
+        high += load >> 20
+        low += load & 0xFFFFF
+    high += low >> 20
+    bits = 0
+    while high >> bits:
+        bits += 1
+    bits += 20 if bits else 0
+    if not bits:
+        while low >> bits:
+            bits += 1
+    shift = PARTS_BITS - 1 - bits
+    for expert in range(load_L.size):
+        parts_L[expert] = load_L[expert] << shift if shift >= 0 else load_L[expert] >> -shift
+    return shift
+
+
+@compiled
+def find_unused(next_unused, index):
+    """The first index from ``index`` on that is not used up; the length of the list if there is none."""
+    end = index
+    while next_unused[end] != end:
+        end = next_unused[end]
+    while next_unused[index] != end:
+        following = next_unused[index]
+        next_unused[index] = end
+        index = following
+    return end
+
+
+@compiled
+def give(expert_limit, least, giver, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R):
+    """Copy the giver's expert with the most tokens left to the taker's next slot, with at most ``expert_limit`` tokens.
+
+    Returns the tokens that changed ranks; 0 if the giver has fewer than ``least`` to give, or the taker has a copy of
+    all it has.
+    """
+    best = np.int64(-1)
+    most = np.int64(0)
+    for expert in own_RN[giver]:
+        if left_L[expert] > most:
+            is_there = False
+            for slot in range(count_R[taker]):
+                is_there |= held_RE[taker, slot] == expert
+            if not is_there:
+                best, most = expert, left_L[expert]
+    amount = min(expert_limit, most)
+    if best < 0 or amount < least:
+        return np.int64(0)
+    left_L[best] -= amount
+    tokens_R[giver] -= amount
+    tokens_R[taker] += amount
+    held_RE[taker, count_R[taker]] = best
+    quota_RE[taker, count_R[taker]] = amount
+    count_R[taker] += 1
+    return amount
+
+
+@compiled
+def most_left(rank, own_RN, left_L):
+    most = np.int64(0)
+    for expert in own_RN[rank]:
+        most = max(most, left_L[expert])
+    return most
+
+
+@compiled
+def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quota_RE, left_L, tokens_R):
+    """Level the ranks with redundant copies that also take what the next batches may bring.
+
+    The copies form a tree over the ranks. It is built from its leaves. A rank with few tokens waits to be filled up by
+    one copy. A rank with many (a donor) fills such ranks, and earlier donors, until it is itself *below* its level, by
+    what may have to flow through its link later; then it waits to be filled up by a copy of a later donor. So every
+    rank is level, and each copy serves tokens that it could also leave to others: when a load drifts, the quotas shift
+    along the tree. Donors are taken from the lowest to the hottest, and a donor collects others in proportion to its
+    tokens, as the hottest ranks may drift the most. That is Walker's and Vose's alias method (1974, 1991) with a
+    reserve, and the long chain of Jordan and Graves (1995): with one slot a rank, ``R - 1`` copies connect all ranks.
+
+    What the tree cannot level is then spilled greedily, the fullest rank to the emptiest with a free slot. Slots that
+    are still free hedge: they hold the largest experts of the ranks that have most to give.
+
+    Args:
+        load_L: Expected parts of each expert, int64.
+        spread_L: Standard deviation of each, int64.
+        own_RN: The primaries of each rank, int64.
+        level_R: What each rank should serve, int64; they sum to the load, or a little above.
+        node_R: The node of each rank, int64. A taker on the giver's node is preferred among those that fit.
+        least: Parts that a copy must serve to be worth its weights, int64.
+        depth: The most that a link may carry, in parts of what its rank should serve: 0 to 1.
+        held_RE: Filled with the experts of the redundant slots, -1 where one stays empty; int64.
+        quota_RE: Filled with the parts that each of them serves, int64.
+        left_L: Filled with the parts that each primary serves, int64.
+        tokens_R: Filled with the parts that each rank serves, int64.
+    """
+    num_ranks, num_slots = held_RE.shape
+    held_RE[:] = -1
+    quota_RE[:] = 0
+    left_L[:] = load_L
+    tokens_R[:] = 0
+    variance_R = np.zeros(num_ranks)
+    count_R = np.zeros(num_ranks, dtype=np.int64)
+    total = np.int64(0)
+    for rank in range(num_ranks):
+        for expert in own_RN[rank]:
+            tokens_R[rank] += load_L[expert]
+            variance_R[rank] += float(spread_L[expert]) * float(spread_L[expert])
+        total += level_R[rank]
+    if num_slots == 0:
+        return
+    least = max(least, np.int64(1))
+    mean = max(total // num_ranks, np.int64(1))
+
+    # Who gives, from the lowest to the hottest, and who takes, from the largest gap to the smallest.
+    key_R = np.empty(num_ranks, dtype=np.int64)
+    for rank in range(num_ranks):
+        key_R[rank] = (tokens_R[rank] - level_R[rank] + (np.int64(1) << 32)) * num_ranks + rank
+    key_R.sort()
+    donors = np.empty(num_ranks, dtype=np.int64)
+    takers = np.empty(num_ranks + 1, dtype=np.int64)
+    gap = np.empty(num_ranks + 1, dtype=np.int64)
+    next_unused = np.arange(num_ranks + 1)
+    num_donors = num_takers = 0
+    donor_tokens = np.int64(0)
+    least_offer = mean
+    for key in key_R:
+        rank = key % num_ranks
+        below = level_R[rank] - tokens_R[rank]
+        if below <= np.int64(MARGIN_SPREADS * np.sqrt(variance_R[rank])):
+            donors[num_donors] = rank
+            num_donors += 1
+            donor_tokens += tokens_R[rank]
+            least_offer = min(least_offer, most_left(rank, own_RN, left_L))
+        else:
+            takers[num_takers] = rank
+            gap[num_takers] = below
+            num_takers += 1
+    link = min(mean // LEAST_LINK, least_offer // 2)
+
+    waiting = np.empty(num_ranks, dtype=np.int64)  # donors below their level, first in, first out
+    first = last = 0
+    due = np.int64(0)
+    if num_donors > max(num_takers, 1) and link >= least:  # a ring: what the last donor gets here travels around it
+        give(link, least, donors[0], donors[num_donors - 1], own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
+    for index in range(num_donors):
+        donor = donors[index]
+        is_root = index == num_donors - 1
+        deepest = max(link, np.int64(depth * level_R[donor]))
+        reserve = np.int64(LINK_SPREADS * np.sqrt(variance_R[donor]))
+        goal = level_R[donor] - (0 if is_root else min(deepest, max(link, reserve)))
+        floor = level_R[donor] - deepest
+        due += num_donors * tokens_R[donor]
+        while first < last and tokens_R[donor] > goal and (due >= donor_tokens or is_root):
+            taker = waiting[first]
+            missing = level_R[taker] - tokens_R[taker]
+            offer = most_left(donor, own_RN, left_L)
+            if not is_root and (missing > offer or tokens_R[donor] - missing < floor):
+                break
+            first += 1
+            due -= donor_tokens
+            if min(missing, offer) >= least:
+                give(missing, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
+                variance_R[donor] += variance_R[taker]
+                reserve = np.int64(LINK_SPREADS * np.sqrt(variance_R[donor]))
+                goal = level_R[donor] - (0 if is_root else min(deepest, max(link, reserve)))
+        while tokens_R[donor] > goal:
+            limit = min(most_left(donor, own_RN, left_L), tokens_R[donor] - floor)
+            low, high = 0, num_takers
+            while low < high:
+                middle = (low + high) // 2
+                if gap[middle] <= limit:
+                    high = middle
+                else:
+                    low = middle + 1
+            choice = find_unused(next_unused, low)
+            if choice >= num_takers or gap[choice] < least:
+                break
+            other = choice
+            for _ in range(16):
+                if other >= num_takers or 8 * gap[other] < 7 * gap[choice]:
+                    break
+                if node_R[takers[other]] == node_R[donor]:
+                    choice = other
+                    break
+                other = find_unused(next_unused, other + 1)
+            next_unused[choice] = choice + 1
+            give(gap[choice], least, donor, takers[choice], own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
+            variance_R[donor] += variance_R[takers[choice]]
+        while first < last and tokens_R[donor] > level_R[donor]:
+            taker = waiting[first]
+            first += 1
+            missing = level_R[taker] - tokens_R[taker]
+            if min(missing, most_left(donor, own_RN, left_L)) >= least:
+                give(missing, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
+        if tokens_R[donor] < level_R[donor]:
+            waiting[last] = donor
+            last += 1
+
+    # What the tree left: the fullest rank to the emptiest with a free slot, as long as there is one.
+    for index in range(num_donors - 1, -1, -1):
+        donor = donors[index]
+        while tokens_R[donor] - level_R[donor] >= least:
+            taker = np.int64(-1)
+            most = least - 1
+            for rank in range(num_ranks):
+                missing = level_R[rank] - tokens_R[rank]
+                if missing > most and count_R[rank] < num_slots and rank != donor:
+                    taker, most = rank, missing
+            if taker < 0:
+                break
+            amount = min(most, tokens_R[donor] - level_R[donor])
+            if give(amount, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R) < least:
+                break
+
+    # Hedges: each free slot holds the expert with most tokens a copy among those of the next few donors.
+    copies_L = np.ones(load_L.size, dtype=np.int64)
+    for rank in range(num_ranks):
+        for slot in range(count_R[rank]):
+            copies_L[held_RE[rank, slot]] += 1
+    turn = num_donors - 1
+    for slot in range(num_slots):
+        for rank in range(num_ranks):
+            if count_R[rank] > slot:
+                continue
+            best = np.int64(-1)
+            most = least - 1
+            for _ in range(min(8, num_donors)):
+                donor = donors[turn]
+                turn = turn - 1 if turn > 0 else num_donors - 1
+                for expert in own_RN[donor]:
+                    share = load_L[expert] // (copies_L[expert] + 1)
+                    if share > most and donor != rank and spread_L[expert] > 0:
+                        is_there = False
+                        for other in range(count_R[rank]):
+                            is_there |= held_RE[rank, other] == expert
+                        if not is_there:
+                            best, most = expert, share
+            if best >= 0:
+                held_RE[rank, count_R[rank]] = best
+                count_R[rank] += 1
+                copies_L[best] += 1
