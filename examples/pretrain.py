@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -229,6 +230,8 @@ def _relative(path: Any) -> str:
 def main() -> None:
     torch.set_num_threads(1)  # each rank is a process of its own: more threads would take each other's cores
     LightningCLI(MoELanguageModel, StandardLibrary, save_config_kwargs={"overwrite": True})
+    if dist.is_initialized():
+        dist.destroy_process_group()  # its threads end before the interpreter does
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy
-from lightning_eplb.simulate import describe, draw_over_time, replay
+from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
+from lightning_eplb.simulate import DEFAULT_COSTS, describe, draw_over_time, replay
 from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.trace import read_trace
 
 POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
     "static": lambda arguments: StaticPolicy(),
     "deepseek": lambda arguments: DeepSeekPolicy(arguments.num_groups),
-    "balanced": lambda arguments: BalancedPolicy(),
+    "balanced": lambda arguments: BalancedPolicy(num_groups=arguments.num_groups, split=arguments.split),
 }
 
 
@@ -42,7 +42,19 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep-size", type=int, default=8, help="ranks that share the experts of a layer (8)")
     parser.add_argument("--num-redundant-experts", type=int, default=0, help="of each layer, over all ranks (0)")
     parser.add_argument("--num-nodes", type=int, default=1, help="the ranks' nodes, of equal size (1)")
-    parser.add_argument("--num-groups", type=int, default=1, help="expert groups, for the policy deepseek (1)")
+    parser.add_argument("--num-groups", type=int, default=1, help="expert groups that stay on a node (1)")
+    parser.add_argument(
+        "--split", choices=("even", "level"), default="even", help="how copies share an expert's tokens (even)"
+    )
+    parser.add_argument(
+        "--move-tokens",
+        type=float,
+        nargs=2,
+        metavar=("WITHIN", "BETWEEN"),
+        default=(DEFAULT_COSTS.row_within_node, DEFAULT_COSTS.row_between_nodes),
+        help="tokens that an expert computes in the time that it takes to move one, within a node and between nodes"
+        " (2000 10000)",
+    )
     parser.add_argument("--window-size", type=int, default=100, help="steps that a policy looks back on (100)")
     parser.add_argument("--step-interval", type=int, default=100, help="steps between decisions (100)")
     parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="all, if not given")
@@ -62,6 +74,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         "num_nodes": arguments.num_nodes,
         "window_size": arguments.window_size,
         "step_interval": arguments.step_interval,
+        "split": arguments.split,
+        "costs": Costs(1.0, *arguments.move_tokens),
     }
     print(
         f"{source}: {steps} steps, {layers} layers of {experts} experts; on {arguments.ep_size} ranks with"
@@ -79,6 +93,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         print(f"{each.name.ljust(widths[0])}  {draw_over_time(each.balancedness)}")
     print(
         "\nBalancedness is that of single steps after the first decision: mean over ranks / fullest rank, 1 is perfect."
+        "\nMoved are primaries, with their optimizer state; traffic is theirs, within nodes + between nodes."
         "\nSpeed-up is that of the experts' part of a step, over the placement that training starts from."
     )
     return 0

@@ -12,14 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, Policy, Topology
+from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.relocation.exchange import relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
+from lightning_eplb.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Rearrangement:
         load: The window that it was decided on, ``[Y, L]`` int64.
         num_layers: Layers in which a primary changed its place.
         num_rows: Primaries that changed ranks, in one EP group.
+        num_copies: Redundant slots that hold another expert than before, or none any more.
         num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
         seconds: From the decision to the end, on this rank.
     """
@@ -62,6 +66,7 @@ class Rearrangement:
     load: np.ndarray
     num_layers: int
     num_rows: int
+    num_copies: int
     num_bytes: int
     seconds: float
 
@@ -97,10 +102,15 @@ class ExpertLoadBalancer:
         optimizers: Those that hold expert parameters: their state moves with the experts.
         policy: Decides where experts go; ``None`` for ``BalancedPolicy()``.
         window_size: Optimizer steps that the decision looks back on.
-        step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it.
+        step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it, and one may come
+            early when the load drifts away, see :class:`~lightning_eplb.schedule.Schedule`.
 
     Raises:
         ValueError: A number is below 1, or ``model`` has no converted layer.
+
+    Note:
+        With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
+        :attr:`costs` before to use other numbers.
     """
 
     def __init__(
@@ -146,8 +156,19 @@ class ExpertLoadBalancer:
         """The latest that changed the placement."""
         self.last_step: StepLoad | None = None
         """The latest optimizer step in which the experts got a token."""
-        self._steps_to_go = max(1, step_interval // 4)
-        self._optimizers_are_checked = False
+        self.capacity: tuple[float, ...] | None = None
+        """How much work each EP rank should get from the next decision on, in any unit; rank 0 reads it. 0 for a rank
+        that is to be drained. ``None``: all the same."""
+        self.costs: Costs | None = None
+        """What the policy is told that moves cost; rank 0 reads it. ``None``: what was measured in the first step."""
+        self.forecast_error: float | None = None
+        """How far off the forecast of the last whole interval was; 0 is exact."""
+        self._schedule = Schedule(step_interval)
+        self._forecast: Forecast | None = None
+        self._load_since_forecast = torch.zeros_like(self.load.ring[0], device="cpu")
+        self._speed: Speed | None = None
+        self._first_step_is_done = False
+        self._warm_up()
         self.record(True)
 
     def record(self, on: bool) -> None:
@@ -171,18 +192,18 @@ class ExpertLoadBalancer:
             ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
                 fails or returns what is not a placement. All ranks raise it, and nothing was moved.
         """
-        if not self._optimizers_are_checked and self.groups.size > 1:
+        if not self._first_step_is_done and self.groups.size > 1:
             check_optimizers(self.optimizers, self._named_parameters())
-        self._optimizers_are_checked = True
+            self._speed = measure_speed(self._modules[0][1], self.groups)
+        self._first_step_is_done = True
         load_YL = self._take_load()
         if not load_YL.any():
             return None
         values = self.load(load_YL)
         self.num_steps += 1
-        self._steps_to_go -= 1
+        self._load_since_forecast += load_YL.cpu()
         done = None
-        if self._steps_to_go == 0:
-            self._steps_to_go = self.step_interval
+        if self._schedule.step(float(values["balancedness"])):
             done = self.rearrange(with_gradients=with_gradients)
         tokens = {name: float(values[name]) for name in ("avg_tokens", "max_tokens", "balancedness")}
         self.last_step = StepLoad(load_YL, **tokens, rearrangement=done)
@@ -211,7 +232,10 @@ class ExpertLoadBalancer:
             return None
         start = time.perf_counter()
         before, load_YL = self.placement, self.load.compute()["load"].cpu().numpy()
-        after = self._agree(placement, load_YL)
+        if self._forecast is not None:
+            self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
+        outlook = self._outlook(with_gradients) if placement is None else None
+        after = self._agree(placement, outlook)
         plan = plan_relocation(before, after)
         moved = {moves.layer: self._tensors(moves.layer, with_gradients) for moves in plan}
         self._compare_digests(after, moved)
@@ -223,6 +247,7 @@ class ExpertLoadBalancer:
             load=load_YL,
             num_layers=len(plan),
             num_rows=sum(moves.num_rows_between_ranks for moves in plan),
+            num_copies=_changed_copies(before, after),
             num_bytes=num_bytes * self.groups.num_replicas,
             seconds=time.perf_counter() - start,
         )
@@ -237,7 +262,7 @@ class ExpertLoadBalancer:
         return {
             "window": self.load.steps().cpu(),
             "num_steps": self.num_steps,
-            "steps_to_go": self._steps_to_go,
+            "steps_to_go": self._schedule.steps_to_go,
             "num_rearrangements": self.num_rearrangements,
             "rearranged_bytes": self.rearranged_bytes,
         }
@@ -260,7 +285,7 @@ class ExpertLoadBalancer:
         self.num_steps = state["num_steps"]
         self.num_rearrangements = state["num_rearrangements"]
         self.rearranged_bytes = state["rearranged_bytes"]
-        self._steps_to_go = min(state["steps_to_go"], self.step_interval)
+        self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
 
     def _named_parameters(self) -> dict[str, Tensor]:
         return {
@@ -280,14 +305,45 @@ class ExpertLoadBalancer:
             load_YL //= self.groups.size  # each rank of an EP group gave that group's load
         return load_YL
 
-    def _agree(self, placement: ExpertPlacement | None, load_YL: np.ndarray) -> ExpertPlacement:
+    def _warm_up(self) -> None:
+        """Compile now what would otherwise be compiled in the first decision."""
+        forecast(np.ones((8, 1, 2), dtype=np.int64))
+        rank_tokens(np.zeros((self.placement.num_layers, self.placement.num_logical_experts)), self.placement)
+        if self.groups.size > 1 and dist.get_rank() == 0:
+            self.policy.warm_up(self.placement)
+
+    def _outlook(self, with_gradients: bool) -> Outlook:
+        """What the policy is told. Every rank forecasts, so that each can tell later how good the forecast was."""
+        steps_WYL = self.load.steps().cpu().numpy()
+        steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
+        if not len(steps_WYL):
+            steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
+        self._forecast = forecast(steps_WYL)
+        self._load_since_forecast.zero_()
+        costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)
+        return Outlook(steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self.step_interval, costs)
+
+    def _measured_costs(self, with_gradients: bool) -> Costs | None:
+        if self._speed is None:
+            return None
+        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors(0, with_gradients))
+        weights = [p[0].numel() * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
+        has_nodes = len(set(self.groups.node_of_rank)) > 1
+        within, between = self._speed.bytes_per_second_within_node, self._speed.bytes_per_second_between_nodes
+        return Costs(
+            token=self._speed.seconds_per_token,
+            row_within_node=row_bytes / within,
+            row_between_nodes=row_bytes / between,
+            copy=2 * sum(weights) / (between if has_nodes else within),
+        )
+
+    def _agree(self, placement: ExpertPlacement | None, outlook: Outlook | None) -> ExpertPlacement:
         """Rank 0's decision, or its failure, on every rank."""
         decision: list[Any] = [None, None]
         failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                decided = placement if placement is not None else self._ask_policy(load_YL)
-                self._check_shape(decided)
+                decided = self._checked(self._ask_policy(outlook) if outlook is not None else placement)
                 decision = [decided.physical_to_logical.tolist(), None]
             except Exception as error:  # the other ranks are waiting: they must hear of it
                 failure = error
@@ -299,10 +355,10 @@ class ExpertLoadBalancer:
             raise ValueError(error_text) from failure
         return ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
 
-    def _ask_policy(self, load_YL: np.ndarray) -> ExpertPlacement:
-        return self.policy.rearrange(load_YL, self.placement, Topology(self.groups.node_of_rank))
+    def _ask_policy(self, outlook: Outlook) -> ExpertPlacement:
+        return self.policy.look_ahead(outlook, self.placement, Topology(self.groups.node_of_rank, self.capacity))
 
-    def _check_shape(self, decided: Any) -> None:
+    def _checked(self, decided: Any) -> ExpertPlacement:
         if not isinstance(decided, ExpertPlacement):
             raise ValueError(f"it returned a {type(decided).__name__}, not an ExpertPlacement")
         if decided.physical_to_logical.shape != self.placement.physical_to_logical.shape or (
@@ -310,6 +366,7 @@ class ExpertLoadBalancer:
             != (self.placement.num_logical_experts, self.placement.num_ranks)
         ):
             raise ValueError(f"it returned {decided!r}, which can't follow {self.placement!r}")
+        return decided
 
     def _compare_digests(self, after: ExpertPlacement, moved: dict[int, list[Tensor]]) -> None:
         signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
@@ -328,3 +385,8 @@ class ExpertLoadBalancer:
         for layer, _ in self._modules:
             layer.set_placement(placement)
         self.placement = self.load.placement = placement
+
+
+def _changed_copies(before: ExpertPlacement, after: ExpertPlacement) -> int:
+    n = before.primaries_per_rank
+    return int((before.by_rank[:, :, n:] != after.by_rank[:, :, n:]).sum())

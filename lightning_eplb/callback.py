@@ -45,6 +45,7 @@ class EPLBCallback(Callback):
     - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
     - ``eplb/rearrangements``: how many there were that changed the placement.
     - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
+    - ``eplb/forecast_error``: how far the load was from what the latest decision but one had expected, 0 is exact.
 
     The progress bar shows ``balancedness`` of every step. A ``WandbLogger`` gets a heatmap of experts and one of ranks
     with each rearrangement.
@@ -64,7 +65,8 @@ class EPLBCallback(Callback):
             watched; each expert then counts as if it were alone on a rank, so that balancedness is that of experts.
         policy: Decides where experts go. ``None``: :class:`~lightning_eplb.BalancedPolicy`.
         window_size: Optimizer steps whose load the policy looks at.
-        step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it.
+        step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it, and one may come
+            early when the ranks are no longer as level as they were after the last.
         trace: A file to record the load of every optimizer step in, for ``python -m lightning_eplb simulate``. A
             resumed run goes on with it, any other replaces it.
 
@@ -271,15 +273,18 @@ class EPLBCallback(Callback):
         if (latest := self.balancer.last_rearrangement) is not None:
             values["eplb/rearrange_seconds"] = latest.seconds
             values["eplb/rearranged_bytes"] = float(latest.num_bytes)
+        if self.balancer.forecast_error is not None:
+            values["eplb/forecast_error"] = self.balancer.forecast_error
         return values
 
     def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
         if done.before == done.after:
-            rank_zero_info(f"step {trainer.global_step}: no expert moved, the placement is as good as the policy's")
+            rank_zero_info(f"step {trainer.global_step}: no expert moved, in no layer would it pay")
             return
         rank_zero_info(
             f"step {trainer.global_step}: {done.num_rows} experts in {done.num_layers} layers changed ranks,"
-            f" {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
+            f" {done.num_copies} redundant slots changed, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s;"
+            " balancedness of the window"
             f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
         )
         if takes_pictures(trainer.loggers):

@@ -9,10 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import Policy, Topology
+from lightning_eplb.policies import Costs, Outlook, Policy, Topology
+from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.plan import plan_relocation
+from lightning_eplb.schedule import Schedule
+
+DEFAULT_COSTS = Costs(token=1.0, row_within_node=2_000.0, row_between_nodes=10_000.0)
+"""In the time that one expert takes for a token.
+
+An expert of ``p`` parameters does ``6 p`` operations for a token, forward and backward, and moves with 16 bytes for
+each parameter (weights, a master copy and two moments). At 200 TFLOP/s, 250 GB/s within a node and 50 GB/s between
+nodes, a move takes as long as 2,100 tokens, or 10,700, whatever ``p`` is.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,16 +35,25 @@ class Replay:
         balancedness: Of every step, ``[W]``, on the placement that was in force. NaN for a step without a token.
         first_decided: The first step that ran on a decided placement.
         max_tokens: Tokens of the fullest rank in every step, ``[W]``, summed over layers.
-        rows_moved: Primaries that changed ranks, in all layers and all decisions.
+        rows_within_nodes: Primaries that changed ranks within a node, in all layers and all decisions.
+        rows_between_nodes: Primaries that changed nodes.
         planning_seconds: Of every decision.
+        forecast_errors: Of every decision but the last, see :meth:`lightning_eplb.forecast.Forecast.error`.
     """
 
     name: str
     balancedness: np.ndarray
     first_decided: int
     max_tokens: np.ndarray
-    rows_moved: int
+    rows_within_nodes: int
+    rows_between_nodes: int
     planning_seconds: tuple[float, ...]
+    forecast_errors: tuple[float, ...]
+
+    @property
+    def rows_moved(self) -> int:
+        """Primaries that changed ranks."""
+        return self.rows_within_nodes + self.rows_between_nodes
 
     @property
     def judged(self) -> np.ndarray:
@@ -51,18 +71,22 @@ def replay(
     num_nodes: int = 1,
     window_size: int = 100,
     step_interval: int = 100,
+    split: str = "even",
+    costs: Costs = DEFAULT_COSTS,
     name: str = "",
 ) -> Replay:
-    """Let ``policy`` rearrange a load's experts as ``EPLBCallback`` would, tokens split evenly among copies.
+    """Let ``policy`` rearrange a load's experts as ``EPLBCallback`` would.
 
     Args:
         load_WYL: Tokens of each expert in each step, int64: a trace, or a synthetic load.
-        policy: Asked after a quarter of ``step_interval`` and then every ``step_interval`` steps.
+        policy: Asked when :class:`~lightning_eplb.schedule.Schedule` says so.
         num_ranks: Ranks that share the experts of a layer, ``R``.
         num_redundant_experts: Redundant experts of each layer, a multiple of ``num_ranks``.
         num_nodes: The ranks' nodes, of equal size.
         window_size: Steps that the policy looks back on.
         step_interval: Steps between decisions.
+        split: How the tokens of an expert are divided among its copies: ``"even"`` or ``"level"``, in each step anew.
+        costs: What the policy is told that moves cost.
         name: Of the policy, for the result.
 
     Raises:
@@ -71,29 +95,44 @@ def replay(
     for argument, value in {"window_size": window_size, "step_interval": step_interval}.items():
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1 step")
+    if split not in ("even", "level"):
+        raise ValueError(f"split={split!r} must be 'even' or 'level'")
     steps, layers, experts = load_WYL.shape
     topology = Topology.even(num_ranks, num_nodes)
+    node_R = np.array(topology.node_of_rank)
     placement = ExpertPlacement.initial(layers, experts, num_ranks, num_redundant_experts)
+    policy.warm_up(placement)
+    schedule = Schedule(step_interval)
     seconds: list[float] = []
-    rows_moved, steps_to_go, first_decided = 0, max(1, step_interval // 4), steps
+    errors: list[float] = []
+    rows_within = rows_between = 0
+    first_decided, decided_after = steps, 0
+    expected: Forecast | None = None
     levels_W, max_tokens_W = np.full(steps, np.nan), np.zeros(steps)
     seen: list[np.ndarray] = []
     for step, load_YL in enumerate(load_WYL):
         if not load_YL.any():
             continue
-        tokens_YR = rank_tokens(load_YL, placement)
+        tokens_YR = level_tokens(load_YL, placement.by_rank) if split == "level" else rank_tokens(load_YL, placement)
         levels_W[step] = balancedness(tokens_YR)
         max_tokens_W[step] = tokens_YR.max(axis=1).sum()
-        seen = [*seen[-window_size + 1 :], load_YL] if window_size > 1 else [load_YL]
-        steps_to_go -= 1
-        if steps_to_go == 0:
-            steps_to_go = step_interval
-            start = time.perf_counter()
-            decided = policy.rearrange(np.sum(seen, axis=0), placement, topology)
-            seconds.append(time.perf_counter() - start)
-            rows_moved += sum(moves.num_rows_between_ranks for moves in plan_relocation(placement, decided))
-            placement, first_decided = decided, min(first_decided, step + 1)
-    return Replay(name, levels_W, first_decided, max_tokens_W, rows_moved, tuple(seconds))
+        seen.append(load_YL)
+        if not schedule.step(levels_W[step]):
+            continue
+        if expected is not None:
+            errors.append(expected.error(np.sum(seen[decided_after:], axis=0)))
+        window_WYL = np.array(seen[-schedule.look_back(min(window_size, len(seen))) :])
+        decided_after, expected = len(seen), forecast(window_WYL)
+        outlook = Outlook(window_WYL.sum(axis=0), len(window_WYL), expected, step_interval, costs)
+        start = time.perf_counter()
+        decided = policy.look_ahead(outlook, placement, topology)
+        seconds.append(time.perf_counter() - start)
+        for moves in plan_relocation(placement, decided):
+            is_between = node_R[moves.source_rank] != node_R[moves.target_rank]
+            rows_between += int(is_between.sum())
+            rows_within += moves.num_rows_between_ranks - int(is_between.sum())
+        placement, first_decided = decided, min(first_decided, step + 1)
+    return Replay(name, levels_W, first_decided, max_tokens_W, rows_within, rows_between, tuple(seconds), tuple(errors))
 
 
 def speed_up(of: Replay, over: Replay) -> float:
@@ -120,9 +159,9 @@ def describe(replays: Sequence[Replay], static: Replay, bytes_per_expert: int | 
         static: The replay that rearranged nothing, which the others' speed is compared with.
         bytes_per_expert: Weights and optimizer state of an expert in one layer, to tell traffic in bytes.
     """
-    rows = [["policy", "balancedness", "5th percentile", "worst", "experts moved", "planning", "speed-up"]]
+    rows = [["policy", "balancedness", "5th percentile", "worst", "moved", "between nodes", "planning", "speed-up"]]
     if bytes_per_expert is not None:
-        rows[0].insert(5, "traffic")
+        rows[0].insert(6, "traffic")
     for each in replays:
         judged = each.judged if len(each.judged) else np.array([np.nan])
         planning = max(each.planning_seconds, default=0.0)
@@ -132,10 +171,12 @@ def describe(replays: Sequence[Replay], static: Replay, bytes_per_expert: int | 
             f"{np.percentile(judged, 5):.3f}",
             f"{judged.min():.3f}",
             str(each.rows_moved),
+            str(each.rows_between_nodes),
             f"{1e3 * planning:.1f} ms",
             f"{speed_up(each, static):.2f}",
         ]
         if bytes_per_expert is not None:
-            row.insert(5, f"{each.rows_moved * bytes_per_expert / 2**20:,.1f} MiB")
+            within, between = (n * bytes_per_expert / 2**20 for n in (each.rows_within_nodes, each.rows_between_nodes))
+            row.insert(6, f"{within:,.1f} + {between:,.1f} MiB")
         rows.append(row)
     return rows

@@ -2,7 +2,9 @@
 
 import io
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
+from lightning_eplb.balancer import StepLoad
+from lightning_eplb.functional import rank_tokens
+from lightning_eplb.policies import Costs
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 
@@ -196,3 +201,135 @@ def test_numbers_below_one(argument: str) -> None:
 def test_a_model_that_was_not_converted() -> None:
     with pytest.raises(ValueError, match=r"call parallelize_experts\(model\) before"):
         ExpertLoadBalancer(Model())
+
+
+def steered(
+    loads: list[list[int]],
+    balancer_arguments: dict[str, Any],
+    **attributes: Any,
+) -> tuple[ExpertLoadBalancer, list[tuple[int, Any]]]:
+    """Each step's tokens go where ``loads`` says, each rank sends all of them; the decisions, by step."""
+    model = Model()
+    parallelize_experts(model, num_redundant_experts=2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    balancer = ExpertLoadBalancer(model, [optimizer], **balancer_arguments)
+    for name, value in attributes.items():
+        setattr(balancer, name, value)
+    decisions = []
+    for step, load in enumerate(loads, start=1):
+        index = torch.arange(EXPERTS).repeat_interleave(torch.tensor(load))[:, None]
+        hidden = torch.ones(len(index), WIDTH, dtype=torch.float64)
+        model.experts(hidden, index, torch.ones_like(index, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        served = balancer.step()
+        assert served is not None
+        assert served.load.tolist() == [[2 * tokens for tokens in load]]
+        if served.rearrangement is not None:
+            decisions.append((step, served.rearrangement))
+    return balancer, decisions
+
+
+FREE = Costs(1.0)
+LEVEL, SKEWED = [10, 10, 10, 10], [20, 16, 2, 2]
+
+
+def errors_after_each_step() -> list[float | None]:
+    errors: list[float | None] = []
+
+    class Watched(ExpertLoadBalancer):
+        def step(self, **kwargs: Any) -> StepLoad | None:
+            served = super().step(**kwargs)
+            errors.append(self.forecast_error)
+            return served
+
+    with patch(f"{__name__}.ExpertLoadBalancer", Watched):
+        steered([LEVEL] * 5 + [[20, 10, 10, 0]] * 5, {"step_interval": 4, "policy": StaticPolicy()})
+    return errors
+
+
+def test_the_forecast_is_judged_by_the_interval_that_followed(workers: Workers) -> None:
+    """Decisions after 1, 5 and 9 steps: the first interval was as expected, the second was not."""
+    off = (2 * 10**2 / (20**2 + 2 * 10**2)) ** 0.5
+    for errors in workers.run(2, errors_after_each_step):
+        assert errors[:4] == [None] * 4
+        assert errors[4:8] == [0.0] * 4
+        assert errors[8:] == pytest.approx([off] * 2)
+
+
+def tokens_with_capacity(capacity: tuple[float, ...] | None) -> list[float]:
+    loads = [[16, 12, 8, 4]] * 8
+    balancer, _ = steered(loads, {"step_interval": 4}, costs=FREE, capacity=capacity if dist.get_rank() == 0 else None)
+    return rank_tokens(2 * np.array([loads[-1]]), balancer.placement)[0].tolist()
+
+
+def test_capacity_is_read_from_rank_zero(workers: Workers) -> None:
+    """Two primaries each rank keeps; a copy of the hottest takes half of its tokens along."""
+    level, half, drained = (workers.run(2, tokens_with_capacity, c) for c in (None, (2, 1), (0, 1)))
+    for by_rank in (level, half, drained):
+        assert by_rank[0] == by_rank[1]
+        assert sum(by_rank[0]) == 80
+    assert level[0][0] == pytest.approx(40, abs=4)
+    assert half[0][0] == pytest.approx(80 * 2 / 3, abs=4)
+    assert drained[0][0] <= 24
+    assert drained[0][0] < level[0][0] < half[0][0]
+
+
+def decided_with_costs(costs: Costs) -> list[bool]:
+    _, decisions = steered([SKEWED] * 6, {"step_interval": 4}, costs=costs if dist.get_rank() == 0 else None)
+    return [done.before == done.after for _, done in decisions]
+
+
+def test_costs_are_read_from_rank_zero(workers: Workers) -> None:
+    """Where nothing is for free, nothing pays; the decision is still one."""
+    free, dear = (workers.run(2, decided_with_costs, Costs(1.0, cost, cost, cost)) for cost in (0.0, 1e9))
+    assert free[0] == free[1]
+    assert not free[0][0]
+    assert dear == [[True, True]] * 2
+
+
+def when_the_load_drifts() -> tuple[list[int], list[int]]:
+    loads = [SKEWED] * 12 + [SKEWED[::-1]] * 28
+    _, decisions = steered(loads, {"step_interval": 20, "window_size": 20}, costs=FREE)
+    return [step for step, _ in decisions], [int(done.load.sum()) for _, done in decisions]
+
+
+def test_a_drift_brings_the_decision_forward(workers: Workers) -> None:
+    """Two of twenty steps tell, a quarter of the interval is over, and all ranks say so at once."""
+    for steps, _ in workers.run(2, when_the_load_drifts):
+        assert steps == [5, 14, 34]
+
+
+def steps_to_go_through_a_checkpoint() -> tuple[int, list[int]]:
+    saved, _ = steered([LEVEL] * 7, {"step_interval": 8, "policy": StaticPolicy()})
+    state = saved.state_dict()
+    model = Model()
+    parallelize_experts(model)
+    resumed = ExpertLoadBalancer(model, policy=StaticPolicy(), step_interval=8)
+    resumed.load_state_dict(state)
+    decided_after = []
+    for step in range(1, 12):
+        model(inputs(step, dist.get_rank()))
+        served = resumed.step()
+        assert served is not None
+        if served.rearrangement is not None:
+            decided_after.append(step)
+    return state["steps_to_go"], decided_after
+
+
+def test_a_resumed_run_decides_when_the_saved_one_would_have(workers: Workers) -> None:
+    """Decisions after 2 and 10 steps: three are left after seven."""
+    assert workers.run(2, steps_to_go_through_a_checkpoint) == [(3, [3, 11])] * 2
+
+
+def shorter_interval() -> int:
+    saved, _ = steered([LEVEL] * 3, {"step_interval": 100, "policy": StaticPolicy()})
+    model = Model()
+    parallelize_experts(model)
+    resumed = ExpertLoadBalancer(model, policy=StaticPolicy(), step_interval=5)
+    resumed.load_state_dict(saved.state_dict())
+    return resumed.state_dict()["steps_to_go"]
+
+
+def test_a_resumed_run_does_not_wait_longer_than_its_interval(workers: Workers) -> None:
+    assert workers.run(2, shorter_interval) == [5, 5]

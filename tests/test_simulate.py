@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_eplb import BalancedPolicy, StaticPolicy
+from lightning_eplb import BalancedPolicy, ExpertPlacement, StaticPolicy
 from lightning_eplb.__main__ import main
 from lightning_eplb.simulate import draw_over_time, replay, speed_up
 from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.trace import TraceWriter
 
-SKEWED = np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8]]]), (20, 1, 1))
+SKEWED = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8]]]), (20, 1, 1))
 
 
 def test_counts_by_hand() -> None:
@@ -22,7 +22,7 @@ def test_counts_by_hand() -> None:
     assert np.allclose(balanced.balancedness[:4], 50 / 60)
     assert balanced.judged.min() > 0.95
     assert balanced.rows_moved in (2, 4, 6, 8)
-    assert speed_up(balanced, static) == pytest.approx(60 / balanced.max_tokens[-1])
+    assert speed_up(balanced, static) == pytest.approx(60_000 / balanced.max_tokens[-1])
 
 
 def test_steps_without_tokens_are_none() -> None:
@@ -41,7 +41,7 @@ def test_a_policy_is_asked_with_the_window_alone() -> None:
     for window_size in (1, 3):
         Asked.sums.clear()
         replay(SKEWED, Asked(), num_ranks=2, window_size=window_size, step_interval=8)
-        assert Asked.sums == [100 * min(2, window_size), 100 * window_size, 100 * window_size]
+        assert Asked.sums == [100_000 * min(2, window_size), 100_000 * window_size, 100_000 * window_size]
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_LOADS)
@@ -83,7 +83,93 @@ def test_a_trace_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert static[1:4] == ["0.833", "0.833", "0.833"]
     assert float(balanced[1]) > 0.95
     assert float(deepseek[1]) > 0.9
-    assert balanced[5:7] == [f"{int(balanced[4]):.1f}", "MiB"]
+    assert int(balanced[4]) > 0
+    assert balanced[5] == "0"  # a single node
+    assert balanced[6:10] == [f"{int(balanced[4]):.1f}", "+", "0.0", "MiB"]
+
+
+def balanced_row(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main(["simulate", *words, "--policy", "balanced"]) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.endswith(" ms") or " ms " in line)
+    return row
+
+
+def test_the_cost_of_moves_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A move that takes as long as all tokens of an interval never pays, one for free does for the smallest load."""
+    with_trace(tmp_path / "small.npy", SKEWED // 1000)
+    with_trace(tmp_path / "large.npy", SKEWED)
+    small, large = ([str(tmp_path / name), "--ep-size", "2", "--step-interval", "16"] for name in NAMES_OF_TRACES)
+    moved = [int(balanced_row(capsys, *small)[4]), int(balanced_row(capsys, *small, "--move-tokens", "0", "0")[4])]
+    assert moved[0] == 0 < moved[1]
+    moved = [
+        int(balanced_row(capsys, *large)[4]),
+        int(balanced_row(capsys, *large, "--move-tokens", "1e9", "1e9")[4]),
+        int(balanced_row(capsys, *large, "--move-tokens", "0", "1e9")[4]),
+    ]
+    assert moved[0] > moved[1] == 0
+    assert moved[2] > 0  # the ranks are of one node
+
+
+NAMES_OF_TRACES = ("small.npy", "large.npy")
+
+
+def with_trace(path: Path, load_WYL: np.ndarray) -> None:
+    writer = TraceWriter(path)
+    for load_YL in load_WYL:
+        writer.append(load_YL)
+    writer.close()
+
+
+def test_levelled_quotas_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies that share by quotas level what copies that share evenly can't."""
+    words = ["--synthetic", "lognormal-1.2", "--experts", "16", "--num-redundant-experts", "8", "--steps", "60"]
+    even, level = (float(balanced_row(capsys, *words, "--split", split)[1]) for split in ("even", "level"))
+    assert level > even + 0.02
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="split='odd' must be 'even' or 'level'"):
+        replay(SKEWED, StaticPolicy(), num_ranks=2, split="odd")
+
+
+class Swapping(StaticPolicy):
+    """Rank 0's first expert and another rank's change places, once."""
+
+    def __init__(self, with_rank: int) -> None:
+        self.with_rank = with_rank
+
+    def rearrange(self, load_YL, placement, topology):
+        slots_YRS = ExpertPlacement.initial(placement.num_layers, 8, 4, 0).by_rank.copy()
+        slots_YRS[:, 0, 0], slots_YRS[:, self.with_rank, 0] = 2 * self.with_rank, 0
+        return ExpertPlacement(slots_YRS.reshape(placement.num_layers, -1), 8, 4)
+
+
+@pytest.mark.parametrize(("with_rank", "within", "between"), [(1, 6, 0), (2, 0, 6), (3, 0, 6)])
+def test_rows_within_nodes_and_between_nodes(with_rank: int, within: int, between: int) -> None:
+    """Two rows in each of three layers, in the first decision of three; ranks 0 and 1 are on a node."""
+    load_WYL = SKEWED.repeat(3, axis=1)
+    found = replay(load_WYL, Swapping(with_rank), num_ranks=4, num_nodes=2, step_interval=8)
+    assert len(found.planning_seconds) == 3
+    assert (found.rows_within_nodes, found.rows_between_nodes, found.rows_moved) == (within, between, 6)
+    single = replay(load_WYL, Swapping(with_rank), num_ranks=4, num_nodes=1, step_interval=8)
+    assert (single.rows_within_nodes, single.rows_between_nodes) == (6, 0)
+
+
+def test_forecast_errors_of_all_decisions_but_the_last() -> None:
+    """Decisions after 2, 10 and 18 steps: the first interval is as expected, then other experts are hot."""
+    steady = replay(SKEWED, StaticPolicy(), num_ranks=2, step_interval=8)
+    assert steady.forecast_errors == (0.0, 0.0)
+    moved = SKEWED.copy()
+    moved[10:] = SKEWED[10:, :, ::-1]
+    changed = replay(moved, StaticPolicy(), num_ranks=2, step_interval=8)
+    share_L = SKEWED[0, 0] / SKEWED[0, 0].sum()
+    expected = np.sqrt(((share_L - share_L[::-1]) ** 2).sum() / (share_L**2).sum())
+    assert changed.forecast_errors == pytest.approx((0.0, expected))
+
+
+def test_one_decision_is_never_judged() -> None:
+    assert replay(SKEWED, StaticPolicy(), num_ranks=2, step_interval=80).forecast_errors == ()
+    assert replay(SKEWED, StaticPolicy(), num_ranks=2, step_interval=100).planning_seconds == ()
 
 
 NAMES = ("static", "deepseek", "balanced")

@@ -2,6 +2,8 @@
 
 import csv
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_eplb import EPLBCallback
+from lightning_eplb.policies import Costs
 from tests.fidelity import trainer_for
 from tests.models import loader, token_batches
 from tests.workers import Workers
@@ -93,3 +96,62 @@ def test_one_process_only_watches(tmp_path: Path) -> None:
     assert [float(row["eplb/balancedness"]) for row in rows] == pytest.approx([12.5 / 20] * STEPS)
     assert [float(row["eplb/max_tokens"]) for row in rows] == [20.0] * STEPS
     assert float(rows[-1]["eplb/rearrangements"]) == 0
+
+
+def reports(costs: Costs | None) -> tuple[list[str], list[int]]:
+    """What is told of each decision, on this rank; and the rows that moved."""
+    told: list[str] = []
+    callback = EPLBCallback(step_interval=4)
+
+    class WithCosts(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert callback.balancer is not None
+            callback.balancer.costs = costs
+
+    trainer = trainer_for(2, max_steps=STEPS, callbacks=[callback, WithCosts()])
+    with patch("lightning_eplb.callback.rank_zero_info", told.append):
+        trainer.fit(Skewed(), loader(token_batches(STEPS * 2), 1))
+    assert callback.balancer is not None
+    latest = callback.balancer.last_rearrangement
+    return told, [callback.balancer.num_rearrangements, latest.num_rows if latest is not None else 0]
+
+
+def test_a_decision_to_stay_is_told(workers: Workers) -> None:
+    """After one step and after five."""
+    stays = "no expert moved, in no layer would it pay"
+    for told, moved in workers.run(2, reports, Costs(1.0, row_within_node=1e9, row_between_nodes=1e9)):
+        assert told == [f"step 1: {stays}", f"step 5: {stays}"]
+        assert moved == [0, 0]
+
+
+def test_a_decision_to_move_is_told(workers: Workers) -> None:
+    for told, (rearrangements, rows) in workers.run(2, reports, Costs(1.0)):
+        assert rearrangements == 1
+        assert told[0].startswith(f"step 1: {rows} experts in 1 layers changed ranks, 0 redundant slots changed, ")
+        assert "balancedness of the window 0.833 -> " in told[0]
+        assert told[1] == "step 5: no expert moved, in no layer would it pay"
+
+
+def logged_errors(folder: str) -> list[dict[str, float]]:
+    """What a logger would be given after each step, on every rank."""
+    logged: list[dict[str, float]] = []
+
+    class Listening(Skewed):
+        def log_dict(self, values: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            logged.append(dict(values))
+            super().log_dict(values, *args, **kwargs)
+
+    callback = EPLBCallback(step_interval=4)
+    logger = CSVLogger(folder, name="", version="")
+    trainer = trainer_for(2, max_steps=STEPS, logger=logger, log_every_n_steps=1, callbacks=[callback])
+    trainer.fit(Listening(), loader(token_batches(STEPS * 2), 1))
+    return logged
+
+
+def test_the_forecast_error_is_logged_once_there_is_one(workers: Workers, tmp_path: Path) -> None:
+    """Decisions come after 1 and after 5 steps; the load is the same in each step, so the forecast was right."""
+    for logged in workers.run(2, logged_errors, str(tmp_path)):
+        assert [values.get("eplb/forecast_error") for values in logged] == [None] * 4 + [0.0] * 4
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [row["eplb/forecast_error"] for row in csv.DictReader(file) if row["eplb/balancedness"]]
+    assert rows == [""] * 4 + ["0.0"] * 4

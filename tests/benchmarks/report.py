@@ -56,8 +56,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def finish(bars: Sequence[Bar], figures: dict[str, Any], json_file: Path | None) -> int:
     """Write the file, print one line for each bar, and say with which status to exit."""
     if json_file is not None:
-        verdicts = [{**asdict(bar), "met": bar.met} for bar in bars]
-        json_file.write_text(json.dumps({**figures, "bars": verdicts}, indent=1) + "\n")
+        verdicts = [{**asdict(bar), "met": bool(bar.met)} for bar in bars]
+        json_file.write_text(json.dumps({**figures, "bars": verdicts}, indent=1, default=float) + "\n")
     for bar in bars:
         print(bar)
     return 0 if all(bar.met for bar in bars) else 1
