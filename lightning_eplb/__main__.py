@@ -66,6 +66,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
+    for name in ("ep_size", "steps", "layers", "experts"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
     load_WYL, source = _load(arguments)
     steps, layers, experts = load_WYL.shape
     sizes = {
@@ -81,6 +84,11 @@ def _simulate(arguments: argparse.Namespace) -> int:
         f"{source}: {steps} steps, {layers} layers of {experts} experts; on {arguments.ep_size} ranks with"
         f" {arguments.num_redundant_experts} redundant experts, a decision every {arguments.step_interval} steps\n"
     )
+    if max(1, arguments.step_interval // 4) >= steps:
+        raise ValueError(
+            f"--step-interval {arguments.step_interval} is too long: the first decision comes after a quarter of it,"
+            f" and there are {steps} steps"
+        )
     replays = [replay(load_WYL, POLICIES[name](arguments), name=name, **sizes) for name in arguments.policy]
     static = replay(load_WYL, StaticPolicy(), name="static", **sizes)
     rows = describe(replays, static, arguments.bytes_per_expert)
@@ -94,6 +102,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     print(
         "\nBalancedness is that of single steps after the first decision: mean over ranks / fullest rank, 1 is perfect."
         "\nMoved are primaries, with their optimizer state; traffic is theirs, within nodes + between nodes."
+        "\nPlanning is the time of the slowest decision."
         "\nSpeed-up is that of the experts' part of a step, over the placement that training starts from."
     )
     return 0

@@ -309,7 +309,7 @@ class ExpertLoadBalancer:
         """Compile now what would otherwise be compiled in the first decision."""
         forecast(np.ones((8, 1, 2), dtype=np.int64))
         rank_tokens(np.zeros((self.placement.num_layers, self.placement.num_logical_experts)), self.placement)
-        if self.groups.size > 1 and dist.get_rank() == 0:
+        if self.groups.size > 1:
             self.policy.warm_up(self.placement)
 
     def _outlook(self, with_gradients: bool) -> Outlook:

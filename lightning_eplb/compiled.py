@@ -1,23 +1,44 @@
 """How the integer loops of planning are compiled."""
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+
+PACKAGE = Path(__file__).parent
+
+
+def _folder() -> Path:
+    """Where compiled loops are kept. Another one as soon as any file of the package is another.
+
+    Numba looks at the file of the loop itself, but not at the files of those that it calls.
+    """
+    sources = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        sources.update(path.read_bytes())
+    root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else PACKAGE / "__pycache__"  # type: ignore[attr-defined]
+    return root / f"compiled-{sources.hexdigest()[:16]}"
+
+
+FOLDER = _folder()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over numpy arrays with numba, and keep the result on disk for the next process.
 
     Without fast math and without threads: additions stay in their order and nothing is fused, so that the result is
-    the same, bit for bit, on every machine. It compiles when it is first called; whoever must not wait then calls it
-    before (see :meth:`lightning_eplb.policies.Policy.warm_up`).
-
-    Note:
-        What is kept is renewed when the function's own file changes, but not when that of a function which it calls
-        does. Who edits one deletes the ``*.nbi`` and ``*.nbc`` files in ``__pycache__``.
+    the same, bit for bit, on every machine. It compiles when it is first called, which takes some seconds; whoever must
+    not wait then calls it before (see :meth:`lightning_eplb.policies.Policy.warm_up`). The result is kept beside the
+    package or, where that can't be written, where numba keeps those of the user; ``NUMBA_CACHE_DIR`` names another
+    place. Where none can be written, every process compiles anew.
     """
+    others = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:
+        numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
         return numba.njit(cache=True)(function)
-    except RuntimeError:  # neither the package's directory nor the user's cache can be written
+    except RuntimeError:  # no place can be written
         return numba.njit(function)
+    finally:
+        numba.config.CACHE_DIR = others  # type: ignore[attr-defined]

@@ -23,7 +23,8 @@ class Forecast:
     """The expected load of an interval.
 
     Attributes:
-        load: Tokens of each expert on the mean of the interval, int64 ``[Y, L]``; a layer's sum is that of the window.
+        load: Tokens of each expert on the mean of the interval, int64 ``[Y, L]``; a layer's sum is about that of the
+            window.
         first: The same for the interval's first steps, which are known best. It differs from ``load`` where hot
             experts come and go: they are still hot then, and nobody knows yet which ones follow. So there is nothing
             better to plan for.
@@ -67,7 +68,16 @@ def forecast(steps_WYL: np.ndarray) -> Forecast:
 
     Returns:
         Whole numbers that are the same on every machine.
+
+    Raises:
+        ValueError: There is no step, or it does not hold whole numbers ``[W, Y, L]`` from zero up.
     """
+    steps_WYL = np.asarray(steps_WYL)
+    if steps_WYL.ndim != 3 or not len(steps_WYL) or steps_WYL.dtype.kind not in "iu" or steps_WYL.min(initial=0) < 0:
+        raise ValueError(
+            f"steps_WYL has shape {list(steps_WYL.shape)} and dtype {steps_WYL.dtype}; it must be [steps, layers,"
+            " experts], at least one step, whole numbers from zero up"
+        )
     steps_WYL = np.ascontiguousarray(steps_WYL, dtype=np.int64)
     load_YL, first_YL, spread_YL = (np.empty(steps_WYL.shape[1:], dtype=np.int64) for _ in range(3))
     _forecast(steps_WYL, load_YL, first_YL, spread_YL)

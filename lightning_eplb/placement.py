@@ -62,6 +62,9 @@ class ExpertPlacement:
         self.physical_to_logical.setflags(write=False)
         self.replica_count.setflags(write=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.physical_to_logical, self.num_logical_experts, self.num_ranks)
+
     @classmethod
     def initial(
         cls, num_layers: int, num_logical_experts: int, num_ranks: int, num_redundant_experts: int = 0
@@ -71,13 +74,15 @@ class ExpertPlacement:
         Rank ``r`` starts with primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, takes
         expert ``i mod L``, or the next one that its rank does not hold; it stays empty if the rank holds them all.
         """
+        if num_layers < 0:
+            raise ValueError(f"num_layers={num_layers} must not be negative")
+        if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
+            raise ValueError(
+                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
+            )
         if num_redundant_experts < 0 or num_redundant_experts % num_ranks:
             raise ValueError(
                 f"num_redundant_experts={num_redundant_experts} must be zero or a multiple of num_ranks={num_ranks}"
-            )
-        if num_logical_experts % num_ranks:
-            raise ValueError(
-                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
             )
         n, e = num_logical_experts // num_ranks, num_redundant_experts // num_ranks
         slots_P: list[int] = []

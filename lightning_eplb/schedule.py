@@ -20,6 +20,8 @@ class Schedule:
     EARLY_DROP = 0.1
 
     def __init__(self, step_interval: int) -> None:
+        if step_interval < 1:
+            raise ValueError(f"step_interval={step_interval} must be at least 1 step")
         self.step_interval = step_interval
         self.steps_to_go = max(1, step_interval // 4)
         self._few = step_interval // 10

@@ -211,3 +211,11 @@ def test_not_worse_than_the_mean_on_a_recorded_load() -> None:
 def test_better_than_the_mean_of_a_drifting_load(name: str) -> None:
     ours, mean = mean_errors(synthetic_load(name, 325, 4, 64, seed=1), 100)
     assert ours < 0.6 * mean
+
+
+@pytest.mark.parametrize(
+    "steps", [np.ones((2, 3), dtype=int), np.ones((0, 1, 2), dtype=int), np.ones((2, 1, 2)), -np.ones((2, 1, 2), int)]
+)
+def test_what_is_no_load_is_refused(steps: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="steps_WYL"):
+        forecast(steps)

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -136,3 +139,17 @@ def test_what_is_no_placement_is_refused(slots, experts, ranks, message):
 def test_initial_placement_refuses_numbers_that_do_not_fit(experts, ranks, redundant, message):
     with pytest.raises(ValueError, match=message):
         ExpertPlacement.initial(1, experts, ranks, redundant)
+
+
+def test_a_copy_cannot_be_written_to_either():
+    placement = ExpertPlacement.initial(2, 8, 4, 4)
+    for copied in (pickle.loads(pickle.dumps(placement)), copy.deepcopy(placement)):
+        assert copied == placement
+        assert not copied.physical_to_logical.flags.writeable
+        assert not copied.replica_count.flags.writeable
+
+
+@pytest.mark.parametrize("numbers", [(1, 4, 0, 0), (1, 0, 1, 0), (-1, 4, 2, 0), (1, 4, 2, -2)])
+def test_the_initial_placement_refuses_numbers_that_cannot_be(numbers):
+    with pytest.raises(ValueError, match="num_"):
+        ExpertPlacement.initial(*numbers)

@@ -42,7 +42,8 @@ def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:
         The same on all ranks: the slowest rank's.
     """
     parameters = [parameter.detach() for parameter in experts.parameters(recurse=False)]
-    widest = max(parameters, key=lambda parameter: parameter[0].numel())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 3]
+    widest = max(matrices, key=lambda parameter: parameter[0].numel())
     per_expert = sum(parameter[0].numel() for parameter in parameters)
     weight = widest[0].reshape(widest.shape[1], -1)
     tokens = torch.zeros(PROBE_TOKENS, weight.shape[0], dtype=weight.dtype, device=weight.device)

@@ -29,6 +29,7 @@ NOISE = 1.0 / 4
 """And it must be more than so many standard deviations of a rank's tokens, were they drawn one by one."""
 LEAST_SPREAD = 0.1
 """Copies are placed as if the load could change by that much at least: where it was quiet, it need not stay so."""
+MOST_MOVES = int(np.iinfo(np.int32).max)
 LEAST_CAPACITY = 1.0 / 16
 """A rank that should get nothing counts as one of so much of the mean capacity, to tell how bad its tokens are."""
 
@@ -56,27 +57,29 @@ class BalancedPolicy(Policy):
         max_moves: The most primaries that one rearrangement may move, over all layers. ``None``: as many as pay.
         num_groups: Groups of experts that the router picks from first (node-limited routing). Where each group's
             experts are on one node, as they are at the start when the groups divide over nodes of equal size, they
-            stay on it, their copies too. 1: experts may go anywhere.
+            stay on it, their copies too (but for layers without tokens). 1: experts may go anywhere.
         split: How tokens are divided among the copies of an expert: ``"even"`` as the layers do it now, ``"level"`` by
             quotas that level the ranks.
 
     Raises:
-        ValueError: ``max_moves`` is negative, ``num_groups`` is below 1 or does not divide the experts, or ``split``
-            is neither.
+        ValueError: ``max_moves`` is no whole number from zero up, ``num_groups`` is below 1 or does not divide the
+            experts, or ``split`` is neither.
     """
 
     def __init__(
         self, max_moves: int | None = None, num_groups: int = 1, split: Literal["even", "level"] = "even"
     ) -> None:
-        if max_moves is not None and max_moves < 0:
-            raise ValueError(f"max_moves={max_moves} must not be negative; None for as many as pay")
+        if max_moves is not None and (max_moves < 0 or max_moves != int(min(max_moves, MOST_MOVES))):
+            raise ValueError(
+                f"max_moves={max_moves} must be a whole number from 0 to {MOST_MOVES}; None for as many as pay"
+            )
         if num_groups < 1:
             raise ValueError(f"num_groups={num_groups} must be 1 or more; 1 for a model without expert groups")
         if split not in ("even", "level"):
             raise ValueError(f"split={split!r} must be 'even' or 'level'")
         self.max_moves = max_moves
         self.num_groups = num_groups
-        self.split = split
+        self.split: Literal["even", "level"] = split
         self._has_warned = False
 
     def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
@@ -85,7 +88,8 @@ class BalancedPolicy(Policy):
 
     def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Plan for the forecast, and move what pays within the interval; see :meth:`Policy.look_ahead`."""
-        checked_load(outlook.forecast.load, placement, topology)
+        for part_YL in (outlook.forecast.load, outlook.forecast.first, outlook.forecast.spread):
+            checked_load(part_YL, placement, topology)
         prices, least = (0.0, 0.0), 0.0
         if (costs := outlook.costs) is not None:
             per_window = outlook.num_steps / outlook.interval / costs.token
@@ -97,7 +101,7 @@ class BalancedPolicy(Policy):
         """Compile what a plan needs, by planning for a small layer."""
         del placement
         small = ExpertPlacement.initial(1, 4, 2, 2)
-        self._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
+        BalancedPolicy(split=self.split)._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
 
     def _plan(
         self,
@@ -108,6 +112,7 @@ class BalancedPolicy(Policy):
         least: float = 0.0,
     ) -> ExpertPlacement:
         capacity_R = np.ones(topology.num_ranks) if topology.capacity is None else np.array(topology.capacity)
+        capacity_R /= capacity_R.max()
         node_R = np.array(topology.node_of_rank)
         slots_YRS = placement.by_rank.copy()
         domains = self._domains(placement, topology)
@@ -146,7 +151,7 @@ class BalancedPolicy(Policy):
             parts: For ranks that are planned by themselves: load, spread, slots, capacities, nodes.
         """
         before = [slots_YRS.copy() for _, _, slots_YRS, _, _ in parts]
-        most = np.iinfo(np.int32).max if self.max_moves is None else self.max_moves // 2
+        most = MOST_MOVES if self.max_moves is None else int(self.max_moves) // 2
         most_DY = np.full((len(parts), len(parts[0][0])), most)
         gain_DY, swaps_DY = np.zeros(most_DY.shape), np.zeros(most_DY.shape, dtype=np.int64)
 
@@ -181,7 +186,9 @@ class BalancedPolicy(Policy):
         if topology.num_nodes == 1:
             return None
         node_R = np.array(topology.node_of_rank)
-        node_YGL = node_R[placement.primary_rank].reshape(placement.num_layers, self.num_groups, -1)
+        node_YGL = node_R[placement.primary_rank].reshape(
+            placement.num_layers, self.num_groups, placement.num_logical_experts // self.num_groups
+        )
         if (node_YGL == node_YGL[:, :, :1]).all():
             return [np.flatnonzero(node_R == node) for node in range(topology.num_nodes)]
         if not self._has_warned:

@@ -3,6 +3,8 @@
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
 """
 
+import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,8 +96,11 @@ class Costs:
     copy: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.token > 0:
-            raise ValueError(f"token={self.token} must be above zero: all other costs are compared with it")
+        if not sys.float_info.min <= self.token < math.inf:
+            raise ValueError(f"token={self.token} must be finite and above zero: all other costs are compared with it")
+        for name in ("row_within_node", "row_between_nodes", "copy"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be zero or more; inf for never")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,11 @@ class Outlook:
     forecast: Forecast
     interval: int
     costs: Costs | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 step")
 
 
 class Policy(ABC):
@@ -172,7 +182,7 @@ class Policy(ABC):
         return self.rearrange(outlook.window, placement, topology)
 
     def warm_up(self, placement: ExpertPlacement) -> None:  # noqa: B027
-        """Do now what would otherwise delay the first decision, such as compiling. Called at set-up."""
+        """Do now what would otherwise delay the first decision, such as compiling. Called at set-up, on every rank."""
 
 
 def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -> np.ndarray:
@@ -190,6 +200,8 @@ def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -
         )
     if load_YL.dtype.kind not in "iu":
         raise ValueError(f"load_YL has dtype {load_YL.dtype}; tokens are counted in whole numbers, int64 would do")
+    if load_YL.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"load_YL holds {load_YL.max()} tokens for an expert, more than int64 counts")
     load_YL = load_YL.astype(np.int64)
     if load_YL.min(initial=0) < 0:
         raise ValueError(f"load_YL holds {load_YL.min()} tokens for an expert; zero is the least")

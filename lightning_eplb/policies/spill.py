@@ -36,11 +36,11 @@ def scale_to_parts(load_L, parts_L):
         low += load & 0xFFFFF
     high += low >> 20
     bits = 0
-    while high >> bits:
+    while high >> bits > 0:
         bits += 1
     bits += 20 if bits else 0
     if not bits:
-        while low >> bits:
+        while low >> bits > 0:
             bits += 1
     shift = PARTS_BITS - 1 - bits
     for expert in range(load_L.size):

@@ -196,9 +196,19 @@ def level_tokens(
 
     Returns:
         Tokens of each rank, int64 ``[Y, R]``.
+
+    Raises:
+        ValueError: Load, slots and capacities do not fit each other.
     """
     layers, num_ranks, _ = slots_YRS.shape
+    if len(load_YL) != layers or slots_YRS.max(initial=0) >= load_YL.shape[1] or slots_YRS.min(initial=0) < -1:
+        raise ValueError(
+            f"load_YL has shape {list(load_YL.shape)}; slots_YRS holds {layers} layers of experts from"
+            f" {slots_YRS.min(initial=0)} to {slots_YRS.max(initial=0)}"
+        )
     capacity_R = np.ones(num_ranks) if capacity_R is None else np.asarray(capacity_R, dtype=np.float64)
+    if capacity_R.shape != (num_ranks,) or not (capacity_R >= 0).all() or not capacity_R.any():
+        raise ValueError(f"capacity_R={capacity_R} must have {num_ranks} numbers from zero up, one of them above")
     weight_R = capacity_R.mean() / np.maximum(capacity_R, 1e-6 * capacity_R.mean())
     tokens_YR = np.empty((layers, num_ranks), dtype=np.int64)
     _level_layers(np.ascontiguousarray(load_YL, dtype=np.int64), slots_YRS, weight_R, sweeps, tokens_YR)

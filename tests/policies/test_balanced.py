@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.forecast import plain_mean
+from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
@@ -457,3 +457,38 @@ def test_plans_are_the_same_with_other_threads_and_other_instructions_of_the_pro
             printed[name] = output.strip()
     assert len(printed["default"]) == 64
     assert printed == dict.fromkeys(printed, printed["default"])
+
+
+@pytest.mark.parametrize("num_groups", [1, 8, 32])
+def test_warmed_up_whatever_the_groups(num_groups):
+    policy = BalancedPolicy(num_groups=num_groups)
+    placement = ExpertPlacement.initial(1, 64, 8, 8)
+    policy.warm_up(placement)
+    load_YL = lognormal_load(1, 64)
+    assert policy.rearrange(load_YL, placement, Topology.even(8, 2)) != placement
+
+
+@BOTH
+def test_capacities_of_any_unit(split):
+    load_YL, placement = lognormal_load(2, 16), ExpertPlacement.initial(2, 16, 4, 4)
+    plans = [
+        BalancedPolicy(split=split).rearrange(load_YL, placement, Topology((0, 0, 0, 0), capacity=(unit,) * 4))
+        for unit in (1.0, 2.0, 1e308)
+    ]
+    assert plans[0] == plans[1] == plans[2] != placement
+
+
+@pytest.mark.parametrize("part", ["load", "first", "spread"])
+def test_a_forecast_that_does_not_fit_is_refused(part):
+    load_YL = lognormal_load(1, 4)
+    placement = ExpertPlacement.initial(1, 4, 2, 2)
+    for wrong_YL in (-load_YL, load_YL[:, :3], load_YL.astype(float)):
+        parts = {"load": load_YL, "first": load_YL, "spread": load_YL // 10, part: wrong_YL}
+        with pytest.raises(ValueError, match="load_YL"):
+            BalancedPolicy().look_ahead(Outlook(load_YL, 4, Forecast(**parts), 10), placement, Topology.even(2))
+
+
+@pytest.mark.parametrize("max_moves", [2.5, float("inf"), 10**20])
+def test_moves_are_counted_in_whole_numbers(max_moves):
+    with pytest.raises(ValueError, match="max_moves="):
+        BalancedPolicy(max_moves=max_moves)

@@ -64,7 +64,7 @@ def test_costs_are_free_but_for_tokens():
 
 @pytest.mark.parametrize("token", [0.0, -1.0, float("nan")])
 def test_costs_refuse_tokens_that_take_no_time(token):
-    with pytest.raises(ValueError, match=f"token={token} must be above zero"):
+    with pytest.raises(ValueError, match=f"token={token} must be finite and above zero"):
         Costs(token)
 
 
@@ -112,3 +112,11 @@ def test_order_slots_keeps_rows_of_what_stays():
 
 def test_order_slots_does_not_keep_the_row_of_a_copy_that_becomes_a_primary():
     assert order_slots([[2, 1]], [[4]], np.array([[4, 2, 1]])).tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize("name", ["row_within_node", "row_between_nodes", "copy"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_costs_are_zero_or_more(name, value):
+    assert getattr(Costs(1.0, **{name: float("inf")}), name) == float("inf")
+    with pytest.raises(ValueError, match=f"{name}="):
+        Costs(1.0, **{name: value})

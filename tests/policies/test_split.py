@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -166,3 +167,19 @@ def test_level_tokens_leave_out_a_rank_without_capacity():
     assert tokens_R[1] <= 1  # by rounding
     assert tokens_R[:2].sum() == 4000
     assert tokens_R[2:].tolist() == [600, 600]
+
+
+@pytest.mark.parametrize(
+    ("load", "capacity", "message"),
+    [
+        ([[10, 10]], None, "load_YL has shape"),
+        ([[1] * 8, [1] * 8], None, "load_YL has shape"),
+        ([[1] * 8], [1, 2, 3], "capacity_R="),
+        ([[1] * 8], [-1, 2], "capacity_R="),
+        ([[1] * 8], [0, 0], "capacity_R="),
+    ],
+)
+def test_what_does_not_fit_is_refused(load, capacity, message):
+    slots_YRS = ExpertPlacement.initial(1, 8, 2, 2).by_rank
+    with pytest.raises(ValueError, match=message):
+        level_tokens(np.array(load), slots_YRS, capacity)

@@ -1,0 +1,33 @@
+"""What is compiled once must not outlive the code that it was compiled from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightning_eplb import compiled
+
+
+def test_another_file_of_the_package_means_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(compiled.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiled, "PACKAGE", package)
+    before = compiled._folder()
+    assert before.name == compiled.FOLDER.name
+    with (package / "policies/level.py").open("a") as file:
+        file.write("# another\n")
+    assert compiled._folder() != before
+
+
+def test_where_nothing_can_be_written_it_still_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: bool) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    def twice(number):
+        return 2 * number
+
+    njit = compiled.numba.njit
+    monkeypatch.setattr(
+        compiled.numba, "njit", lambda function=None, **options: refuse(**options) if options else njit(function)
+    )
+    assert compiled.compiled(twice)(21) == 42
