@@ -15,8 +15,11 @@ FEW_SWEEPS = 2
 """Of the quotas, to see how level a layer is."""
 NEARLY_LEVEL = 1.0 + 1.0 / 16
 """A layer whose fullest rank is lower than so many times the mean after a few sweeps may be level after more."""
-DEPTHS = (0.7, 0.5)
-"""How much a link may carry, in parts of what its rank should serve: tried in this order until the ranks are level."""
+DEPTHS = (0.7, 0.5, 1.0)
+"""How much a link may carry, in parts of what its rank should serve: tried in this order until the ranks are level.
+
+Where ranks hold one expert each, 1 always levels them: that is the alias method. Less leaves more for what may come.
+"""
 LOOSE_SPREADS = 2.0
 """Standard deviations of its tokens that a rank should be able to leave to others."""
 PATIENCE = 32
