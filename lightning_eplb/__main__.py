@@ -44,7 +44,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-nodes", type=int, default=1, help="the ranks' nodes, of equal size (1)")
     parser.add_argument("--num-groups", type=int, default=1, help="expert groups that stay on a node (1)")
     parser.add_argument(
-        "--split", choices=("even", "level"), default="even", help="how copies share an expert's tokens (even)"
+        "--split", choices=("even", "level"), default="level", help="how copies share an expert's tokens (level)"
     )
     parser.add_argument(
         "--move-tokens",

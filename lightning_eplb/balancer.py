@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eplb.forecast import Forecast, forecast
-from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
+from lightning_eplb.policies.split import level_tokens, split_tokens
 from lightning_eplb.relocation.exchange import relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
@@ -34,7 +35,7 @@ class StepLoad:
     Attributes:
         load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
         avg_tokens: Mean over ranks.
-        max_tokens: The fullest rank of each layer.
+        max_tokens: The fullest rank of each layer in each forward.
         balancedness: ``avg_tokens / max_tokens``.
         rearrangement: What was decided after it, if that was due.
     """
@@ -72,13 +73,13 @@ class Rearrangement:
 
     @property
     def balancedness_before(self) -> float:
-        """Of the window, had the old placement served it."""
-        return balancedness(rank_tokens(self.load, self.before))
+        """Of the window, had the old placement served it at once."""
+        return balancedness(level_tokens(self.load, self.before.by_rank))
 
     @property
     def balancedness_after(self) -> float:
-        """Of the window, had the new placement served it."""
-        return balancedness(rank_tokens(self.load, self.after))
+        """Of the window, had the new placement served it at once."""
+        return balancedness(level_tokens(self.load, self.after.by_rank))
 
 
 class ExpertLoadBalancer:
@@ -196,17 +197,18 @@ class ExpertLoadBalancer:
             check_optimizers(self.optimizers, self._named_parameters())
             self._speed = measure_speed(self._modules[0][1], self.groups)
         self._first_step_is_done = True
-        load_YL = self._take_load()
+        load_YL, max_tokens = self._take_load()
         if not load_YL.any():
             return None
-        values = self.load(load_YL)
+        self.load.update(load_YL)
         self.num_steps += 1
-        self._load_since_forecast += load_YL.cpu()
+        self._load_since_forecast += load_YL
+        total = int(load_YL.sum())
+        avg_tokens = total / (self.groups.size if self.groups.size > 1 else load_YL.shape[1])
         done = None
-        if self._schedule.step(float(values["balancedness"])):
+        if self._schedule.step(avg_tokens / max_tokens):
             done = self.rearrange(with_gradients=with_gradients)
-        tokens = {name: float(values[name]) for name in ("avg_tokens", "max_tokens", "balancedness")}
-        self.last_step = StepLoad(load_YL, **tokens, rearrangement=done)
+        self.last_step = StepLoad(load_YL, avg_tokens, float(max_tokens), avg_tokens / max_tokens, rearrangement=done)
         return self.last_step
 
     def rearrange(
@@ -235,12 +237,12 @@ class ExpertLoadBalancer:
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
         outlook = self._outlook(with_gradients) if placement is None else None
-        after = self._agree(placement, outlook)
+        after, capacity = self._agree(placement, outlook)
         plan = plan_relocation(before, after)
         moved = {moves.layer: self._tensors(moves.layer, with_gradients) for moves in plan}
         self._compare_digests(after, moved)
         num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
-        self._adopt(after)
+        self._adopt(after, capacity)
         done = Rearrangement(
             before=before,
             after=after,
@@ -298,17 +300,29 @@ class ExpertLoadBalancer:
         _, module = self._modules[layer_index]
         return tensors_to_move(module, self.optimizers, with_gradients)
 
-    def _take_load(self) -> Tensor:
-        load_YL = torch.stack([layer.take_load() for layer, _ in self._modules])
+    def _take_load(self) -> tuple[Tensor, int]:
+        """The step's load, ``[Y, L]``, and the tokens of each forward's fullest rank, summed over layers."""
+        loads, most = zip(*(layer.take_load() for layer, _ in self._modules), strict=True)
+        load_YL = torch.stack(loads)
+        if self.groups.size == 1:
+            load_YL = self._sum_over_groups(load_YL)
+            return load_YL, int(load_YL.max(dim=1).values.sum())
+        both = self._sum_over_groups(torch.cat([load_YL, torch.tensor(most).unsqueeze(1)], dim=1))
+        return both[:, :-1].contiguous(), int(both[:, -1].sum())
+
+    def _sum_over_groups(self, counts: Tensor) -> Tensor:
         if self.groups.num_replicas > 1:
-            dist.all_reduce(load_YL, group=self.groups.control)
-            load_YL //= self.groups.size  # each rank of an EP group gave that group's load
-        return load_YL
+            dist.all_reduce(counts, group=self.groups.control)
+            counts //= self.groups.size  # each rank of an EP group gave that group's counts
+        return counts
 
     def _warm_up(self) -> None:
         """Compile now what would otherwise be compiled in the first decision."""
         forecast(np.ones((8, 1, 2), dtype=np.int64))
-        rank_tokens(np.zeros((self.placement.num_layers, self.placement.num_logical_experts)), self.placement)
+        level_tokens(np.ones((1, 2), dtype=np.int64), np.array([[[0, 1], [1, 0]]]))
+        split_tokens(
+            np.ones((2, 2), dtype=np.int64), np.array([[0, 1], [1, 0]]), np.zeros(2, dtype=np.int64), np.ones(2), 0
+        )
         if self.groups.size > 1:
             self.policy.warm_up(self.placement)
 
@@ -337,26 +351,29 @@ class ExpertLoadBalancer:
             copy=2 * sum(weights) / (between if has_nodes else within),
         )
 
-    def _agree(self, placement: ExpertPlacement | None, outlook: Outlook | None) -> ExpertPlacement:
-        """Rank 0's decision, or its failure, on every rank."""
-        decision: list[Any] = [None, None]
+    def _agree(
+        self, placement: ExpertPlacement | None, outlook: Outlook | None
+    ) -> tuple[ExpertPlacement, tuple[float, ...] | None]:
+        """Rank 0's decision and capacities, or its failure, on every rank."""
+        decision: list[Any] = [None, None, None]
         failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                decided = self._checked(self._ask_policy(outlook) if outlook is not None else placement)
-                decision = [decided.physical_to_logical.tolist(), None]
+                topology = Topology(self.groups.node_of_rank, self.capacity)
+                decided = self._ask_policy(outlook, topology) if outlook is not None else placement
+                decision = [self._checked(decided).physical_to_logical.tolist(), topology.capacity, None]
             except Exception as error:  # the other ranks are waiting: they must hear of it
                 failure = error
                 source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
-                decision = [None, f"{source} failed: {type(error).__name__}: {error}"]
+                decision = [None, None, f"{source} failed: {type(error).__name__}: {error}"]
         dist.broadcast_object_list(decision, src=0, group=self.groups.control)
-        slots_YP, error_text = decision
+        slots_YP, capacity, error_text = decision
         if error_text is not None:
             raise ValueError(error_text) from failure
-        return ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
+        return ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks), capacity
 
-    def _ask_policy(self, outlook: Outlook) -> ExpertPlacement:
-        return self.policy.look_ahead(outlook, self.placement, Topology(self.groups.node_of_rank, self.capacity))
+    def _ask_policy(self, outlook: Outlook, topology: Topology) -> ExpertPlacement:
+        return self.policy.look_ahead(outlook, self.placement, topology)
 
     def _checked(self, decided: Any) -> ExpertPlacement:
         if not isinstance(decided, ExpertPlacement):
@@ -381,9 +398,9 @@ class ExpertLoadBalancer:
                 " nothing was moved"
             )
 
-    def _adopt(self, placement: ExpertPlacement) -> None:
+    def _adopt(self, placement: ExpertPlacement, capacity: tuple[float, ...] | None) -> None:
         for layer, _ in self._modules:
-            layer.set_placement(placement)
+            layer.set_placement(placement, capacity)
         self.placement = self.load.placement = placement
 
 

@@ -71,7 +71,7 @@ def replay(
     num_nodes: int = 1,
     window_size: int = 100,
     step_interval: int = 100,
-    split: str = "even",
+    split: str = "level",
     costs: Costs = DEFAULT_COSTS,
     name: str = "",
 ) -> Replay:

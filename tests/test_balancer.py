@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
 from lightning_eplb.balancer import StepLoad
-from lightning_eplb.functional import rank_tokens
+from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
+from lightning_eplb.policies.split import split_tokens
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 
@@ -257,22 +258,28 @@ def test_the_forecast_is_judged_by_the_interval_that_followed(workers: Workers) 
         assert errors[8:] == pytest.approx([off] * 2)
 
 
-def tokens_with_capacity(capacity: tuple[float, ...] | None) -> list[float]:
+def served_with_capacity(capacity: tuple[float, ...] | None) -> tuple[StepLoad | None, list[float]]:
     loads = [[16, 12, 8, 4]] * 8
     balancer, _ = steered(loads, {"step_interval": 4}, costs=FREE, capacity=capacity if dist.get_rank() == 0 else None)
-    return rank_tokens(2 * np.array([loads[-1]]), balancer.placement)[0].tolist()
+    layer, _ = next(expert_layers(balancer.model))
+    counts_RL = np.array([loads[-1]] * 2)
+    slot_map = layer.slot_map
+    tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, 0)[2]
+    return balancer.last_step, tokens_R.tolist()
 
 
-def test_capacity_is_read_from_rank_zero(workers: Workers) -> None:
-    """Two primaries each rank keeps; a copy of the hottest takes half of its tokens along."""
-    level, half, drained = (workers.run(2, tokens_with_capacity, c) for c in (None, (2, 1), (0, 1)))
-    for by_rank in (level, half, drained):
-        assert by_rank[0] == by_rank[1]
-        assert sum(by_rank[0]) == 80
-    assert level[0][0] == pytest.approx(40, abs=4)
-    assert half[0][0] == pytest.approx(80 * 2 / 3, abs=4)
-    assert drained[0][0] <= 24
-    assert drained[0][0] < level[0][0] < half[0][0]
+@pytest.mark.parametrize(
+    ("capacity", "expected"), [(None, [40, 40]), ((2, 1), [53, 27]), ((1, 3), [20, 60]), ((0, 1), [8, 72])]
+)
+def test_capacity_is_read_from_rank_zero(
+    capacity: tuple[float, ...] | None, expected: list[int], workers: Workers
+) -> None:
+    """Rank 0 tells the others, and the tokens go by it. One copy a rank: a drained rank keeps its other expert's."""
+    for step, tokens in workers.run(2, served_with_capacity, capacity):
+        assert tokens == pytest.approx(expected, abs=1)
+        assert step.max_tokens == max(tokens)
+        assert step.avg_tokens == 40
+        assert step.balancedness == 40 / max(tokens)
 
 
 def decided_with_costs(costs: Costs) -> list[bool]:

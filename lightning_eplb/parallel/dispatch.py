@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.rows import all_gather_single
-from lightning_eplb.policies.split import split_evenly
+from lightning_eplb.policies.split import split_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,27 +22,16 @@ class SlotMap:
     """One layer's placement, as the dispatcher reads it.
 
     Attributes:
-        physical_to_logical: ``[P]`` int64, ``-1`` empty.
+        slots: The logical expert of each slot, ``[R, S]`` int64, ``-1`` empty.
         logical_to_physical: ``[L, C]`` int64, ``-1`` padding, the primary first.
-        copy_of_slot: Which copy of its expert a slot is, 0 for the primary, ``[P]``.
-        replica_count: ``[L]`` int64.
-        num_ranks: ``R``.
+        node_of_rank: ``[R]`` int64.
+        weights: What a token costs on each rank, ``[R]`` float64: :func:`~lightning_eplb.policies.split.rank_weights`.
     """
 
-    physical_to_logical: np.ndarray
+    slots: np.ndarray
     logical_to_physical: np.ndarray
-    copy_of_slot: np.ndarray
-    replica_count: np.ndarray
-    num_ranks: int
-
-    @classmethod
-    def of_layer(
-        cls, physical_to_logical: np.ndarray, logical_to_physical: np.ndarray, replica_count: np.ndarray, num_ranks: int
-    ) -> "SlotMap":
-        copy_of_slot = np.zeros_like(physical_to_logical)
-        expert, copy = np.nonzero(logical_to_physical >= 0)
-        copy_of_slot[logical_to_physical[expert, copy]] = copy
-        return cls(physical_to_logical, logical_to_physical, copy_of_slot, replica_count, num_ranks)
+    node_of_rank: np.ndarray
+    weights: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +45,7 @@ class Dispatch:
         send_counts: Pairs for each rank, ``[R]``.
         recv_counts: Pairs from each rank, ``[R]``.
         slots: The slot on this rank that each received pair is for, ``[M]`` int64.
+        tokens: Pairs that each rank serves, ``[R]``.
         by_slot: The received pairs in the order of their slots, primaries first, indices ``[M]``.
         num_primary: How many of the received pairs are for primaries.
     """
@@ -64,6 +54,7 @@ class Dispatch:
     send_counts: list[int]
     recv_counts: list[int]
     slots: Tensor
+    tokens: np.ndarray
     by_slot: Tensor
     num_primary: int
 
@@ -94,9 +85,9 @@ def plan_dispatch(
         rank: This EP rank.
         num_primary_slots: ``n``, the primaries of a rank.
     """
-    size, device = slot_map.num_ranks, order_N.device
-    tokens_RP = split_evenly(counts_RL, slot_map.physical_to_logical, slot_map.copy_of_slot, slot_map.replica_count)
-    sent_P = tokens_RP[rank]
+    size, device = len(counts_RL), order_N.device
+    sent_RS, recv_RS, tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank)
+    sent_P = sent_RS.ravel()
 
     # Sorted by expert, the pairs of a slot are one run: behind those of the expert's earlier copies.
     l2p_LC = slot_map.logical_to_physical
@@ -107,7 +98,6 @@ def plan_dispatch(
     first_P[l2p_LC[l2p_LC >= 0]] = first_LC[l2p_LC >= 0]
     pairs = order_N[_runs(first_P, sent_P, device)]
 
-    recv_RS = tokens_RP.reshape(size, size, -1)[:, rank]
     recv_counts = recv_RS.sum(axis=1)
     slot_ids = np.tile(np.arange(recv_RS.shape[1]), size)
     total = int(recv_counts.sum())
@@ -115,9 +105,10 @@ def plan_dispatch(
     first_RS = (np.cumsum(recv_RS.ravel()) - recv_RS.ravel()).reshape(recv_RS.shape)
     return Dispatch(
         pairs=pairs,
-        send_counts=sent_P.reshape(size, -1).sum(axis=1).tolist(),
+        send_counts=sent_RS.sum(axis=1).tolist(),
         recv_counts=recv_counts.tolist(),
         slots=slots,
+        tokens=tokens_R,
         by_slot=_runs(first_RS.T.ravel(), recv_RS.T.ravel(), device),
         num_primary=int(recv_RS[:, :num_primary_slots].sum()),
     )

@@ -1,6 +1,7 @@
 """The forward of a converted expert module: its experts live on several ranks."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopyRoutes, with_copies
 from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies.split import rank_weights
 
 
 class ExpertLayer:
@@ -35,19 +37,24 @@ class ExpertLayer:
         self.slot_map: dispatch.SlotMap
         self.copy_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
+        self._max_tokens = 0
 
-    def set_placement(self, placement: ExpertPlacement) -> None:
-        """Follow ``placement`` from the next forward on. The primaries' rows must be where it says."""
+    def set_placement(self, placement: ExpertPlacement, capacity: Sequence[float] | None = None) -> None:
+        """Follow ``placement`` from the next forward on. The primaries' rows must be where it says.
+
+        Args:
+            capacity: How much work each rank should get, in any unit; ``None``: all the same.
+        """
         p2l_P = placement.physical_to_logical[self.index]
         if hasattr(self, "physical_to_logical"):
             np.copyto(self.physical_to_logical, p2l_P)
         else:
             self.physical_to_logical = p2l_P.copy()
-        self.slot_map = dispatch.SlotMap.of_layer(
-            self.physical_to_logical,
+        self.slot_map = dispatch.SlotMap(
+            self.physical_to_logical.reshape(placement.num_ranks, placement.slots_per_rank),
             placement.logical_to_physical[self.index],
-            placement.replica_count[self.index],
-            placement.num_ranks,
+            np.array(self.groups.node_of_rank),
+            rank_weights(np.ones(placement.num_ranks) if capacity is None else np.array(capacity)),
         )
         p2l_RS = torch.from_numpy(self.physical_to_logical).view(placement.num_ranks, placement.slots_per_rank)
         self.copy_routes = CopyRoutes(p2l_RS, self.num_primaries, self.groups.rank)
@@ -63,16 +70,28 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
-    def record(self, counts_L: Tensor) -> None:
-        """Add to the layer's load, unless this forward is a recomputation in the backward pass."""
+    def record(self, counts_L: Tensor, max_tokens: int | None = None) -> None:
+        """Add to the layer's load, unless this forward is a recomputation in the backward pass.
+
+        Args:
+            counts_L: Tokens of each logical expert.
+            max_tokens: Those of the fullest rank; ``None`` where one rank holds all experts.
+        """
         if self.records_load and not _is_recomputing():
             self._load_L = self._load_L.to(counts_L.device).add_(counts_L)
+            if max_tokens is not None:
+                self._max_tokens += max_tokens
 
-    def take_load(self) -> Tensor:
-        """The tokens of each logical expert since the last call, over the EP group's ranks: ``[L]`` int64, CPU."""
-        load_L = self._load_L.cpu().clone()
+    def take_load(self) -> tuple[Tensor, int]:
+        """What was recorded since the last call, over the EP group's ranks.
+
+        Returns:
+            The tokens of each logical expert, ``[L]`` int64, CPU; and those of the fullest rank, summed over forwards.
+        """
+        load_L, max_tokens = self._load_L.cpu().clone(), self._max_tokens
         self._load_L.zero_()
-        return load_L
+        self._max_tokens = 0
+        return load_L, max_tokens
 
 
 def _is_recomputing() -> bool:
@@ -109,8 +128,8 @@ class ParallelExperts(nn.Module):
         tokens, top_k = index_TK.shape
         sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
         counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
-        layer.record(torch.from_numpy(counts_RL.sum(axis=0)))
         plan = dispatch.plan_dispatch(order_N, counts_RL, layer.slot_map, groups.rank, layer.num_primaries)
+        layer.record(torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max()))
 
         primaries, copies = with_copies(list(self.parameters(recurse=False)), layer.copy_routes, groups)
         sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]

@@ -58,8 +58,8 @@ class BalancedPolicy(Policy):
         num_groups: Groups of experts that the router picks from first (node-limited routing). Where each group's
             experts are on one node, as they are at the start when the groups divide over nodes of equal size, they
             stay on it, their copies too (but for layers without tokens). 1: experts may go anywhere.
-        split: How tokens are divided among the copies of an expert: ``"even"`` as the layers do it now, ``"level"`` by
-            quotas that level the ranks.
+        split: How tokens are divided among the copies of an expert: ``"level"`` by quotas that level the ranks, as the
+            layers do it; ``"even"`` for systems that give each copy as many.
 
     Raises:
         ValueError: ``max_moves`` is no whole number from zero up, ``num_groups`` is below 1 or does not divide the
@@ -67,7 +67,7 @@ class BalancedPolicy(Policy):
     """
 
     def __init__(
-        self, max_moves: int | None = None, num_groups: int = 1, split: Literal["even", "level"] = "even"
+        self, max_moves: int | None = None, num_groups: int = 1, split: Literal["even", "level"] = "level"
     ) -> None:
         if max_moves is not None and (max_moves < 0 or max_moves != int(min(max_moves, MOST_MOVES))):
             raise ValueError(

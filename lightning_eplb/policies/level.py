@@ -11,6 +11,8 @@ from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, le
 
 SWEEPS = 12
 """Of the quotas, to judge a plan."""
+SLOW = 1.0 / 16
+"""A sweep that lowers the fullest rank by so little of what is missing is the last one."""
 FEW_SWEEPS = 2
 """Of the quotas, to see how level a layer is."""
 NEARLY_LEVEL = 1.0 + 1.0 / 16
@@ -110,9 +112,9 @@ def plan_level(
     quota_RS = np.empty((num_ranks, num_slots), dtype=np.int64)
     tokens_R = np.empty(num_ranks, dtype=np.int64)
     even_quotas(load_L, slots_RS, quota_RS, tokens_R)
-    before = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, quota_RS, tokens_R)
+    before = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     if before > enough and before <= NEARLY_LEVEL * enough:
-        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, quota_RS, tokens_R)
+        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     has_copies = num_slots > num_primaries
     stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS) if has_copies else 0
     if before <= enough and stiff == 0:
@@ -140,7 +142,7 @@ def plan_level(
             new_tokens_R,
         )
         if peak > enough and before > NEARLY_LEVEL * enough:
-            before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, quota_RS, tokens_R)
+            before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
             best_peak, lowest = before, before - gain
         quota_RS, tokens_R = new_quota_RS, new_tokens_R
         is_looser = stiff > 0 and stiff_ranks(load_L, spread_L, trial_RS, quota_RS) < stiff
@@ -240,7 +242,7 @@ def copy_and_level(
         for rank in range(slots_RS.shape[0]):
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
-        peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, quota_RS, tokens_R)
+        peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if peak < lowest:
             lowest, best = peak, attempt
     return lowest

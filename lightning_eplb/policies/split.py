@@ -7,39 +7,104 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled
 
-SLOW = 1.0 / 16
-"""A sweep that lowers the fullest rank by so little of what is missing is the last one."""
+SPLIT_SWEEPS = 24
+"""Of the quotas, to divide a batch."""
+LEVEL_ENOUGH = 1.0 + 1.0 / 1024
+"""A batch is divided well enough if its fullest rank is so many times the mean."""
 
 
-def split_evenly(
-    counts_RL: np.ndarray,
-    physical_to_logical_P: np.ndarray,
-    copy_of_slot_P: np.ndarray,
-    replica_count_L: np.ndarray,
-) -> np.ndarray:
-    """Divide what each rank sends to each expert evenly among the expert's copies.
+def split_tokens(
+    counts_RL: np.ndarray, slots_RS: np.ndarray, node_R: np.ndarray, weight_R: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide what the ranks send to each expert among its copies so that the ranks get equal work.
 
-    What does not divide goes to one copy more each, and source rank ``r`` starts with copy ``r`` (modulo the
-    copies), so that the remainders of many ranks do not all meet at the primary. Whole numbers only: every rank that
-    is given the same counts finds the same split.
+    Each copy gets a quota first (:func:`level_quotas`). Then the tokens of the source ranks are laid to the quotas: to
+    the copy on the rank itself as far as its quota goes, then to copies on its node, then to the others; lower ranks
+    first. Whole numbers and single IEEE operations only: every rank that is given the same counts finds the same split.
 
     Args:
         counts_RL: Tokens that source rank ``r`` routes to logical expert ``l``, int64 ``[R, L]``.
-        physical_to_logical_P: The logical expert of each slot, ``-1`` where it is empty, int64 ``[P]``.
-        copy_of_slot_P: Which copy of its expert a slot is: 0 the primary, then ``1`` to ``replica_count - 1``, int64
-            ``[P]``; anything for an empty slot.
-        replica_count_L: Copies of each expert, the primary included, int64 ``[L]``; never below 1.
+        slots_RS: The expert of each slot, -1 where it is empty, int64 ``[R, S]``; no rank holds an expert twice.
+        node_R: The node of each rank, int64 ``[R]``.
+        weight_R: What a token costs on each rank, float64 ``[R]`` above 0: 1 on all of them, more on slow ones.
+        rank: The rank that is to send and to receive.
 
     Returns:
-        Tokens that source rank ``r`` sends to slot ``p``, int64 ``[R, P]``: 0 for an empty slot. In each row, the
-        slots of an expert sum to that row's count of the expert.
+        The tokens that ``rank`` sends to each slot, int64 ``[R, S]``; those that its own slots receive from each rank,
+        int64 ``[R, S]``; and the tokens that each rank serves in all, int64 ``[R]``.
     """
-    copies_P = replica_count_L[physical_to_logical_P]  # an empty slot reads the last expert; it is cleared below
-    each_RP, over_RP = np.divmod(counts_RL[:, physical_to_logical_P], copies_P)
-    turn_RP = (copy_of_slot_P - np.arange(counts_RL.shape[0])[:, None]) % copies_P
-    each_RP += turn_RP < over_RP
-    each_RP *= physical_to_logical_P >= 0
-    return each_RP
+    sent_RS, received_RS = np.zeros_like(slots_RS), np.zeros_like(slots_RS)
+    tokens_R = np.empty(len(slots_RS), dtype=np.int64)
+    _split_tokens(counts_RL, slots_RS, node_R, weight_R, rank, sent_RS, received_RS, tokens_R)
+    return sent_RS, received_RS, tokens_R
+
+
+@compiled
+def _split_tokens(counts_RL, slots_RS, node_R, weight_R, rank, sent_RS, received_RS, tokens_R):
+    load_L = np.zeros(counts_RL.shape[1], dtype=np.int64)
+    for source in range(counts_RL.shape[0]):
+        for expert in range(load_L.size):
+            load_L[expert] += counts_RL[source, expert]
+    quota_RS = np.empty_like(slots_RS)
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    speed = 0.0
+    for weight in weight_R:
+        speed += 1.0 / weight
+    enough = LEVEL_ENOUGH * load_L.sum() / speed
+    level_quotas(load_L, slots_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)
+    lay_to_quotas(counts_RL, slots_RS, node_R, quota_RS, rank, sent_RS, received_RS)
+
+
+@compiled
+def lay_to_quotas(counts_RL, slots_RS, node_R, quota_RS, rank, sent_RS, received_RS):
+    """Fill in what ``rank`` sends and receives, near copies first. ``quota_RS`` is used up."""
+    num_ranks, num_slots = slots_RS.shape
+    experts = counts_RL.shape[1]
+    first_L = np.zeros(experts + 1, dtype=np.int64)
+    for place in range(num_ranks * num_slots):
+        expert = slots_RS[place // num_slots, place % num_slots]
+        if expert >= 0:
+            first_L[expert + 1] += 1
+    for expert in range(experts):
+        first_L[expert + 1] += first_L[expert]
+    next_L = first_L[:-1].copy()
+    place_of = np.empty(first_L[-1], dtype=np.int64)  # the slots of each expert, lowest first
+    for place in range(num_ranks * num_slots):
+        expert = slots_RS[place // num_slots, place % num_slots]
+        if expert >= 0:
+            place_of[next_L[expert]] = place
+            next_L[expert] += 1
+    left_R = np.empty(num_ranks, dtype=np.int64)
+    for expert in range(experts):
+        for source in range(num_ranks):
+            left_R[source] = counts_RL[source, expert]
+        for distance in range(3):  # on the rank itself, on its node, anywhere
+            for index in range(first_L[expert], first_L[expert + 1]):
+                target, slot = place_of[index] // num_slots, place_of[index] % num_slots
+                start, end = (target, target + 1) if distance == 0 else (0, num_ranks)
+                for source in range(start, end):
+                    given = min(left_R[source], quota_RS[target, slot])
+                    if given == 0 or (distance == 1 and node_R[source] != node_R[target]):
+                        continue
+                    left_R[source] -= given
+                    quota_RS[target, slot] -= given
+                    if source == rank:
+                        sent_RS[target, slot] += given
+                    if target == rank:
+                        received_RS[source, slot] += given
+
+
+def rank_weights(capacity_R: np.ndarray) -> np.ndarray:
+    """What a token costs on ranks of these capacities, 1 on the mean; a million times as much where it is 0.
+
+    Raises:
+        ValueError: A capacity is negative, or all are 0.
+    """
+    capacity_R = np.asarray(capacity_R, dtype=np.float64)
+    if not (capacity_R >= 0).all() or not capacity_R.any():
+        raise ValueError(f"capacity_R={capacity_R} must hold numbers from zero up, one of them above")
+    capacity_R = capacity_R / capacity_R.max()
+    return capacity_R.mean() / np.maximum(capacity_R, 1e-6 * capacity_R.mean())
 
 
 @compiled
@@ -75,7 +140,7 @@ def even_quotas(load_L, slots_RS, quota_RS, tokens_R):
 
 
 @compiled
-def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, quota_RS, tokens_R):
+def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tokens_R):
     """Divide each expert's tokens among its copies so that the ranks are as level as the copies allow.
 
     One expert after the other fills its ranks up to a common water line, given what the others leave there; that is
@@ -88,6 +153,8 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, quota_RS, tokens_R)
         weight_R: What a token costs on each rank, float64 above 0: 1 on all of them, more on slow ones.
         sweeps: How often at most every expert is divided anew.
         enough: A weighted rank's tokens that need not be lowered further; 0 to go on.
+        slow: A sweep that lowers the fullest rank by less than so much of what is missing to ``enough`` is the last;
+            0 to go on.
         quota_RS: The tokens of each slot, int64; those of an expert sum to its load. Changed in place.
         tokens_R: The tokens of each rank, their sum, int64. Changed in place.
 
@@ -151,15 +218,15 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, quota_RS, tokens_R)
                     rest -= quota
                 moved = max(moved, abs(quota - quota_RS[rank, slot]))
                 quota_RS[rank, slot] = quota
-            place = start
-            while rest > 0:  # what rounding left, one token each
+            place = used - 1
+            while rest > 0:  # what rounding left, one token each, a rank of no capacity last
                 quota_RS[rank_of[place], slot_of[place]] += 1
                 rest -= 1
-                place = place + 1 if place + 1 < used else start
+                place = place - 1 if place > start else used - 1
             for place in range(start, end):
                 tokens_R[rank_of[place]] += quota_RS[rank_of[place], slot_of[place]]
         before, peak = peak, fullest(tokens_R, weight_R)
-        if moved <= 1 or peak <= enough or (enough > 0.0 and before - peak < SLOW * (peak - enough)):
+        if moved <= 1 or peak <= enough or before - peak < slow * (peak - enough):
             break
     return peak
 
@@ -206,10 +273,9 @@ def level_tokens(
             f"load_YL has shape {list(load_YL.shape)}; slots_YRS holds {layers} layers of experts from"
             f" {slots_YRS.min(initial=0)} to {slots_YRS.max(initial=0)}"
         )
-    capacity_R = np.ones(num_ranks) if capacity_R is None else np.asarray(capacity_R, dtype=np.float64)
-    if capacity_R.shape != (num_ranks,) or not (capacity_R >= 0).all() or not capacity_R.any():
-        raise ValueError(f"capacity_R={capacity_R} must have {num_ranks} numbers from zero up, one of them above")
-    weight_R = capacity_R.mean() / np.maximum(capacity_R, 1e-6 * capacity_R.mean())
+    weight_R = rank_weights(np.ones(num_ranks) if capacity_R is None else capacity_R)
+    if len(weight_R) != num_ranks:
+        raise ValueError(f"capacity_R={capacity_R} must hold {num_ranks} numbers, one for each rank")
     tokens_YR = np.empty((layers, num_ranks), dtype=np.int64)
     _level_layers(np.ascontiguousarray(load_YL, dtype=np.int64), slots_YRS, weight_R, sweeps, tokens_YR)
     return tokens_YR
@@ -220,4 +286,4 @@ def _level_layers(load_YL, slots_YRS, weight_R, sweeps, tokens_YR):
     quota_RS = np.empty(slots_YRS.shape[1:], dtype=np.int64)
     for layer in range(load_YL.shape[0]):
         even_quotas(load_YL[layer], slots_YRS[layer], quota_RS, tokens_YR[layer])
-        level_quotas(load_YL[layer], slots_YRS[layer], weight_R, sweeps, 0.0, quota_RS, tokens_YR[layer])
+        level_quotas(load_YL[layer], slots_YRS[layer], weight_R, sweeps, 0.0, 0.0, quota_RS, tokens_YR[layer])

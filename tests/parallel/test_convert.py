@@ -51,19 +51,19 @@ def experts_of(family: str) -> list[nn.Module]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_families_compute_the_same(family: str, workers: Workers) -> None:
-    assert max(workers.run(2, difference_of_family, family)) < 1e-6
+    assert max(workers.run(2, difference_of_family, family)) < 1e-12
 
 
 def difference_of_family(family: str) -> float:
-    (original,), (converted,) = experts_of(family), experts_of(family)
+    (original,), (converted,) = ([module.double()] for (module,) in (experts_of(family), experts_of(family)))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in original.parameters():
             parameter.normal_(std=0.3)
     converted.load_state_dict(original.state_dict())
     parallelize_experts(nn.ModuleDict({"experts": converted}), num_redundant_experts=2)
-    hidden, index = torch.randn(10, 16), torch.rand(10, 8).topk(2).indices
-    weights = torch.rand(10, 2)
+    hidden, index = torch.randn(10, 16, dtype=torch.float64), torch.rand(10, 8).topk(2).indices
+    weights = torch.rand(10, 2, dtype=torch.float64)
     return float((original(hidden, index, weights) - converted(hidden, index, weights)).abs().max())
 
 
