@@ -1,10 +1,11 @@
 """Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
+from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import level_tokens, split_tokens
 from lightning_eplb.relocation.exchange import relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
@@ -37,6 +39,7 @@ class StepLoad:
         avg_tokens: Mean over ranks.
         max_tokens: The fullest rank of each layer in each forward.
         balancedness: ``avg_tokens / max_tokens``.
+        num_copies: Redundant slots that held an expert, in each forward.
         rearrangement: What was decided after it, if that was due.
     """
 
@@ -44,6 +47,7 @@ class StepLoad:
     avg_tokens: float
     max_tokens: float
     balancedness: float
+    num_copies: int = 0
     rearrangement: "Rearrangement | None" = None
 
 
@@ -105,9 +109,13 @@ class ExpertLoadBalancer:
         window_size: Optimizer steps that the decision looks back on.
         step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it, and one may come
             early when the load drifts away, see :class:`~lightning_eplb.schedule.Schedule`.
+        redundancy: When the redundant slots are filled: ``"window"`` with each rearrangement, by the policy;
+            ``"batch"`` in each forward, for the very tokens that it routes.
+        min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
+            compute as its weights and its gradient to travel, as measured in the first step; 1 until then.
 
     Raises:
-        ValueError: A number is below 1, or ``model`` has no converted layer.
+        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer.
 
     Note:
         With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
@@ -122,10 +130,13 @@ class ExpertLoadBalancer:
         policy: Policy | None = None,
         window_size: int = 100,
         step_interval: int = 100,
+        redundancy: Literal["window", "batch"] = "window",
+        min_tokens_per_copy: int | None = None,
     ) -> None:
         for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 optimizer step")
+        check_redundancy(redundancy, min_tokens_per_copy)
         self._modules = list(expert_layers(model))
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
@@ -133,6 +144,10 @@ class ExpertLoadBalancer:
         self.optimizers = list(optimizers)
         self.policy = policy if policy is not None else BalancedPolicy()
         self.step_interval = step_interval
+        self.min_tokens_per_copy = min_tokens_per_copy
+        for layer, _ in self._modules:
+            layer.copies_by_batch = redundancy == "batch"
+            layer.min_tokens_per_copy = min_tokens_per_copy or 1
         first_layer, _ = self._modules[0]
         self.groups = first_layer.groups
         self.placement = ExpertPlacement(
@@ -196,8 +211,9 @@ class ExpertLoadBalancer:
         if not self._first_step_is_done and self.groups.size > 1:
             check_optimizers(self.optimizers, self._named_parameters())
             self._speed = measure_speed(self._modules[0][1], self.groups)
+            self._set_floor(self._measured_costs(with_gradients=False))
         self._first_step_is_done = True
-        load_YL, max_tokens = self._take_load()
+        load_YL, max_tokens, num_copies = self._take_load()
         if not load_YL.any():
             return None
         self.load.update(load_YL)
@@ -208,7 +224,7 @@ class ExpertLoadBalancer:
         done = None
         if self._schedule.step(avg_tokens / max_tokens):
             done = self.rearrange(with_gradients=with_gradients)
-        self.last_step = StepLoad(load_YL, avg_tokens, float(max_tokens), avg_tokens / max_tokens, rearrangement=done)
+        self.last_step = StepLoad(load_YL, avg_tokens, float(max_tokens), avg_tokens / max_tokens, num_copies, done)
         return self.last_step
 
     def rearrange(
@@ -289,6 +305,11 @@ class ExpertLoadBalancer:
         self.rearranged_bytes = state["rearranged_bytes"]
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
 
+    def _set_floor(self, costs: Costs | None) -> None:
+        if self.min_tokens_per_copy is None and costs is not None:
+            for layer, _ in self._modules:
+                layer.min_tokens_per_copy = max(1, math.ceil(costs.copy / costs.token))
+
     def _named_parameters(self) -> dict[str, Tensor]:
         return {
             f"{layer.name}.{name}": parameter
@@ -300,15 +321,14 @@ class ExpertLoadBalancer:
         _, module = self._modules[layer_index]
         return tensors_to_move(module, self.optimizers, with_gradients)
 
-    def _take_load(self) -> tuple[Tensor, int]:
-        """The step's load, ``[Y, L]``, and the tokens of each forward's fullest rank, summed over layers."""
-        loads, most = zip(*(layer.take_load() for layer, _ in self._modules), strict=True)
-        load_YL = torch.stack(loads)
+    def _take_load(self) -> tuple[Tensor, int, int]:
+        """The step's load, ``[Y, L]``; and of each forward, summed, the fullest rank's tokens and the copies."""
+        loads, *others = zip(*(layer.take_load() for layer, _ in self._modules), strict=True)
+        taken = self._sum_over_groups(torch.cat([torch.stack(loads), torch.tensor(others).T], dim=1))
+        load_YL, max_tokens, num_copies = taken[:, :-2].contiguous(), *taken[:, -2:].sum(dim=0).tolist()
         if self.groups.size == 1:
-            load_YL = self._sum_over_groups(load_YL)
-            return load_YL, int(load_YL.max(dim=1).values.sum())
-        both = self._sum_over_groups(torch.cat([load_YL, torch.tensor(most).unsqueeze(1)], dim=1))
-        return both[:, :-1].contiguous(), int(both[:, -1].sum())
+            max_tokens = int(load_YL.max(dim=1).values.sum())
+        return load_YL, max_tokens, num_copies
 
     def _sum_over_groups(self, counts: Tensor) -> Tensor:
         if self.groups.num_replicas > 1:
@@ -319,6 +339,7 @@ class ExpertLoadBalancer:
     def _warm_up(self) -> None:
         """Compile now what would otherwise be compiled in the first decision."""
         forecast(np.ones((8, 1, 2), dtype=np.int64))
+        choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
         level_tokens(np.ones((1, 2), dtype=np.int64), np.array([[[0, 1], [1, 0]]]))
         split_tokens(
             np.ones((2, 2), dtype=np.int64), np.array([[0, 1], [1, 0]]), np.zeros(2, dtype=np.int64), np.ones(2), 0
@@ -402,6 +423,14 @@ class ExpertLoadBalancer:
         for layer, _ in self._modules:
             layer.set_placement(placement, capacity)
         self.placement = self.load.placement = placement
+
+
+def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:
+    """Raise ``ValueError`` for arguments of :class:`ExpertLoadBalancer` that do not fit by themselves."""
+    if redundancy not in ("window", "batch"):
+        raise ValueError(f"redundancy={redundancy!r} must be 'window' or 'batch'")
+    if min_tokens_per_copy is not None and min_tokens_per_copy < 1:
+        raise ValueError(f"min_tokens_per_copy={min_tokens_per_copy} must be at least 1; None to measure it")
 
 
 def _changed_copies(before: ExpertPlacement, after: ExpertPlacement) -> int:

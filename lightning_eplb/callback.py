@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, StepLoad
+from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, StepLoad, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import rank_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
@@ -43,6 +43,7 @@ class EPLBCallback(Callback):
 
     - ``eplb/balancedness``: mean over ranks of the tokens they served, divided by the fullest rank's; 1 is perfect.
     - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
+    - ``eplb/copies``: redundant slots that held an expert, over layers and forward passes.
     - ``eplb/rearrangements``: how many there were that changed the placement.
     - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
     - ``eplb/forecast_error``: how far the load was from what the latest decision but one had expected, 0 is exact.
@@ -69,6 +70,10 @@ class EPLBCallback(Callback):
             early when the ranks are no longer as level as they were after the last.
         trace: A file to record the load of every optimizer step in, for ``python -m lightning_eplb simulate``. A
             resumed run goes on with it, any other replaces it.
+        redundancy: When the redundant slots are filled: ``"window"`` with each rearrangement, by the policy;
+            ``"batch"`` in each forward pass, for the very tokens that it routes.
+        min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
+            compute as its weights and its gradient to travel, as measured in the first step.
 
     Raises:
         ValueError: In ``__init__`` or in ``setup``, before any communication, if an argument does not fit by itself,
@@ -88,7 +93,10 @@ class EPLBCallback(Callback):
         window_size: int = 100,
         step_interval: int = 100,
         trace: str | os.PathLike | None = None,
+        redundancy: Literal["window", "batch"] = "window",
+        min_tokens_per_copy: int | None = None,
     ) -> None:
+        check_redundancy(redundancy, min_tokens_per_copy)
         if num_redundant_experts < 0:
             raise ValueError(f"num_redundant_experts={num_redundant_experts} must not be negative; 0 is none")
         if ep_size is not None and ep_size < 1:
@@ -104,6 +112,8 @@ class EPLBCallback(Callback):
         self.window_size = window_size
         self.step_interval = step_interval
         self.trace = trace
+        self.redundancy: Literal["window", "batch"] = redundancy
+        self.min_tokens_per_copy = min_tokens_per_copy
         self.balancer: ExpertLoadBalancer | None = None
         """Exists from the start of ``fit`` on, and stays."""
         self._saved_state: dict[str, Any] = {}
@@ -140,7 +150,12 @@ class EPLBCallback(Callback):
         self._check_adopted(trainer, pl_module)
         if self.balancer is None or self.balancer.model is not pl_module:
             self.balancer = ExpertLoadBalancer(
-                pl_module, policy=self.policy, window_size=self.window_size, step_interval=self.step_interval
+                pl_module,
+                policy=self.policy,
+                window_size=self.window_size,
+                step_interval=self.step_interval,
+                redundancy=self.redundancy,
+                min_tokens_per_copy=self.min_tokens_per_copy,
             )
             self.balancer.record(False)  # until training starts: the sanity check is no load
         self.balancer.optimizers = trainer.optimizers
@@ -268,6 +283,7 @@ class EPLBCallback(Callback):
             "eplb/balancedness": load.balancedness,
             "eplb/avg_tokens": load.avg_tokens,
             "eplb/max_tokens": load.max_tokens,
+            "eplb/copies": float(load.num_copies),
             "eplb/rearrangements": float(self.balancer.num_rearrangements),
         }
         if (latest := self.balancer.last_rearrangement) is not None:

@@ -1,7 +1,7 @@
 """Training with experts that move all the time, against one process with the unmodified model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,11 +29,14 @@ class Case:
     optimizer: str = "adamw"
     top_k: int = 2
     ep_size: int | None = None
+    redundancy: Literal["window", "batch"] = "window"
 
     def __str__(self) -> str:
         return (
             f"{self.model}-top{self.top_k}-{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
-            f"-clip_{self.clip}-{self.optimizer}" + (f"-ep{self.ep_size}" if self.ep_size else "")
+            f"-clip_{self.clip}-{self.optimizer}"
+            + (f"-ep{self.ep_size}" if self.ep_size else "")
+            + ("-batch" if self.redundancy == "batch" else "")
         )
 
 
@@ -119,7 +122,14 @@ def reference(case: Case) -> Outcome:
 def distributed(case: Case) -> Outcome:
     """On every worker: Lightning, DDP, experts spread over the ranks and shuffled after every step."""
     module = LanguageModel(hugging_face_model(case.model, top_k=case.top_k), case.optimizer)
-    callback = EPLBCallback(case.redundant * case.ranks, case.ep_size, ShufflePolicy(), step_interval=1)
+    callback = EPLBCallback(
+        case.redundant * case.ranks,
+        case.ep_size,
+        ShufflePolicy(),
+        step_interval=1,
+        redundancy=case.redundancy,
+        min_tokens_per_copy=1,
+    )
     trainer = trainer_for(
         case.ranks,
         max_steps=STEPS,
@@ -132,6 +142,9 @@ def distributed(case: Case) -> Outcome:
     assert callback.balancer is not None
     assert callback.balancer.num_rearrangements == STEPS
     assert callback.balancer.rearranged_bytes > 0
+    if case.redundant:
+        assert callback.balancer.last_step is not None
+        assert callback.balancer.last_step.num_copies > 0 or callback.balancer.last_step.balancedness == 1.0
     return Outcome(
         module.losses,
         {k: v.clone() for k, v in module.model.state_dict().items()},

@@ -11,7 +11,14 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
+from lightning_eplb import (
+    BalancedPolicy,
+    EPLBCallback,
+    ExpertLoadBalancer,
+    ExpertPlacement,
+    StaticPolicy,
+    parallelize_experts,
+)
 from lightning_eplb.balancer import StepLoad
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
@@ -340,3 +347,47 @@ def shorter_interval() -> int:
 
 def test_a_resumed_run_does_not_wait_longer_than_its_interval(workers: Workers) -> None:
     assert workers.run(2, shorter_interval) == [5, 5]
+
+
+def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
+    """The hot expert changes its rank with every step."""
+    loads = [[24, 4, 4, 4], [4, 4, 4, 24], [8, 8, 8, 8]] * 2
+    seen: list[tuple[int, float]] = []
+
+    class Watched(ExpertLoadBalancer):
+        def step(self, **kwargs: Any) -> StepLoad | None:
+            served = super().step(**kwargs)
+            assert served is not None
+            seen.append((served.num_copies, served.balancedness))
+            return served
+
+    arguments = {"policy": StaticPolicy(), "redundancy": redundancy, "min_tokens_per_copy": min_tokens}
+    with patch(f"{__name__}.ExpertLoadBalancer", Watched):
+        steered(loads, arguments)
+    return seen
+
+
+def test_the_batch_itself_decides_on_copies(workers: Workers) -> None:
+    """A copy in each step that needs one, none where the ranks are level or too few tokens would change ranks."""
+    for seen in workers.run(2, copies_of_steps, "batch", 1):
+        assert seen == [(1, 1.0), (1, 1.0), (0, 1.0)] * 2
+    for seen in workers.run(2, copies_of_steps, "batch", 21):  # 20 of the hot rank's 56 tokens are too many
+        assert seen == [(0, 36 / 56), (0, 36 / 56), (0, 1.0)] * 2
+
+
+def test_the_floor_of_copies_is_measured_after_the_first_step(workers: Workers) -> None:
+    """All ranks have the same floor, and until it is known any copy will do."""
+    first, second = workers.run(2, copies_of_steps, "batch", None)
+    assert first == second
+    assert first[0] == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"redundancy": "always"}, "redundancy='always' must be"), ({"min_tokens_per_copy": 0}, "min_tokens_per_copy=0")],
+)
+def test_redundancy_that_is_none_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExpertLoadBalancer(Model(), **arguments)
+    with pytest.raises(ValueError, match=message):
+        EPLBCallback(**arguments)

@@ -19,17 +19,15 @@ from lightning_eplb.policies.split import split_tokens
 
 @dataclass(frozen=True, eq=False)
 class SlotMap:
-    """One layer's placement, as the dispatcher reads it.
+    """What one layer's slots hold, as the dispatcher reads it.
 
     Attributes:
         slots: The logical expert of each slot, ``[R, S]`` int64, ``-1`` empty.
-        logical_to_physical: ``[L, C]`` int64, ``-1`` padding, the primary first.
         node_of_rank: ``[R]`` int64.
         weights: What a token costs on each rank, ``[R]`` float64: :func:`~lightning_eplb.policies.split.rank_weights`.
     """
 
     slots: np.ndarray
-    logical_to_physical: np.ndarray
     node_of_rank: np.ndarray
     weights: np.ndarray
 
@@ -81,7 +79,7 @@ def plan_dispatch(
     Args:
         order_N: This rank's pairs sorted by logical expert, stable: indices into ``[T, K]`` flattened.
         counts_RL: Pairs of each rank and logical expert.
-        slot_map: The layer's placement.
+        slot_map: What the layer's slots hold.
         rank: This EP rank.
         num_primary_slots: ``n``, the primaries of a rank.
     """
@@ -89,13 +87,10 @@ def plan_dispatch(
     sent_RS, recv_RS, tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank)
     sent_P = sent_RS.ravel()
 
-    # Sorted by expert, the pairs of a slot are one run: behind those of the expert's earlier copies.
-    l2p_LC = slot_map.logical_to_physical
-    sent_LC = np.where(l2p_LC >= 0, sent_P[l2p_LC], 0)
-    first_of_expert_L = np.cumsum(counts_RL[rank]) - counts_RL[rank]
-    first_LC = first_of_expert_L[:, None] + np.cumsum(sent_LC, axis=1) - sent_LC
-    first_P = np.zeros_like(sent_P)
-    first_P[l2p_LC[l2p_LC >= 0]] = first_LC[l2p_LC >= 0]
+    # Sorted by expert, the pairs of a slot are one run: behind those of the expert's earlier slots.
+    by_expert_P = np.argsort(slot_map.slots.ravel(), kind="stable")
+    first_P = np.empty_like(sent_P)
+    first_P[by_expert_P] = np.cumsum(sent_P[by_expert_P]) - sent_P[by_expert_P]
     pairs = order_N[_runs(first_P, sent_P, device)]
 
     recv_counts = recv_RS.sum(axis=1)

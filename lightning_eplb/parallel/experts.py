@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopyRoutes, with_copies
 from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
 
 
@@ -36,8 +38,14 @@ class ExpertLayer:
         self.physical_to_logical: np.ndarray
         self.slot_map: dispatch.SlotMap
         self.copy_routes: CopyRoutes
+        self.copies_by_batch = False
+        """Whether the redundant slots are filled anew for each batch, whatever the placement says."""
+        self.min_tokens_per_copy = 1
+        """Tokens that such a copy must take over; the same on all ranks."""
+        self._batch_slots: bytes | None = None
+        self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
-        self._max_tokens = 0
+        self._max_tokens = self._num_copies = 0
 
     def set_placement(self, placement: ExpertPlacement, capacity: Sequence[float] | None = None) -> None:
         """Follow ``placement`` from the next forward on. The primaries' rows must be where it says.
@@ -52,12 +60,31 @@ class ExpertLayer:
             self.physical_to_logical = p2l_P.copy()
         self.slot_map = dispatch.SlotMap(
             self.physical_to_logical.reshape(placement.num_ranks, placement.slots_per_rank),
-            placement.logical_to_physical[self.index],
             np.array(self.groups.node_of_rank),
             rank_weights(np.ones(placement.num_ranks) if capacity is None else np.array(capacity)),
         )
         p2l_RS = torch.from_numpy(self.physical_to_logical).view(placement.num_ranks, placement.slots_per_rank)
         self.copy_routes = CopyRoutes(p2l_RS, self.num_primaries, self.groups.rank)
+
+    def slots_for(self, counts_RL: np.ndarray) -> tuple[dispatch.SlotMap, CopyRoutes]:
+        """What the slots hold in this forward, and how the weights of its copies travel.
+
+        Args:
+            counts_RL: Tokens of each rank and logical expert. All ranks are given the same.
+        """
+        if not self.copies_by_batch:
+            return self.slot_map, self.copy_routes
+        slots_RS = choose_copies(
+            counts_RL.sum(axis=0),
+            self.slot_map.slots,
+            self.num_primaries,
+            self.slot_map.weights,
+            self.min_tokens_per_copy,
+        )
+        if (key := slots_RS.tobytes()) != self._batch_slots:
+            self._batch_routes = CopyRoutes(torch.from_numpy(slots_RS), self.num_primaries, self.groups.rank)
+            self._batch_slots = key
+        return replace(self.slot_map, slots=slots_RS), self._batch_routes
 
     @property
     def row_order(self) -> Tensor:
@@ -70,28 +97,30 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
-    def record(self, counts_L: Tensor, max_tokens: int | None = None) -> None:
+    def record(self, counts_L: Tensor, max_tokens: int = 0, num_copies: int = 0) -> None:
         """Add to the layer's load, unless this forward is a recomputation in the backward pass.
 
         Args:
             counts_L: Tokens of each logical expert.
-            max_tokens: Those of the fullest rank; ``None`` where one rank holds all experts.
+            max_tokens: Those of the fullest rank; 0 where one rank holds all experts.
+            num_copies: Redundant slots that were filled.
         """
         if self.records_load and not _is_recomputing():
             self._load_L = self._load_L.to(counts_L.device).add_(counts_L)
-            if max_tokens is not None:
-                self._max_tokens += max_tokens
+            self._max_tokens += max_tokens
+            self._num_copies += num_copies
 
-    def take_load(self) -> tuple[Tensor, int]:
+    def take_load(self) -> tuple[Tensor, int, int]:
         """What was recorded since the last call, over the EP group's ranks.
 
         Returns:
-            The tokens of each logical expert, ``[L]`` int64, CPU; and those of the fullest rank, summed over forwards.
+            The tokens of each logical expert, ``[L]`` int64, CPU; and, summed over forwards, those of the fullest rank
+            and the redundant slots that were filled.
         """
-        load_L, max_tokens = self._load_L.cpu().clone(), self._max_tokens
+        taken = self._load_L.cpu().clone(), self._max_tokens, self._num_copies
         self._load_L.zero_()
-        self._max_tokens = 0
-        return load_L, max_tokens
+        self._max_tokens = self._num_copies = 0
+        return taken
 
 
 def _is_recomputing() -> bool:
@@ -128,10 +157,12 @@ class ParallelExperts(nn.Module):
         tokens, top_k = index_TK.shape
         sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
         counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
-        plan = dispatch.plan_dispatch(order_N, counts_RL, layer.slot_map, groups.rank, layer.num_primaries)
-        layer.record(torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max()))
+        slot_map, copy_routes = layer.slots_for(counts_RL)
+        plan = dispatch.plan_dispatch(order_N, counts_RL, slot_map, groups.rank, layer.num_primaries)
+        num_copies = int((slot_map.slots[:, layer.num_primaries :] >= 0).sum())
+        layer.record(torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max()), num_copies)
 
-        primaries, copies = with_copies(list(self.parameters(recurse=False)), layer.copy_routes, groups)
+        primaries, copies = with_copies(list(self.parameters(recurse=False)), copy_routes, groups)
         sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]
         received_MD = dispatch.exchange_tokens(sent, plan.send_counts, plan.recv_counts, groups)
 

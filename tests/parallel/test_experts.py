@@ -49,13 +49,16 @@ def compare(
     name: str = "mixtral",
     run: Callable[..., Tensor] = lambda module, *args: module(*args),
     ep_group: Any = None,
+    redundancy: Any = "window",
 ) -> float:
     """The largest difference of outputs and of all gradients between a converted layer and the original."""
     original, converted = layer(name), layer(name)
     holder = nn.ModuleDict({"experts": converted})
     parallelize_experts(holder, ep_group, num_redundant_experts=redundant)
     (expert_layer, _), *_ = expert_layers(holder)
-    balancer = ExpertLoadBalancer(holder, policy=ShufflePolicy(), step_interval=1)
+    balancer = ExpertLoadBalancer(
+        holder, policy=ShufflePolicy(), step_interval=1, redundancy=redundancy, min_tokens_per_copy=1
+    )
     differences = []
     for step in range(3):
         tokens = tokens_of_rank(dist.get_rank())
@@ -94,63 +97,74 @@ def largest(ours: Tensor | None, theirs: Tensor | None) -> float:
     return float((ours - theirs).abs().max()) if ours.numel() else 0.0
 
 
+BOTH = pytest.mark.parametrize("redundancy", ["window", "batch"])
+
+
+@BOTH
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_any_top_k(name: str, top_k: int, workers: Workers) -> None:
-    assert max(workers.run(2, any_top_k, name, top_k)) < 1e-12
+def test_any_top_k(name: str, top_k: int, redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, any_top_k, name, top_k, redundancy)) < 1e-12
 
 
-def any_top_k(name: str, top_k: int) -> float:
-    return compare(4, lambda rank: 7 + rank, top_k, name=name)
+def any_top_k(name: str, top_k: int, redundancy: str) -> float:
+    return compare(4, lambda rank: 7 + rank, top_k, name=name, redundancy=redundancy)
 
 
+@BOTH
 @pytest.mark.parametrize("redundant", [0, 4])
-def test_a_rank_without_tokens(redundant: int, workers: Workers) -> None:
-    assert max(workers.run(4, rank_without_tokens, redundant)) < 1e-12
+def test_a_rank_without_tokens(redundant: int, redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(4, rank_without_tokens, redundant, redundancy)) < 1e-12
 
 
-def rank_without_tokens(redundant: int) -> float:
-    return compare(redundant, lambda rank: 5 * rank)
+def rank_without_tokens(redundant: int, redundancy: str) -> float:
+    return compare(redundant, lambda rank: 5 * rank, redundancy=redundancy)
 
 
+@BOTH
 @pytest.mark.parametrize("redundant", [0, 2])
-def test_ranks_and_experts_that_get_none(redundant: int, workers: Workers) -> None:
+def test_ranks_and_experts_that_get_none(redundant: int, redundancy: str, workers: Workers) -> None:
     """Every token goes to two experts, so some ranks compute nothing; they take part in each collective."""
-    assert max(workers.run(2, experts_without_tokens, redundant)) < 1e-12
+    assert max(workers.run(2, experts_without_tokens, redundant, redundancy)) < 1e-12
 
 
-def experts_without_tokens(redundant: int) -> float:
-    return compare(redundant, lambda rank: 6, experts=range(2, 4))
+def experts_without_tokens(redundant: int, redundancy: str) -> float:
+    return compare(redundant, lambda rank: 6, experts=range(2, 4), redundancy=redundancy)
 
 
-def test_no_token_anywhere(workers: Workers) -> None:
-    assert max(workers.run(2, no_token)) == 0.0
+@BOTH
+def test_no_token_anywhere(redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, no_token, redundancy)) == 0.0
 
 
-def no_token() -> float:
-    return compare(2, lambda rank: 0)
+def no_token(redundancy: str) -> float:
+    return compare(2, lambda rank: 0, redundancy=redundancy)
 
 
+@BOTH
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_repeats_the_forward_and_counts_once(reentrant: bool, workers: Workers) -> None:
-    assert max(workers.run(2, checkpointed, reentrant)) < 1e-12
+def test_activation_checkpointing_repeats_the_forward_and_counts_once(
+    reentrant: bool, redundancy: str, workers: Workers
+) -> None:
+    assert max(workers.run(2, checkpointed, reentrant, redundancy)) < 1e-12
 
 
-def checkpointed(reentrant: bool) -> float:
+def checkpointed(reentrant: bool, redundancy: str) -> float:
     def run(module: nn.Module, *args: Tensor) -> Tensor:
         return checkpoint(module, *args, use_reentrant=reentrant)  # type: ignore[return-value]
 
-    return compare(2, lambda rank: 9, run=run)
+    return compare(2, lambda rank: 9, run=run, redundancy=redundancy)
 
 
-def test_two_groups_of_two(workers: Workers) -> None:
+@BOTH
+def test_two_groups_of_two(redundancy: str, workers: Workers) -> None:
     """Ranks of both groups hold the same rows; gradients are averaged over the groups, loads summed."""
-    assert max(workers.run(4, two_groups)) < 1e-12
+    assert max(workers.run(4, two_groups, redundancy)) < 1e-12
 
 
-def two_groups() -> float:
+def two_groups(redundancy: str) -> float:
     group, _ = dist.new_subgroups(2)
-    return compare(2, lambda rank: 3 + rank, ep_group=group)
+    return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
 
 
 def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:

@@ -1,0 +1,132 @@
+"""Which experts get redundant copies for a single batch, whose counts are known.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.spill import spill
+from lightning_eplb.policies.split import LEVEL_ENOUGH, SPLIT_SWEEPS, even_quotas, level_quotas
+
+LEVEL = 1.0 + 1.0 / 128
+"""A fullest rank that is so many times the mean is low enough."""
+DEPTHS = (0.7, 0.5, 1.0)
+"""How much a link of the tree may carry, see :func:`lightning_eplb.policies.spill.spill`: tried in this order."""
+
+
+def choose_copies(
+    load_L: np.ndarray, slots_RS: np.ndarray, num_primaries: int, weight_R: np.ndarray, least: int
+) -> np.ndarray:
+    """Level the ranks with copies that each take over enough tokens to pay for the travel of weights and gradient.
+
+    The fullest rank's heaviest expert gets a copy on the emptiest rank, again and again. Where that does not level the
+    ranks, other orders are tried, and then the tree of :func:`lightning_eplb.policies.spill.spill`, which needs more
+    copies. Where the ranks are level already there are no copies. Whole numbers and single IEEE operations, ties to the
+    lower index: every rank that is given the same load finds the same copies.
+
+    Args:
+        load_L: Tokens of each logical expert, int64.
+        slots_RS: The placement: its primaries count, its redundant slots do not. int64.
+        num_primaries: The first slots of each rank.
+        weight_R: What a token costs on each rank, float64 above 0; see
+            :func:`lightning_eplb.policies.split.rank_weights`.
+        least: Tokens that a copy must take over, at least 1.
+
+    Returns:
+        The slots, int64 ``[R, S]``, with this batch's copies; -1 where a redundant slot stays empty.
+    """
+    chosen_RS = slots_RS.copy()
+    chosen_RS[:, num_primaries:] = -1
+    _choose_copies(load_L, chosen_RS, num_primaries, weight_R, max(int(min(least, 2**62)), 1))
+    return chosen_RS
+
+
+@compiled
+def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
+    num_ranks, num_slots = slots_RS.shape
+    if num_slots == num_primaries:
+        return
+    level_R = np.empty(num_ranks, dtype=np.int64)
+    total, speed = load_L.sum(), 0.0
+    for rank in range(num_ranks):
+        speed += 1.0 / weight_R[rank]
+    for rank in range(num_ranks):
+        level_R[rank] = np.int64(np.ceil(total * (1.0 / weight_R[rank] / speed)))
+    quota_RS = np.empty_like(slots_RS)
+    tokens_R = np.empty(num_ranks, dtype=np.int64)
+    trial_RS, left_L = slots_RS.copy(), np.empty_like(load_L)
+    no_spread_L, node_R = np.zeros_like(load_L), np.zeros(num_ranks, dtype=np.int64)
+    enough, low_enough = LEVEL_ENOUGH * total / speed, LEVEL * total / speed + 1.0
+    lowest = np.inf
+    for attempt in range(4 + len(DEPTHS)):
+        if attempt < 4:
+            spill_greedily(load_L, trial_RS, num_primaries, level_R, least, attempt % 2 == 1, attempt >= 2)
+        else:
+            spill(
+                load_L, no_spread_L, trial_RS[:, :num_primaries], level_R, node_R, least, DEPTHS[attempt - 4],
+                trial_RS[:, num_primaries:], quota_RS[:, num_primaries:], left_L, tokens_R,
+            )  # fmt: skip
+        even_quotas(load_L, trial_RS, quota_RS, tokens_R)
+        peak = level_quotas(load_L, trial_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)
+        if peak < lowest:
+            lowest = peak
+            slots_RS[:] = trial_RS
+        if lowest <= low_enough:
+            return
+
+
+@compiled
+def spill_greedily(load_L, slots_RS, num_primaries, level_R, least, small_first, low_first):
+    """Fill the redundant slots, in place, each with the expert that has most to give.
+
+    Args:
+        small_first: Fill up the ranks with the smallest gap first, not those that can take most.
+        low_first: The lowest of the ranks that are too full gives first, not the fullest.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    slots_RS[:, num_primaries:] = -1
+    left_L = load_L.copy()
+    over_R = -level_R  # tokens above what the rank should serve
+    for rank in range(num_ranks):
+        for slot in range(num_primaries):
+            over_R[rank] += load_L[slots_RS[rank, slot]]
+    next_R = np.full(num_ranks, num_primaries)
+    is_done_R = np.zeros(num_ranks, dtype=np.bool_)
+    while True:
+        giver = np.int64(-1)
+        for rank in range(num_ranks):
+            if over_R[rank] < least or is_done_R[rank]:
+                continue
+            if giver < 0 or (over_R[rank] < over_R[giver] if low_first else over_R[rank] > over_R[giver]):
+                giver = np.int64(rank)
+        if giver < 0:
+            return
+        expert, taker, amount = np.int64(-1), np.int64(-1), np.int64(0)
+        for rank in range(num_ranks):
+            room = -over_R[rank]
+            if next_R[rank] == num_slots or room < least:
+                continue
+            if taker >= 0 and (room >= -over_R[taker] if small_first else min(room, over_R[giver]) <= amount):
+                continue
+            found, most = np.int64(-1), np.int64(least - 1)
+            for slot in range(num_primaries):
+                mine = slots_RS[giver, slot]
+                given = min(left_L[mine], min(room, over_R[giver]))
+                if given <= most:
+                    continue
+                is_there = False
+                for other in range(num_primaries, next_R[rank]):
+                    is_there |= slots_RS[rank, other] == mine
+                if not is_there:
+                    found, most = mine, given
+            if found >= 0 and (small_first or most > amount):
+                expert, taker, amount = found, np.int64(rank), most
+        if taker < 0:
+            is_done_R[giver] = True
+            continue
+        slots_RS[taker, next_R[taker]] = expert
+        next_R[taker] += 1
+        left_L[expert] -= amount
+        over_R[giver] -= amount
+        over_R[taker] += amount

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies.batch import choose_copies
+from lightning_eplb.policies.split import rank_weights, split_tokens
+from lightning_eplb.synthetic import synthetic_load
+
+
+def served(load_L, slots_RS, weight_R=None):
+    """Tokens of each rank, all of them sent by rank 0."""
+    ranks = len(slots_RS)
+    counts_RL = np.zeros((ranks, load_L.size), dtype=np.int64)
+    counts_RL[0] = load_L
+    weight_R = np.ones(ranks) if weight_R is None else weight_R
+    return split_tokens(counts_RL, slots_RS, np.zeros(ranks, dtype=np.int64), weight_R, 0)[2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_copies_are_possible_and_pay_and_never_make_it_worse(data):
+    ranks, per_rank, redundant = (data.draw(st.integers(*ends)) for ends in ((1, 6), (1, 4), (0, 3)))
+    experts = ranks * per_rank
+    load_L = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=experts, max_size=experts)))
+    least = data.draw(st.integers(1, 10**5))
+    placed_RS = ExpertPlacement.initial(1, experts, ranks, ranks * redundant).by_rank[0]
+    slots_RS = choose_copies(load_L, placed_RS, per_rank, np.ones(ranks), least)
+    assert (slots_RS == choose_copies(load_L, placed_RS.copy(), per_rank, np.ones(ranks), least)).all()
+    assert (slots_RS[:, :per_rank] == placed_RS[:, :per_rank]).all()
+    ExpertPlacement(slots_RS.reshape(1, -1), experts, ranks)  # no expert twice on a rank
+    alone_R = load_L[placed_RS[:, :per_rank]].sum(axis=1)
+    tokens_R = served(load_L, slots_RS)
+    assert tokens_R.max() <= alone_R.max()
+    if alone_R.max() - load_L.sum() / ranks < least:
+        assert (slots_RS[:, per_rank:] == -1).all()
+
+
+def test_a_level_batch_gets_no_copy_and_neither_does_one_without_tokens():
+    placed_RS = ExpertPlacement.initial(1, 8, 4, 8).by_rank[0]
+    for load_L in (np.full(8, 100), np.zeros(8, dtype=np.int64)):
+        assert (choose_copies(load_L, placed_RS, 2, np.ones(4), 1)[:, 2:] == -1).all()
+
+
+def test_the_heaviest_expert_of_the_fullest_rank_goes_to_the_emptiest():
+    placed_RS = ExpertPlacement.initial(1, 4, 2, 2).by_rank[0]
+    assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 1).tolist() == [[0, 1, -1], [2, 3, 0]]
+    assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 20)[1, 2] == 0
+    assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 21)[1, 2] == -1
+
+
+def test_slow_ranks_get_fewer():
+    placed_RS = ExpertPlacement.initial(1, 4, 2, 4).by_rank[0]
+    load_L = np.array([30, 30, 30, 30])
+    weight_R = rank_weights(np.array([2, 1]))
+    slots_RS = choose_copies(load_L, placed_RS, 2, weight_R, 1)
+    assert served(load_L, slots_RS, weight_R).tolist() == [80, 40]
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize(
+    "name", ["balanced", "lognormal-0.7", "lognormal-1.2", "zipf", "hot-expert", "rotating", "burst", "one-expert"]
+)
+def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
+    """At 64 tokens a rank and expert: the fullest rank has at most 2 % more than the mean."""
+    experts = 8 * ranks
+    for load_L in synthetic_load(name, 60, 1, experts, tokens_per_step=64 * ranks * experts, num_ranks=ranks)[:, 0]:
+        slots_RS = ExpertPlacement.initial(1, experts, ranks, 2 * ranks).by_rank[0]
+        tokens_R = served(load_L, choose_copies(load_L, slots_RS, 8, np.ones(ranks), 1))
+        assert tokens_R.max() <= 1.02 * tokens_R.mean()
