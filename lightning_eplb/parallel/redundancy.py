@@ -27,8 +27,8 @@ class CopyRoutes:
         primary_L[physical_to_logical_RS[:, :n].reshape(-1)] = torch.arange(size * n)
         target_rank, slot = torch.nonzero(physical_to_logical_RS[:, n:] != EMPTY, as_tuple=True)
         primary = primary_L[physical_to_logical_RS[target_rank, slot + n]]
-        self.num_rows = slots - n
-        """Redundant slots of this rank, ``e``, filled or empty."""
+        self.num_rows = slots - n if len(slot) else 0
+        """Redundant slots of this rank, ``e``, filled or empty; 0 where those of all ranks are empty."""
         self.out = Route.of_moves(primary // n, primary % n, target_rank, slot, rank, size)
         """From primary rows to redundant rows."""
         self.rounds = _rounds_of_unique_rows(self.out.send_rows)
