@@ -12,6 +12,12 @@ import torch
 from lightning_eplb.trace import read_trace
 
 REPOSITORY = Path(__file__).parents[2]
+# What pays depends on the speeds that are measured. So it is told to exchange two experts of each layer.
+SWAPPED = [15, *range(1, 8), 8, *range(8, 15), 0, 1]
+MOVES = f"""step_interval: 16
+        policy:
+          class_path: lightning_eplb.StaticPolicy
+          init_args: {{physical_to_logical: {[SWAPPED, SWAPPED]}}}"""
 SMALL = """
 --trainer.max_steps=12 --trainer.val_check_interval=6 --model.width=32 --model.expert_width=32 --model.layers=2
 --data.sequence_length=32 --data.batch_size=4 --data.validation_sequences=16 --trainer.accumulate_grad_batches=2
@@ -21,7 +27,7 @@ SMALL = """
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "examples/pretrain.py"), "fit"]
     config = (REPOSITORY / "examples/configs/cpu.yaml").read_text()
-    config = config.replace("runs/pretrain", str(tmp_path)).replace("step_interval: 160", "step_interval: 16")
+    config = config.replace("runs/pretrain", str(tmp_path)).replace("step_interval: 160", MOVES)
     (tmp_path / "cpu.yaml").write_text(config)
     command += ["--config", str(tmp_path / "cpu.yaml"), *SMALL.split()]
     done = run(command, tmp_path)
@@ -29,7 +35,7 @@ def test_the_command_of_the_readme(tmp_path: Path) -> None:
         assert words in done.stdout
     assert done.stdout.count("12 steps on 2 ranks") == 1
     assert int(re.findall(r"rearrangements\W+(\d+)", done.stdout)[0]) >= 1
-    assert re.search(r"moved between ranks\W+[\d.]+ MiB", done.stdout)
+    assert float(re.findall(r"moved between ranks\W+([\d.]+) MiB", done.stdout)[0]) > 0
     # The progress bar, in a terminal of 80 columns.
     assert re.search(r"\d+/\d+ \[.*, loss=\d+\.\d+, balancedness=\d\.\d+", done.stdout + done.stderr)
     for name in ("checkpoint", "heatmap", "logs"):
