@@ -12,9 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from lightning_eplb.functional import balancedness
+from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.split import level_tokens
 
 
 class ExpertLoad(Metric):
@@ -29,7 +28,7 @@ class ExpertLoad(Metric):
 
     - ``load``: int64 ``[Y, L]``, the tokens of each logical expert, summed over the steps.
     - ``avg_tokens``, ``max_tokens``: tokens that the mean rank and the fullest rank serve, summed over layers,
-      averaged over steps; float64 scalars. The copies of an expert share its tokens so that the ranks are level.
+      averaged over steps; float64 scalars. Each copy of an expert counts with an equal share of its tokens.
     - ``balancedness``: ``avg_tokens / max_tokens``; 1 is perfect, and 1 when there was no token; a float64 scalar.
 
     A window's ``max_tokens`` is that of its summed load: hot spots that move from step to step level out in it. The
@@ -180,9 +179,7 @@ class ExpertLoad(Metric):
 
     def _values(self, load_YL: Tensor, num_steps: int) -> dict[str, Tensor]:
         counts_YL = load_YL.cpu().numpy()
-        tokens_YR = (
-            counts_YL.astype(np.float64) if self.placement is None else level_tokens(counts_YL, self.placement.by_rank)
-        )
+        tokens_YR = counts_YL.astype(np.float64) if self.placement is None else rank_tokens(counts_YL, self.placement)
         scalars = {
             "avg_tokens": tokens_YR.mean(axis=1).sum() / max(num_steps, 1),
             "max_tokens": tokens_YR.max(axis=1).sum() / max(num_steps, 1),
