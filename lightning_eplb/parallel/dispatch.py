@@ -140,6 +140,44 @@ class _AllToAll(torch.autograd.Function):
         return home, None, None, None
 
 
+def take_apart(rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at the indices ``first`` and those at ``second``, which together are all rows, each once."""
+    return _TakeApart.apply(rows, first, second)
+
+
+def put_together(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Undo :func:`take_apart`."""
+    return _PutTogether.apply(first_rows, second_rows, first, second)
+
+
+class _TakeApart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(first, second)
+        return rows.index_select(0, first), rows.index_select(0, second)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _interleaved(*grads, *ctx.saved_tensors), None, None
+
+
+class _PutTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return _interleaved(first_rows, second_rows, first, second)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (first, second) = grads, ctx.saved_tensors
+        return grad.index_select(0, first), grad.index_select(0, second), None, None
+
+
+def _interleaved(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    rows = first_rows.new_empty(len(first) + len(second), *first_rows.shape[1:])
+    return rows.index_copy_(0, first, first_rows).index_copy_(0, second, second_rows)
+
+
 def _runs(first: np.ndarray, length: np.ndarray, device: torch.device) -> Tensor:
     """The indices of runs, one run after the other: ``first[i], first[i] + 1, ... first[i] + length[i] - 1``."""
     total = int(length.sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.redundancy import CopyRoutes, with_copies
+from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -162,19 +162,13 @@ class ParallelExperts(nn.Module):
         num_copies = int((slot_map.slots[:, layer.num_primaries :] >= 0).sum())
         layer.record(torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max()), num_copies)
 
-        primaries, copies = with_copies(list(self.parameters(recurse=False)), copy_routes, groups)
+        copies = CopiesUnderway(list(self.parameters(recurse=False)), copy_routes, groups)
+        primaries, ticket = copies.attach()
         sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]
         received_MD = dispatch.exchange_tokens(sent, plan.send_counts, plan.recv_counts, groups)
-
-        if copies:
-            by_slot_MD, slots = received_MD[plan.by_slot], plan.slots[plan.by_slot]
-            first, n = plan.num_primary, layer.num_primaries
-            served = [
-                self._serve(primaries, by_slot_MD[:first], slots[:first], weights_TK.dtype),
-                self._serve(copies, by_slot_MD[first:], slots[first:] - n, weights_TK.dtype),
-            ]
-            in_slot_order = torch.cat(served)
-            output_MD = torch.empty_like(in_slot_order).index_copy(0, plan.by_slot, in_slot_order)
+        if copy_routes.num_copies:
+            copies.send()
+            output_MD = self._serve_both(primaries, copies, ticket, received_MD, plan, weights_TK.dtype)
         else:
             output_MD = self._serve(primaries, received_MD, plan.slots, weights_TK.dtype)
 
@@ -184,21 +178,44 @@ class ParallelExperts(nn.Module):
         weighted_TKD = output_ND.view(tokens, top_k, width) * weights_TK.unsqueeze(-1)
         return weighted_TKD.sum(dim=1).to(home_ND.dtype)
 
+    def _serve_both(
+        self,
+        primaries: list[Tensor],
+        copies: CopiesUnderway,
+        ticket: Tensor,
+        received_MD: Tensor,
+        plan: dispatch.Dispatch,
+        weights_dtype: torch.dtype,
+    ) -> Tensor:
+        """The primaries' tokens while the copies' weights travel, then the copies'; in the order of arrival."""
+        own, others = plan.by_slot[: plan.num_primary], plan.by_slot[plan.num_primary :]
+        own_MD, others_MD = dispatch.take_apart(received_MD, own, others)
+        served_MD = self._serve(primaries, own_MD, plan.slots[own], weights_dtype)
+        weights = copies.receive(ticket)
+        row_of_slot = copies.routes.row_of_slot.to(plan.slots.device)
+        rows = row_of_slot[plan.slots[others] - self.expert_layer.num_primaries]
+        return dispatch.put_together(served_MD, self._serve(weights, others_MD, rows, weights_dtype), own, others)
+
     def _serve(self, weights: list[Tensor], hidden_MD: Tensor, slots_M: Tensor, weights_dtype: torch.dtype) -> Tensor:
         """Run the original forward on these weights. Every tensor that was exchanged is tied into the output."""
+        forward = self.expert_layer.original_class.forward
+        if len(hidden_MD):
+            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=hidden_MD.device)
+            return forward(self._original_with(weights), hidden_MD, slots_M.unsqueeze(-1), ones)
+        with torch.no_grad():  # a row that goes nowhere tells width and dtype
+            one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
+            primaries = self._original_with(list(self.parameters(recurse=False)))
+            sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
+        shared = [parameter for child in self.children() for parameter in child.parameters()]
+        return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
+
+    def _original_with(self, weights: Sequence[Tensor]) -> nn.Module:
+        """The module as it was before it was converted, for as many experts as ``weights`` have rows."""
         names = [name for name, _ in self.named_parameters(recurse=False)]
         local = object.__new__(self.expert_layer.original_class)
         local.__dict__.update(self.__dict__, num_experts=weights[0].shape[0])
         local.__dict__["_parameters"] = self._parameters | dict(zip(names, weights, strict=True))
-        forward = self.expert_layer.original_class.forward
-        if len(hidden_MD):
-            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=hidden_MD.device)
-            return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
-        with torch.no_grad():  # a row that goes nowhere tells width and dtype
-            one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
-            sample = forward(local, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
-        shared = [parameter for child in self.children() for parameter in child.parameters()]
-        return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
+        return local
 
 
 class _Tied(torch.autograd.Function):

@@ -1,4 +1,9 @@
-"""Redundant experts' weights out, their gradients home to the primary: one autograd function."""
+"""Redundant experts' weights out, their gradients home to the primary, both behind the primaries' compute.
+
+Forward: :meth:`CopiesUnderway.attach`, the tokens' dispatch, :meth:`CopiesUnderway.send`, the primaries' tokens,
+:meth:`CopiesUnderway.receive`, the copies' tokens. Backward, the same the other way round: the copies' tokens, their
+gradients are sent home, the primaries' tokens, the tokens' way home, the gradients are waited for and added.
+"""
 
 from typing import Any
 
@@ -7,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import Route, exchange_rows
+from lightning_eplb.parallel.rows import Route, RowsUnderway
 from lightning_eplb.placement import EMPTY
+
+COPY_STAGING_BYTES = 256 * 2**20
+"""What a rank's buffers hold at most while copies travel: what is more is sent when the first of it was received."""
 
 
 class CopyRoutes:
@@ -27,13 +35,15 @@ class CopyRoutes:
         primary_L[physical_to_logical_RS[:, :n].reshape(-1)] = torch.arange(size * n)
         target_rank, slot = torch.nonzero(physical_to_logical_RS[:, n:] != EMPTY, as_tuple=True)
         primary = primary_L[physical_to_logical_RS[target_rank, slot + n]]
-        self.num_rows = slots - n if len(slot) else 0
-        """Redundant slots of this rank, ``e``, filled or empty; 0 where those of all ranks are empty."""
+        self.num_copies = len(slot)
+        """Redundant slots that are filled, over all ranks."""
         self.out = Route.of_moves(primary // n, primary % n, target_rank, slot, rank, size)
-        """From primary rows to redundant rows."""
+        """From primary rows to redundant slots."""
+        self.row_of_slot = torch.full((slots - n,), EMPTY)
+        """The row of each redundant slot among those that arrive here, ``-1`` where it is empty, ``[e]`` int64."""
+        self.row_of_slot[self.out.recv_rows] = torch.arange(len(self.out.recv_rows))
         self.rounds = _rounds_of_unique_rows(self.out.send_rows)
         """Positions among the gradients that come home, in rounds that hit every primary once at most."""
-        self.fills_every_slot = len(self.out.recv_rows) == self.num_rows
 
 
 def _rounds_of_unique_rows(rows: Tensor) -> list[Tensor]:
@@ -44,59 +54,94 @@ def _rounds_of_unique_rows(rows: Tensor) -> list[Tensor]:
     return [torch.nonzero(turn == t).flatten() for t in range(int(times.max()) if len(rows) else 0)]
 
 
-def with_copies(
-    parameters: list[Tensor], routes: CopyRoutes, groups: ExpertGroups
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that this rank computes with: its primaries' and its redundant experts'. All EP ranks call it.
+class CopiesUnderway:
+    """The redundant experts of one layer in one forward, and in its backward. All EP ranks use it alike.
 
     In the backward pass the redundant experts' gradients go home and are added to the primary's. Losses are averaged
     over ranks, as under DDP, while a primary gets the gradients of all ranks' tokens: so they are divided by the EP
-    size, and averaged over the EP groups that hold the same rows. A slot that got no token counts as a zero gradient;
+    size, and averaged over the EP groups that hold the same rows. A copy that got no token counts as a zero gradient;
     its rank takes part in the collectives as the others do.
 
     Args:
         parameters: The expert parameters of this rank's primaries, ``[n, ...]`` each.
-
-    Returns:
-        Views of ``parameters``, and for each of them the redundant experts' rows, ``[e, ...]``.
+        routes: Of this forward.
+        groups: Of the layer.
     """
-    weights = _WithCopies.apply(routes, groups, *parameters)
-    return list(weights[: len(parameters)]), list(weights[len(parameters) :])
+
+    def __init__(self, parameters: list[Tensor], routes: CopyRoutes, groups: ExpertGroups) -> None:
+        self.parameters = parameters
+        self.routes = routes
+        self.groups = groups
+        self.trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+        self.underway: RowsUnderway | None = None
+
+    def attach(self) -> tuple[list[Tensor], Tensor]:
+        """The weights that the primaries compute with, views of the parameters; and the ticket for :meth:`receive`."""
+        *primaries, ticket = _Attach.apply(self, *self.parameters)
+        return primaries, ticket
+
+    def send(self) -> None:
+        """Send the weights off."""
+        assert self.groups.exchange is not None
+        self.underway = RowsUnderway(self.parameters, self.routes.out, self.groups.exchange, COPY_STAGING_BYTES)
+
+    def receive(self, ticket: Tensor) -> list[Tensor]:
+        """Wait for the weights: for each parameter those of this rank's copies, in the order of arrival."""
+        return list(_Receive.apply(self, ticket))
+
+    def send_home(self, grads: list[Tensor]) -> None:
+        """Send the copies' gradients off, those of trained parameters, rows in the order of arrival."""
+        assert self.groups.exchange is not None
+        home = self.routes.out.arriving_in_order.reverse
+        self.underway = RowsUnderway(grads, home, self.groups.exchange, COPY_STAGING_BYTES)
+
+    def add_home(self, grad_of: dict[int, Tensor]) -> None:
+        """Wait for the copies' gradients and add each to its primary's, in place."""
+        assert self.underway is not None
+        arrived, self.underway = self.underway.take(), None
+        for i, rows in zip(self.trained, arrived, strict=True):
+            primary_rows = self.routes.out.send_rows.to(rows.device)
+            for positions in self.routes.rounds:
+                at = positions.to(rows.device)
+                added = rows if len(at) == len(rows) else rows[at]
+                grad_of[i].index_add_(0, primary_rows[at], added, alpha=1 / self.groups.size)
 
 
-class _WithCopies(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
+    """Views of the parameters, and a ticket by which the backward pass comes here after :class:`_Receive`."""
+
     @staticmethod
-    def forward(ctx: Any, routes: CopyRoutes, groups: ExpertGroups, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.routes, ctx.groups = routes, groups
-        primaries = tuple(parameter.view_as(parameter) for parameter in parameters)
-        if routes.num_rows == 0:
-            return primaries
-        new = torch.Tensor.new_empty if routes.fills_every_slot else torch.Tensor.new_zeros
-        copies = tuple(new(parameter, (routes.num_rows, *parameter.shape[1:])) for parameter in parameters)
-        assert groups.exchange is not None
-        exchange_rows(parameters, copies, routes.out, groups.exchange)
-        return primaries + copies
+    def forward(ctx: Any, copies: CopiesUnderway, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.copies = copies
+        return *(parameter.view_as(parameter) for parameter in parameters), parameters[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        routes: CopyRoutes = ctx.routes
-        groups: ExpertGroups = ctx.groups
-        trained = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        grad_of: dict[int, Tensor] = {i: grads[i] / groups.size for i in trained}
-        if routes.num_rows:
-            parameters = len(ctx.needs_input_grad) - 2
-            sent = [grads[parameters + i].contiguous() for i in trained]
-            home = [grad.new_empty(len(routes.out.send_rows), *grad.shape[1:]) for grad in sent]
-            arrival = routes.out.reverse.arriving_in_order
-            assert groups.exchange is not None
-            exchange_rows(sent, home, arrival, groups.exchange)
-            for i, rows in zip(trained, home, strict=True):
-                for positions in routes.rounds:
-                    at = positions.to(rows.device)
-                    primary_rows = routes.out.send_rows.to(rows.device)[at]
-                    grad_of[i].index_add_(0, primary_rows, rows[at], alpha=1 / groups.size)
+        copies: CopiesUnderway = ctx.copies
+        groups = copies.groups
+        grad_of = {i: grads[i] / groups.size for i in copies.trained}
+        if copies.underway is not None:
+            copies.add_home(grad_of)
         if groups.replicas is not None:
-            for i in trained:
-                dist.all_reduce(grad_of[i], group=groups.replicas)
-                grad_of[i] /= groups.num_replicas
-        return None, None, *(grad_of.get(i) for i in range(len(ctx.needs_input_grad) - 2))
+            for grad in grad_of.values():
+                dist.all_reduce(grad, group=groups.replicas)
+                grad /= groups.num_replicas
+        return None, *(grad_of.get(i) for i in range(len(grads) - 1))
+
+
+class _Receive(torch.autograd.Function):
+    """The copies' weights; their gradients are sent home while the primaries' are still being computed."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: CopiesUnderway, ticket: Tensor) -> tuple[Tensor, ...]:
+        ctx.copies = copies
+        assert copies.underway is not None
+        arrived, copies.underway = copies.underway.take(), None
+        ctx.mark_non_differentiable(*(rows for i, rows in enumerate(arrived) if i not in copies.trained))
+        return tuple(arrived)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        copies: CopiesUnderway = ctx.copies
+        copies.send_home([grads[i].contiguous() for i in copies.trained])
+        return None, grads[0].new_empty(0)

@@ -1,8 +1,10 @@
 """Rows of tensors from rank to rank: packed into one buffer, a bounded collective a chunk."""
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,13 @@ MAX_STAGING_BYTES = 64 * 2**20
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The collective under its newer name, where torch has it (2.13); the older name warns there."""
 
+LEAST_ALONE_BYTES = 256 * 2**10
+"""A tensor whose rows are so wide, those of the fullest rank together, is not packed with others."""
+
 _WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
+
+_Window: TypeAlias = "list[tuple[int, int, int]]"
+"""Columns that travel together: tensor, first column, last + 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,111 @@ class Route:
         return Route(self.send_rows, self.send_counts, order, self.recv_counts, self.most_rows)
 
 
+class RowsUnderway:
+    """Rows that were sent off when this was made. All ranks of ``group`` make it, and then ask once, by a method.
+
+    Wide rows travel in chunks of columns, two of which are under way at most; small tensors share one.
+
+    Args:
+        sources: Tensors of one length in dimension 0; the same number, shapes beyond it and dtypes on every rank. They
+            must stay as they are until the rows have arrived.
+        route: What goes where.
+        group: The ranks of the route.
+        max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk.
+    """
+
+    def __init__(
+        self, sources: Sequence[Tensor], route: Route, group: dist.ProcessGroup, max_bytes: int = MAX_STAGING_BYTES
+    ) -> None:
+        self._sources = [source.detach() for source in sources]
+        self._route, self._group = route, group
+        row_bytes = [math.prod(source.shape[1:]) * source.element_size() for source in self._sources]
+        self._word = next(size for size in _WORDS if all(width % size == 0 for width in row_bytes))
+        self._chunks: deque[_Chunk] = deque()
+        self._windows: deque[_Window] = deque()
+        if route.most_rows and any(row_bytes):
+            self._words = [_as_words(source, self._word) for source in self._sources]
+            self._send_rows = route.send_rows.to(self._sources[0].device)
+            columns, alone = (
+                max(1, size // self._word // route.most_rows) for size in (max_bytes // 2, LEAST_ALONE_BYTES)
+            )
+            self._windows.extend(_column_windows([width // self._word for width in row_bytes], columns, alone))
+        self._send_next()
+        self._send_next()
+
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Wait for the rows and put each where the route says, in place.
+
+        Within a chunk every row is read before one is written, so ``targets`` may be the sources: rows can change
+        places without a second copy of the tensors.
+
+        Args:
+            targets: A tensor for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
+                index them.
+        """
+        targets = [target.detach() for target in targets]
+        words: dict[int, Tensor] = {}
+        for i, start, stop, arrived in self._arrivals():
+            if i not in words:
+                words[i] = _as_words(targets[i], self._word)
+            words[i][:, start:stop].index_copy_(0, self._route.recv_rows.to(arrived.device), arrived)
+        for i, written in words.items():
+            if written.data_ptr() != targets[i].data_ptr():
+                targets[i].copy_(written.view(targets[i].dtype).view(targets[i].shape))
+
+    def take(self) -> list[Tensor]:
+        """Wait for the rows and return them, for each of the sources, in the order in which they arrived."""
+        rows = len(self._route.recv_rows)
+        taken = [source.new_empty(0) for source in self._sources]
+        for i, start, stop, arrived in self._arrivals():
+            source = self._sources[i]
+            is_whole = arrived.shape[1] == self._words[i].shape[1]
+            if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
+                taken[i] = arrived.view(source.dtype).view(rows, *source.shape[1:])
+                continue
+            if start == 0:
+                taken[i] = source.new_empty(rows, *source.shape[1:])
+            _as_words(taken[i], self._word)[:, start:stop] = arrived
+        return [
+            tensor if tensor.ndim == source.ndim else source.new_empty(rows, *source.shape[1:])
+            for tensor, source in zip(taken, self._sources, strict=True)
+        ]
+
+    def _send_next(self) -> None:
+        if not self._windows:
+            return
+        window = self._windows.popleft()
+        packed = [self._words[i][:, start:stop].index_select(0, self._send_rows) for i, start, stop in window]
+        sent = torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
+        received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
+        work = dist.all_to_all_single(
+            received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
+        )
+        assert work is not None
+        self._chunks.append(_Chunk(window, sent, received, work))
+
+    def _arrivals(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Of each chunk and tensor in turn: the tensor, first column, last + 1, and the rows' words."""
+        while self._chunks:
+            chunk = self._chunks.popleft()
+            chunk.work.wait()
+            self._send_next()
+            column = 0
+            for i, start, stop in chunk.window:
+                yield i, start, stop, chunk.received[:, column : column + stop - start]
+                column += stop - start
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """A collective that was started; its buffers are held until it is done."""
+
+    window: _Window
+    sent: Tensor
+    received: Tensor
+    work: dist.Work
+
+
 def exchange_rows(
     sources: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -73,40 +186,9 @@ def exchange_rows(
 ) -> None:
     """Write the rows that other ranks send along ``route`` into ``targets``, in place. All ranks of ``group`` call it.
 
-    Wide rows travel a range of columns at a time. Within a range every row is read before one is written, so
-    ``targets`` may be ``sources``: rows can change places without a second copy of the tensors.
-
-    Args:
-        sources: Tensors of one length in dimension 0; the same number, shapes beyond it and dtypes on every rank.
-        targets: A tensor for each of ``sources``, its rows of the same shape and dtype; ``route.recv_rows`` index them.
-        route: What goes where.
-        group: The ranks of the route.
-        max_bytes: Upper bound of the send buffer and of the receive buffer.
+    For the arguments see :class:`RowsUnderway` and its ``write``; ``targets`` may be ``sources``.
     """
-    if route.most_rows == 0:
-        return
-    pairs = [(source.detach(), target.detach()) for source, target in zip(sources, targets, strict=True)]
-    pairs = [(source, target) for source, target in pairs if math.prod(source.shape[1:])]
-    if not pairs:
-        return
-    row_bytes = [math.prod(source.shape[1:]) * source.element_size() for source, _ in pairs]
-    word = next(size for size in _WORDS if all(width % size == 0 for width in row_bytes))
-    sides = [(_as_words(source, word), _as_words(target, word)) for source, target in pairs]
-    columns = max(1, max_bytes // word // route.most_rows)
-    device = pairs[0][0].device
-    send_rows, recv_rows = route.send_rows.to(device), route.recv_rows.to(device)
-    for window in _column_windows([width // word for width in row_bytes], columns):
-        packed = [sides[i][0][:, start:stop].index_select(0, send_rows) for i, start, stop in window]
-        sent = torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
-        received = sent.new_empty(len(recv_rows), sent.shape[1])
-        dist.all_to_all_single(received, sent, route.recv_counts, route.send_counts, group=group)
-        column = 0
-        for i, start, stop in window:
-            sides[i][1][:, start:stop].index_copy_(0, recv_rows, received[:, column : column + stop - start])
-            column += stop - start
-    for (_, target), (_, words) in zip(pairs, sides, strict=True):
-        if words.data_ptr() != target.data_ptr():
-            target.copy_(words.view(target.dtype).view(target.shape))
+    RowsUnderway(sources, route, group, max_bytes).write(targets)
 
 
 def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -137,12 +219,14 @@ def _as_words(tensor: Tensor, word: int) -> Tensor:
     return flat.view(_WORDS[word])
 
 
-def _column_windows(widths: Sequence[int], columns: int) -> list[list[tuple[int, int, int]]]:
-    """Cut tensors that lie side by side into windows of ``columns``: ``(tensor, first column, last + 1)`` each."""
-    windows: list[list[tuple[int, int, int]]] = []
+def _column_windows(widths: Sequence[int], columns: int, alone: int) -> list[_Window]:
+    """Cut tensors that lie side by side into windows of at most ``columns``; one as wide as ``alone`` shares none."""
+    windows: list[_Window] = []
     room = 0
     for i, width in enumerate(widths):
         start = 0
+        if width >= alone:
+            room = 0
         while start < width:
             if room == 0:
                 windows.append([])
@@ -151,4 +235,6 @@ def _column_windows(widths: Sequence[int], columns: int) -> list[list[tuple[int,
             windows[-1].append((i, start, stop))
             room -= stop - start
             start = stop
+        if width >= alone:
+            room = 0
     return windows

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_eplb.parallel import rows as rows_module
-from lightning_eplb.parallel.rows import Route, _column_windows, exchange_rows, gather_rows
+from lightning_eplb.parallel.rows import Route, RowsUnderway, _column_windows, exchange_rows, gather_rows
 from tests.workers import Workers
 
 
@@ -92,9 +92,37 @@ def gather() -> None:
     assert torch.equal(gather_rows(mine, order, dist.group.WORLD), logical)
 
 
-@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50))
-def test_windows_cover_every_column_once(widths: list[int], columns: int) -> None:
-    windows = _column_windows(widths, columns)
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50), st.integers(1, 50))
+def test_windows_cover_every_column_once(widths: list[int], columns: int, alone: int) -> None:
+    windows = _column_windows(widths, columns, alone)
     covered = [(i, c) for window in windows for i, start, stop in window for c in range(start, stop)]
     assert covered == [(i, c) for i, width in enumerate(widths) for c in range(width)]
-    assert all(sum(stop - start for _, start, stop in window) == columns for window in windows[:-1])
+    assert all(sum(stop - start for _, start, stop in window) <= columns for window in windows)
+    for window in windows:
+        assert len(window) == 1 or all(widths[i] < alone for i, _, _ in window)
+    if all(width < alone for width in widths):
+        assert all(sum(stop - start for _, start, stop in window) == columns for window in windows[:-1])
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
+@pytest.mark.parametrize("alone", [1, 10**6])
+def test_rows_in_the_order_of_arrival(max_bytes: int, alone: int, workers: Workers) -> None:
+    workers.run(3, take_rows, max_bytes, alone)
+
+
+def take_rows(max_bytes: int, alone: int) -> None:
+    rank = dist.get_rank()
+    dtypes = [torch.float64, torch.bfloat16, torch.uint8, torch.float32]
+    sources = [torch.arange(8).view(2, 4).to(dtype) + 10 * rank for dtype in dtypes]
+    sources.append(torch.empty(2, 0))
+    # Both rows of rank 0 go to rank 1, one of rank 2 too; rank 2 gets one of rank 1; rank 0 gets nothing.
+    moves = torch.tensor([[2, 0, 1, 0], [1, 0, 0, 1], [1, 1, 2, 1], [0, 1, 0, 2]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "LEAST_ALONE_BYTES", alone)
+        underway = RowsUnderway(sources, Route.of_moves(*moves, rank, 3), dist.group.WORLD, max_bytes)
+    *taken, empty = underway.take()
+    expected = {0: [], 1: [(0, 0), (0, 1), (2, 1)], 2: [(1, 0)]}[rank]
+    for tensor, dtype in zip(taken, dtypes, strict=True):
+        assert tensor.dtype == dtype
+        assert tensor.tolist() == [[10 * source + 4 * row + column for column in range(4)] for source, row in expected]
+    assert empty.shape == (len(expected), 0)
