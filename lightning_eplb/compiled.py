@@ -11,13 +11,15 @@ PACKAGE = Path(__file__).parent
 
 
 def _folder() -> Path:
-    """Where compiled loops are kept. Another one as soon as any file of the package is another.
+    """Where compiled loops are kept. Another one as soon as any file of the package that has such loops is another.
 
     Numba looks at the file of the loop itself, but not at the files of those that it calls.
     """
     sources = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        sources.update(path.read_bytes())
+        source = path.read_bytes()
+        if b"\n@compiled\n" in source or path.name == Path(__file__).name:
+            sources.update(source)
     root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else PACKAGE / "__pycache__"  # type: ignore[attr-defined]
     return root / f"compiled-{sources.hexdigest()[:16]}"
 

@@ -167,10 +167,14 @@ def scale_to(share_L, total, load_L):
 
 @compiled
 def straighten(share_BL, blocks, noise, is_straight_L):
-    """Bring a block that is far above or below all others to the next one's share, where there are enough to tell."""
+    """Bring a block that is far above or below all others to the next one's share, where there are enough to tell.
+
+    Where that would take half of all tokens or more, they are what there is, and nothing is out of line.
+    """
     is_straight_L[:] = True
     if blocks < 5:
         return
+    as_they_were_BL = share_BL.copy()
     for expert in range(share_BL.shape[1]):
         low = second_low = 2.0
         high = second_high = -1.0
@@ -185,12 +189,19 @@ def straighten(share_BL, blocks, noise, is_straight_L):
                 second_high, high, at_high = high, share, block
             elif share > second_high:
                 second_high = share
-        if high - second_high > OUT_OF_LINE * np.sqrt(noise * second_high):
+        if high - second_high > OUT_OF_LINE * np.sqrt(noise * high):
             share_BL[at_high, expert] = second_high
             is_straight_L[expert] = False
         if second_low - low > OUT_OF_LINE * np.sqrt(noise * second_low):
             share_BL[at_low, expert] = second_low
             is_straight_L[expert] = False
+    left = 0.0
+    for block in range(blocks):
+        for expert in range(share_BL.shape[1]):
+            left += share_BL[block, expert]
+    if left < 0.5 * blocks:
+        share_BL[:] = as_they_were_BL
+        is_straight_L[:] = True
 
 
 @compiled

@@ -8,12 +8,17 @@ import pytest
 from lightning_eplb import compiled
 
 
-def test_another_file_of_the_package_means_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_loop_means_another_folder_and_another_file_without_loops_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "package"
     shutil.copytree(compiled.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compiled, "PACKAGE", package)
     before = compiled._folder()
     assert before.name == compiled.FOLDER.name
+    with (package / "callback.py").open("a") as file:
+        file.write("# another\n")
+    assert compiled._folder() == before
     with (package / "policies/level.py").open("a") as file:
         file.write("# another\n")
     assert compiled._folder() != before

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -132,6 +132,8 @@ windows = st.tuples(st.integers(1, 30), st.integers(1, 3), st.integers(1, 8)).fl
 
 @settings(max_examples=300, deadline=None)
 @given(windows)
+@example(np.eye(5, dtype=np.int64)[:, None])
+@example(1000 * np.eye(5, dtype=np.int64)[:, None])
 def test_whole_numbers_of_the_windows_sum(window_WYL: np.ndarray) -> None:
     given_WYL = window_WYL.copy()
     found, again = forecast(window_WYL), forecast(window_WYL)
