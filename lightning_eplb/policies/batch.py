@@ -7,12 +7,16 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled
 from lightning_eplb.policies.spill import spill
-from lightning_eplb.policies.split import LEVEL_ENOUGH, SPLIT_SWEEPS, even_quotas, level_quotas
+from lightning_eplb.policies.split import LEVEL_ENOUGH, SPLIT_SWEEPS, even_quotas, fullest_rank, level_quotas
 
 LEVEL = 1.0 + 1.0 / 128
 """A fullest rank that is so many times the mean is low enough."""
 DEPTHS = (0.7, 0.5, 1.0)
 """How much a link of the tree may carry, see :func:`lightning_eplb.policies.spill.spill`: tried in this order."""
+MOST_LINKS = 4
+"""Further copies that are added to the best attempt at most, one at a time."""
+MOST_TRIES = 8
+"""Places that are tried for each of them."""
 
 
 def choose_copies(
@@ -21,9 +25,10 @@ def choose_copies(
     """Level the ranks with copies that each take over enough tokens to pay for the travel of weights and gradient.
 
     The fullest rank's heaviest expert gets a copy on the emptiest rank, again and again. Where that does not level the
-    ranks, other orders are tried, and then the tree of :func:`lightning_eplb.policies.spill.spill`, which needs more
-    copies. Where the ranks are level already there are no copies. Whole numbers and single IEEE operations, ties to the
-    lower index: every rank that is given the same load finds the same copies.
+    ranks, other orders are tried, then the tree of :func:`lightning_eplb.policies.spill.spill`, which needs more
+    copies, and last the best of them is given further links. Where the ranks are level already there are no copies.
+    Whole numbers and single IEEE operations, ties to the lower index: every rank that is given the same load finds the
+    same copies.
 
     Args:
         load_L: Tokens of each logical expert, int64.
@@ -74,6 +79,80 @@ def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
             slots_RS[:] = trial_RS
         if lowest <= low_enough:
             return
+    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+    level_quotas(load_L, slots_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)
+    for _ in range(MOST_LINKS):
+        if lowest <= low_enough:
+            return
+        peak = add_link(load_L, slots_RS, num_primaries, weight_R, least, enough, quota_RS, tokens_R)
+        if peak >= lowest:
+            return
+        lowest = peak
+
+
+@compiled
+def add_link(load_L, slots_RS, num_primaries, weight_R, least, enough, quota_RS, tokens_R):
+    """Relieve the fullest rank by one more copy of what it serves, in place.
+
+    It goes where a slot is free: to a rank that in turn can leave as much to the emptiest, or to any other; or to the
+    emptiest itself, in the place of another copy.
+
+    Returns:
+        The weighted tokens of the fullest rank, as they were where none of the first ``MOST_TRIES`` helps.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    full, empty = fullest_rank(tokens_R, weight_R), np.int64(0)
+    for rank in range(num_ranks):
+        if tokens_R[rank] * weight_R[rank] < tokens_R[empty] * weight_R[empty]:
+            empty = np.int64(rank)
+    before = tokens_R[full] * weight_R[full]
+    if tokens_R[full] - tokens_R[empty] < 2 * least:
+        return before
+    before_quota_RS, before_tokens_R = quota_RS.copy(), tokens_R.copy()
+    tries = 0
+    for turn in range(3):
+        for place in range(num_ranks * (num_slots - num_primaries)):
+            rank, slot = place // (num_slots - num_primaries), num_primaries + place % (num_slots - num_primaries)
+            replaced = slots_RS[rank, slot]
+            is_candidate = rank == empty if turn == 2 else replaced < 0 and rank != full
+            if turn == 0 and is_candidate:
+                is_candidate = has_to_leave(slots_RS, quota_RS, rank, empty, least)
+            if not is_candidate or tries == MOST_TRIES:
+                continue
+            given, most = np.int64(-1), least - 1
+            for mine in range(num_slots):
+                if quota_RS[full, mine] > most and not is_on(slots_RS, rank, slots_RS[full, mine]):
+                    given, most = slots_RS[full, mine], quota_RS[full, mine]
+            if given < 0:
+                continue
+            tries += 1
+            slots_RS[rank, slot] = given
+            if replaced >= 0:
+                even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+            peak = level_quotas(load_L, slots_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)
+            if peak < before:
+                return peak
+            slots_RS[rank, slot] = replaced
+            quota_RS[:] = before_quota_RS
+            tokens_R[:] = before_tokens_R
+    return before
+
+
+@compiled
+def is_on(slots_RS, rank, expert):
+    found = False
+    for held in slots_RS[rank]:
+        found |= held == expert
+    return found
+
+
+@compiled
+def has_to_leave(slots_RS, quota_RS, rank, other, least):
+    """Whether ``rank`` serves at least so many tokens of an expert that ``other`` holds too."""
+    for slot in range(slots_RS.shape[1]):
+        if quota_RS[rank, slot] >= least and is_on(slots_RS, other, slots_RS[rank, slot]):
+            return True
+    return False
 
 
 @compiled

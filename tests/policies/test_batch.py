@@ -63,9 +63,9 @@ def test_slow_ranks_get_fewer():
     "name", ["balanced", "lognormal-0.7", "lognormal-1.2", "zipf", "hot-expert", "rotating", "burst", "one-expert"]
 )
 def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
-    """At 64 tokens a rank and expert: the fullest rank has at most 2 % more than the mean."""
+    """At 64 tokens a rank and expert: the fullest rank has at most 1 % more than the mean."""
     experts = 8 * ranks
     for load_L in synthetic_load(name, 60, 1, experts, tokens_per_step=64 * ranks * experts, num_ranks=ranks)[:, 0]:
         slots_RS = ExpertPlacement.initial(1, experts, ranks, 2 * ranks).by_rank[0]
         tokens_R = served(load_L, choose_copies(load_L, slots_RS, 8, np.ones(ranks), 1))
-        assert tokens_R.max() <= 1.02 * tokens_R.mean()
+        assert tokens_R.max() <= 1.01 * tokens_R.mean()
