@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,19 +36,46 @@ class StepLoad:
 
     Attributes:
         load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
-        avg_tokens: Mean over ranks.
-        max_tokens: The fullest rank of each layer in each forward.
-        balancedness: ``avg_tokens / max_tokens``.
+        avg_tokens_by_layer: Mean over ranks, ``[Y]`` float64.
+        max_tokens_by_layer: The fullest rank of each layer in each forward, ``[Y]`` int64.
         num_copies: Redundant slots that held an expert, in each forward.
+        copy_bytes: Their weights out and gradients home, over all ranks; not those that recomputation sends again.
+        plan_seconds: What this rank's host took to choose copies and to divide the tokens among them.
         rearrangement: What was decided after it, if that was due.
     """
 
     load: Tensor
-    avg_tokens: float
-    max_tokens: float
-    balancedness: float
+    avg_tokens_by_layer: Tensor
+    max_tokens_by_layer: Tensor
     num_copies: int = 0
+    copy_bytes: int = 0
+    plan_seconds: float = 0.0
     rearrangement: "Rearrangement | None" = None
+
+    @property
+    def avg_tokens(self) -> float:
+        """Mean over ranks."""
+        return float(self.avg_tokens_by_layer.sum())
+
+    @property
+    def max_tokens(self) -> float:
+        """The fullest rank of each layer in each forward."""
+        return float(self.max_tokens_by_layer.sum())
+
+    @property
+    def balancedness(self) -> float:
+        """``avg_tokens / max_tokens``."""
+        return self.avg_tokens / self.max_tokens
+
+    def balancedness_by_group(self, most: int = 4) -> dict[tuple[int, int], float]:
+        """Of groups of successive layers, by the first and the last of each; ``most`` groups at most."""
+        size = -(-len(self.load) // most)
+        bounds = [(first, min(first + size, len(self.load)) - 1) for first in range(0, len(self.load), size)]
+        sums = {
+            (a, b): (self.avg_tokens_by_layer[a : b + 1].sum(), self.max_tokens_by_layer[a : b + 1].sum())
+            for a, b in bounds
+        }
+        return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +91,8 @@ class Rearrangement:
         num_copies: Redundant slots that hold another expert than before, or none any more.
         num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
         seconds: From the decision to the end, on this rank.
+        predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
+            nothing was.
     """
 
     before: ExpertPlacement
@@ -74,6 +103,7 @@ class Rearrangement:
     num_copies: int
     num_bytes: int
     seconds: float
+    predicted_balancedness: float | None = None
 
     @property
     def balancedness_before(self) -> float:
@@ -145,8 +175,9 @@ class ExpertLoadBalancer:
         self.policy = policy if policy is not None else BalancedPolicy()
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
+        self._copies_by_batch = redundancy == "batch"
         for layer, _ in self._modules:
-            layer.copies_by_batch = redundancy == "batch"
+            layer.copies_by_batch = self._copies_by_batch
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
         first_layer, _ = self._modules[0]
         self.groups = first_layer.groups
@@ -155,6 +186,8 @@ class ExpertLoadBalancer:
             first_layer.num_logical_experts,
             self.groups.size,
         )
+        if self._copies_by_batch:
+            self.placement = self.placement.without_copies()
         self.load = ExpertLoad(
             len(self._modules),
             first_layer.num_logical_experts,
@@ -179,6 +212,8 @@ class ExpertLoadBalancer:
         """What the policy is told that moves cost; rank 0 reads it. ``None``: what was measured in the first step."""
         self.forecast_error: float | None = None
         """How far off the forecast of the last whole interval was; 0 is exact."""
+        self.predicted_balancedness: float | None = None
+        """What the latest decision expects of the steps that follow it; ``None`` before the first."""
         self._schedule = Schedule(step_interval)
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros_like(self.load.ring[0], device="cpu")
@@ -213,19 +248,16 @@ class ExpertLoadBalancer:
             self._speed = measure_speed(self._modules[0][1], self.groups)
             self._set_floor(self._measured_costs(with_gradients=False))
         self._first_step_is_done = True
-        load_YL, max_tokens, num_copies = self._take_load()
-        if not load_YL.any():
+        served = self._take_load()
+        if not served.load.any():
             return None
-        self.load.update(load_YL)
+        self.load.update(served.load)
         self.num_steps += 1
-        self._load_since_forecast += load_YL
-        total = int(load_YL.sum())
-        avg_tokens = total / (self.groups.size if self.groups.size > 1 else load_YL.shape[1])
-        done = None
-        if self._schedule.step(avg_tokens / max_tokens):
-            done = self.rearrange(with_gradients=with_gradients)
-        self.last_step = StepLoad(load_YL, avg_tokens, float(max_tokens), avg_tokens / max_tokens, num_copies, done)
-        return self.last_step
+        self._load_since_forecast += served.load
+        if self._schedule.step(served.balancedness):
+            served = replace(served, rearrangement=self.rearrange(with_gradients=with_gradients))
+        self.last_step = served
+        return served
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -268,7 +300,9 @@ class ExpertLoadBalancer:
             num_copies=_changed_copies(before, after),
             num_bytes=num_bytes * self.groups.num_replicas,
             seconds=time.perf_counter() - start,
+            predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
         )
+        self.predicted_balancedness = done.predicted_balancedness
         if before != after:
             self.num_rearrangements += 1
             self.rearranged_bytes += done.num_bytes
@@ -321,14 +355,17 @@ class ExpertLoadBalancer:
         _, module = self._modules[layer_index]
         return tensors_to_move(module, self.optimizers, with_gradients)
 
-    def _take_load(self) -> tuple[Tensor, int, int]:
-        """The step's load, ``[Y, L]``; and of each forward, summed, the fullest rank's tokens and the copies."""
-        loads, *others = zip(*(layer.take_load() for layer, _ in self._modules), strict=True)
-        taken = self._sum_over_groups(torch.cat([torch.stack(loads), torch.tensor(others).T], dim=1))
-        load_YL, max_tokens, num_copies = taken[:, :-2].contiguous(), *taken[:, -2:].sum(dim=0).tolist()
+    def _take_load(self) -> StepLoad:
+        """What all layers served since the last step."""
+        taken = [layer.take_load() for layer, _ in self._modules]
+        counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
+        summed = self._sum_over_groups(torch.cat([torch.stack([part.load for part in taken]), counts], dim=1))
+        load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
         if self.groups.size == 1:
-            max_tokens = int(load_YL.max(dim=1).values.sum())
-        return load_YL, max_tokens, num_copies
+            max_Y = load_YL.max(dim=1).values
+        avg_Y = load_YL.sum(dim=1) / (self.groups.size if self.groups.size > 1 else load_YL.shape[1])
+        seconds = sum(part.plan_seconds for part in taken)
+        return StepLoad(load_YL, avg_Y.double(), max_Y.clone(), int(copies_Y.sum()), int(bytes_Y.sum()), seconds)
 
     def _sum_over_groups(self, counts: Tensor) -> Tensor:
         if self.groups.num_replicas > 1:
@@ -358,6 +395,19 @@ class ExpertLoadBalancer:
         costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)
         return Outlook(steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self.step_interval, costs)
 
+    def _predict(self, outlook: Outlook, after: ExpertPlacement) -> float:
+        """Balancedness of a step that gets what is forecast."""
+        load_YL = outlook.forecast.first // outlook.num_steps
+        slots_YRS, weight_R = after.by_rank, self._modules[0][0].slot_map.weights
+        if self._copies_by_batch:
+            slots_YRS = np.stack(
+                [
+                    choose_copies(load_L, slots_RS, after.primaries_per_rank, weight_R, layer.min_tokens_per_copy)
+                    for load_L, slots_RS, (layer, _) in zip(load_YL, slots_YRS, self._modules, strict=True)
+                ]
+            )
+        return balancedness(level_tokens(load_YL, slots_YRS, 1.0 / weight_R))
+
     def _measured_costs(self, with_gradients: bool) -> Costs | None:
         if self._speed is None:
             return None
@@ -382,7 +432,10 @@ class ExpertLoadBalancer:
             try:
                 topology = Topology(self.groups.node_of_rank, self.capacity)
                 decided = self._ask_policy(outlook, topology) if outlook is not None else placement
-                decision = [self._checked(decided).physical_to_logical.tolist(), topology.capacity, None]
+                decided = self._checked(decided)
+                if self._copies_by_batch:
+                    decided = decided.without_copies()  # a plan's are those of a mean batch
+                decision = [decided.physical_to_logical.tolist(), topology.capacity, None]
             except Exception as error:  # the other ranks are waiting: they must hear of it
                 failure = error
                 source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"

@@ -43,7 +43,11 @@ class EPLBCallback(Callback):
 
     - ``eplb/balancedness``: mean over ranks of the tokens they served, divided by the fullest rank's; 1 is perfect.
     - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
+    - ``eplb/balancedness_layers/A-B``: the same ratio for each of up to four groups of layers.
+    - ``eplb/predicted_balancedness``: what the latest decision expected it to be from then on.
     - ``eplb/copies``: redundant slots that held an expert, over layers and forward passes.
+    - ``eplb/copy_bytes``: their weights out and their gradients home, over all ranks.
+    - ``eplb/plan_seconds``: what the host took to choose copies and to divide the tokens among them, on rank 0.
     - ``eplb/rearrangements``: how many there were that changed the placement.
     - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
     - ``eplb/forecast_error``: how far the load was from what the latest decision but one had expected, 0 is exact.
@@ -284,11 +288,18 @@ class EPLBCallback(Callback):
             "eplb/avg_tokens": load.avg_tokens,
             "eplb/max_tokens": load.max_tokens,
             "eplb/copies": float(load.num_copies),
+            "eplb/copy_bytes": float(load.copy_bytes),
+            "eplb/plan_seconds": load.plan_seconds,
             "eplb/rearrangements": float(self.balancer.num_rearrangements),
         }
         if (latest := self.balancer.last_rearrangement) is not None:
             values["eplb/rearrange_seconds"] = latest.seconds
             values["eplb/rearranged_bytes"] = float(latest.num_bytes)
+        if len(load.load) > 1:
+            for (first, last), value in load.balancedness_by_group().items():
+                values[f"eplb/balancedness_layers/{first}-{last}"] = value
+        if self.balancer.predicted_balancedness is not None:
+            values["eplb/predicted_balancedness"] = self.balancer.predicted_balancedness
         if self.balancer.forecast_error is not None:
             values["eplb/forecast_error"] = self.balancer.forecast_error
         return values

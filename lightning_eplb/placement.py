@@ -151,6 +151,13 @@ class ExpertPlacement:
         """The rank that holds each expert's primary, ``[Y, L]``."""
         return self.primary_slot // self.slots_per_rank
 
+    def without_copies(self) -> "ExpertPlacement":
+        """The same primaries, and all redundant slots empty."""
+        slots_YRS = self.by_rank.copy()
+        slots_YRS[:, :, self.primaries_per_rank :] = EMPTY
+        slots_YP = slots_YRS.reshape(self.physical_to_logical.shape)
+        return ExpertPlacement(slots_YP, self.num_logical_experts, self.num_ranks)
+
     def digest(self) -> bytes:
         """32 bytes that are equal where the placement is, on every machine; ranks compare them before rows move."""
         shape = np.array([self.num_ranks, self.num_logical_experts, *self.physical_to_logical.shape], dtype="<i8")

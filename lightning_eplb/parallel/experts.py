@@ -1,9 +1,10 @@
 """The forward of a converted expert module: its experts live on several ranks."""
 
 import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,26 @@ from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
+
+
+class LayerLoad(NamedTuple):
+    """What a layer did since it was last asked, over the EP group's ranks, summed over forward passes.
+
+    Recomputation in the backward pass is not counted.
+
+    Attributes:
+        load: Tokens of each logical expert, ``[L]`` int64, CPU.
+        max_tokens: Those of the fullest rank; 0 where one rank holds all experts.
+        num_copies: Redundant slots that were filled.
+        copy_bytes: Weights of copies out, and gradients home.
+        plan_seconds: Of this rank's host, to choose copies and to divide tokens among them.
+    """
+
+    load: Tensor
+    max_tokens: int = 0
+    num_copies: int = 0
+    copy_bytes: int = 0
+    plan_seconds: float = 0.0
 
 
 class ExpertLayer:
@@ -45,7 +66,7 @@ class ExpertLayer:
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
-        self._max_tokens = self._num_copies = 0
+        self._others = LayerLoad(self._load_L)
 
     def set_placement(self, placement: ExpertPlacement, capacity: Sequence[float] | None = None) -> None:
         """Follow ``placement`` from the next forward on. The primaries' rows must be where it says.
@@ -97,29 +118,18 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
-    def record(self, counts_L: Tensor, max_tokens: int = 0, num_copies: int = 0) -> None:
-        """Add to the layer's load, unless this forward is a recomputation in the backward pass.
-
-        Args:
-            counts_L: Tokens of each logical expert.
-            max_tokens: Those of the fullest rank; 0 where one rank holds all experts.
-            num_copies: Redundant slots that were filled.
-        """
+    def record(self, load: LayerLoad) -> None:
+        """Add one forward to the layer's load, unless it is a recomputation in the backward pass."""
         if self.records_load and not _is_recomputing():
-            self._load_L = self._load_L.to(counts_L.device).add_(counts_L)
-            self._max_tokens += max_tokens
-            self._num_copies += num_copies
+            self._load_L = self._load_L.to(load.load.device).add_(load.load)
+            others = (ours + theirs for ours, theirs in zip(self._others[1:], load[1:], strict=True))
+            self._others = LayerLoad(self._load_L, *others)  # type: ignore[arg-type]
 
-    def take_load(self) -> tuple[Tensor, int, int]:
-        """What was recorded since the last call, over the EP group's ranks.
-
-        Returns:
-            The tokens of each logical expert, ``[L]`` int64, CPU; and, summed over forwards, those of the fullest rank
-            and the redundant slots that were filled.
-        """
-        taken = self._load_L.cpu().clone(), self._max_tokens, self._num_copies
+    def take_load(self) -> LayerLoad:
+        """What was recorded since the last call."""
+        taken = self._others._replace(load=self._load_L.cpu().clone())
         self._load_L.zero_()
-        self._max_tokens = self._num_copies = 0
+        self._others = LayerLoad(self._load_L)
         return taken
 
 
@@ -150,19 +160,21 @@ class ParallelExperts(nn.Module):
         layer = self.expert_layer
         if layer.records_load and not _is_recomputing():
             sorted_N, _ = torch.sort(index_TK.detach().reshape(-1))
-            layer.record(dispatch.count_tokens(sorted_N, layer.num_logical_experts))
+            layer.record(LayerLoad(dispatch.count_tokens(sorted_N, layer.num_logical_experts)))
 
     def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         tokens, top_k = index_TK.shape
         sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
         counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
+        start = time.perf_counter()
         slot_map, copy_routes = layer.slots_for(counts_RL)
         plan = dispatch.plan_dispatch(order_N, counts_RL, slot_map, groups.rank, layer.num_primaries)
-        num_copies = int((slot_map.slots[:, layer.num_primaries :] >= 0).sum())
-        layer.record(torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max()), num_copies)
-
+        seconds = time.perf_counter() - start
         copies = CopiesUnderway(list(self.parameters(recurse=False)), copy_routes, groups)
+        load_L = torch.from_numpy(counts_RL.sum(axis=0))
+        layer.record(LayerLoad(load_L, int(plan.tokens.max()), copy_routes.num_copies, copies.num_bytes, seconds))
+
         primaries, ticket = copies.attach()
         sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]
         received_MD = dispatch.exchange_tokens(sent, plan.send_counts, plan.recv_counts, groups)

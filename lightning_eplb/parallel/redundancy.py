@@ -75,6 +75,13 @@ class CopiesUnderway:
         self.trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
         self.underway: RowsUnderway | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """What crosses ranks in this forward and its backward, over all ranks."""
+        returning = [i for i in self.trained if torch.is_grad_enabled()]
+        weights = sum(parameter[0].nbytes for parameter in self.parameters)
+        return self.routes.num_copies * (weights + sum(self.parameters[i][0].nbytes for i in returning))
+
     def attach(self) -> tuple[list[Tensor], Tensor]:
         """The weights that the primaries compute with, views of the parameters; and the ticket for :meth:`receive`."""
         *primaries, ticket = _Attach.apply(self, *self.parameters)
