@@ -30,6 +30,8 @@ class Case:
     top_k: int = 2
     ep_size: int | None = None
     redundancy: Literal["window", "batch"] = "window"
+    checkpointing: Literal["off", "reentrant", "non-reentrant"] = "off"
+    """Of activations."""
 
     def __str__(self) -> str:
         return (
@@ -37,6 +39,7 @@ class Case:
             f"-clip_{self.clip}-{self.optimizer}"
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + ("-batch" if self.redundancy == "batch" else "")
+            + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
         )
 
 
@@ -121,7 +124,10 @@ def reference(case: Case) -> Outcome:
 
 def distributed(case: Case) -> Outcome:
     """On every worker: Lightning, DDP, experts spread over the ranks and shuffled after every step."""
-    module = LanguageModel(hugging_face_model(case.model, top_k=case.top_k), case.optimizer)
+    model = hugging_face_model(case.model, top_k=case.top_k)
+    if case.checkpointing != "off":
+        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
+    module = LanguageModel(model, case.optimizer)
     callback = EPLBCallback(
         case.redundant * case.ranks,
         case.ep_size,
