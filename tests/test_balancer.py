@@ -382,6 +382,59 @@ def test_the_floor_of_copies_is_measured_after_the_first_step(workers: Workers) 
     assert first[0] == (1, 1.0)
 
 
+def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
+    """What each decision expects, and what the steps until the next one had."""
+    found: list[tuple[float | None, list[float]]] = []
+
+    class Watched(ExpertLoadBalancer):
+        def step(self, **kwargs: Any) -> StepLoad | None:
+            served = super().step(**kwargs)
+            assert served is not None
+            if found:
+                found[-1][1].append(served.balancedness)
+            if served.rearrangement is not None:
+                assert self.predicted_balancedness == served.rearrangement.predicted_balancedness
+                found.append((self.predicted_balancedness, []))
+            return served
+
+    arguments = {"policy": StaticPolicy(), "redundancy": redundancy, "step_interval": 4, "min_tokens_per_copy": 1}
+    with patch(f"{__name__}.ExpertLoadBalancer", Watched):
+        steered([SKEWED] * 10, arguments)
+    return found
+
+
+@pytest.mark.parametrize("redundancy", ["window", "batch"])
+def test_a_load_that_stays_is_predicted_exactly(redundancy: str, workers: Workers) -> None:
+    """Copies of the placement, and copies that the batch will choose."""
+    for found in workers.run(2, predictions, redundancy):
+        assert len(found) == 3
+        for predicted, achieved in found:
+            assert achieved
+            assert achieved == [pytest.approx(predicted)] * len(achieved)
+
+
+def placements_by_batch() -> list[ExpertPlacement]:
+    balancer, decisions = steered(
+        [SKEWED] * 6, {"policy": ShufflePolicy(), "redundancy": "batch", "step_interval": 4}, costs=FREE
+    )
+    return [balancer.placement, *(done.after for _, done in decisions)]
+
+
+def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Workers) -> None:
+    for placements in workers.run(2, placements_by_batch):
+        assert len(placements) == 3
+        for placement in placements:
+            assert placement == placement.without_copies()
+
+
+def test_balancedness_of_groups_of_layers() -> None:
+    avg, most = torch.tensor([4.0, 4, 4, 4, 4, 0, 0]).double(), torch.tensor([4, 8, 4, 5, 16, 0, 0])
+    served = StepLoad(torch.zeros(7, 2, dtype=torch.int64), avg, most)
+    assert served.balancedness_by_group() == {(0, 1): 8 / 12, (2, 3): 8 / 9, (4, 5): 4 / 16, (6, 6): 1.0}
+    assert served.balancedness_by_group(1) == {(0, 6): 20 / 37}
+    assert (served.avg_tokens, served.max_tokens, served.balancedness) == (20, 37, 20 / 37)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"redundancy": "always"}, "redundancy='always' must be"), ({"min_tokens_per_copy": 0}, "min_tokens_per_copy=0")],

@@ -14,7 +14,20 @@ from tests.models import LanguageModel, hugging_face_model, loader, token_batche
 from tests.workers import Workers
 
 STEPS = 6
-SCALARS = ["balancedness", "avg_tokens", "max_tokens", "rearrangements", "rearrange_seconds", "rearranged_bytes"]
+SCALARS = [
+    "balancedness",
+    "balancedness_layers/0-0",
+    "balancedness_layers/1-1",
+    "predicted_balancedness",
+    "avg_tokens",
+    "max_tokens",
+    "copies",
+    "copy_bytes",
+    "plan_seconds",
+    "rearrangements",
+    "rearrange_seconds",
+    "rearranged_bytes",
+]
 
 
 def train(folder: str) -> list[int]:
