@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_eplb.cli import report, simulate
-from lightning_eplb.cli.failure import CommandFailure
+from lightning_eplb.cli.error import CommandError
 
 COMMANDS = {"simulate": simulate, "report": report}
 DESCRIPTION = "Look at the load of a Mixture-of-Experts model's experts, and at what balancing makes of it."
@@ -35,8 +35,8 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     try:
         return arguments.run(arguments)
-    except CommandFailure as failure:
-        return _fail(str(failure), 1)
+    except CommandError as error:
+        return _fail(str(error), 1)
     except BrokenPipeError:  # whoever read us, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

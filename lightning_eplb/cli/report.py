@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lightning_eplb.cli.failure import CommandFailure
+from lightning_eplb.cli.error import CommandError
 from lightning_eplb.cli.load import add_load_arguments, num_replays, progress, read_load, replay_policies
 from lightning_eplb.report import prepare, render
 from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes
@@ -61,6 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise CommandFailure(f"{arguments.output} can't be written: {error.strerror}") from error
+        raise CommandError(f"{arguments.output} can't be written: {error.strerror}") from error
     print(f"{arguments.output}: {len(page.encode()) / 2**20:.2f} MiB, open it in a browser")
     return 0

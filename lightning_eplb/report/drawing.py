@@ -97,7 +97,7 @@ def lines(series: Sequence[tuple[str, int, np.ndarray]], edges: np.ndarray) -> s
             is_down = True
         paths.append(f'<path class="line line-{style}" data-series="{escape(name)}" d="{"".join(commands)}"/>')
     grid = "".join(f'<path class="grid" d="M0 {y}H{steps}"/>' for y in (0, 25, 50, 75, 100))
-    return f'<svg viewBox="0 0 {steps} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{grid}{"".join(paths)}</svg>'
+    return _stretched(steps, grid, *paths)
 
 
 def bars(stacks: Sequence[tuple[int, Sequence[int]]], steps: int, highest: int) -> str:
@@ -113,7 +113,12 @@ def bars(stacks: Sequence[tuple[int, Sequence[int]]], steps: int, highest: int) 
                 )
                 below += height
     grid = "".join(f'<path class="grid" d="M0 {y}H{steps}"/>' for y in (0, 50, 100))
-    return f'<svg viewBox="0 0 {steps} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">{grid}{"".join(drawn)}</svg>'
+    return _stretched(steps, grid, *drawn)
+
+
+def _stretched(width: int, *paths: str) -> str:
+    start = f'<svg viewBox="0 0 {width} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true">'
+    return "".join([start, *paths, "</svg>"])
 
 
 def table(name: str, label: str, head: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> str:

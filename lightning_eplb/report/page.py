@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_eplb.functional import load_entropy
 from lightning_eplb.report import drawing
 from lightning_eplb.report.content import ReportContent, last_steps
 from lightning_eplb.report.scales import Scale, hottest_scale, ratio_scale, share_scale
@@ -77,15 +78,18 @@ def _header(content: ReportContent) -> str:
         verdict = f"An average rank waits for the fullest one in {waits[0]:.0f} % of the experts' time."
     else:
         verdict = (
-            f"Where experts stay put, an average rank waits for the fullest one in {waits[0]:.0f} % of the experts' time;"
-            f" with the {best.name} policy in {waits[1]:.0f} %."
+            f"Where experts stay put, an average rank waits for the fullest one in {waits[0]:.0f} % of the experts'"
+            f" time; with the {best.name} policy in {waits[1]:.0f} %."
         )
         if waits[0] < 5:
             verdict += " There is little to gain."
     dead, hottest = int((content.total == 0).sum()), np.unravel_index(content.total.argmax(), content.total.shape)
     share = content.total[hottest] / max(content.total[hottest[0]].mean(), 1e-9)
     figures = {
-        "Balancedness": (_from_to(before.mean() if len(before) else None, after.mean() if len(after) else None), "mean"),
+        "Balancedness": (
+            _from_to(before.mean() if len(before) else None, after.mean() if len(after) else None),
+            "mean",
+        ),
         "In the worst 5 % of steps": (
             _from_to(*(np.percentile(level, 5) if len(level) else None for level in (before, after))),
             "5th percentile",
@@ -106,21 +110,22 @@ def _header(content: ReportContent) -> str:
         f" {settings.get('num_redundant_experts', 0)} redundant experts, a decision every"
         f" {settings.get('step_interval', '?')} steps.</p>"
         f'<p class="verdict">{escape(verdict)}</p><dl class="figures">{numbers}</dl>'
-        "<noscript><p>Without scripts the cursor and the choice of a layer are missing; all else is here.</p></noscript>"
-        "</header>"
+        "<noscript><p>Without scripts the cursor and the choice of a layer are missing; all else is here.</p>"
+        "</noscript></header>"
     )
 
 
 def _balance(content: ReportContent) -> str:
     series = [(name, STYLE_OF_LINE.get(name, 3), values_B) for name, values_B in content.balancedness.items()]
     boxes = "".join(
-        f'<label><input type="checkbox" id="series-{name}" data-toggles="{name}" checked>{_line_key(style, name)}</label>'
+        f'<label><input type="checkbox" id="series-{name}" data-toggles="{name}" checked>'
+        f"{_line_key(style, name)}</label>"
         for name, style, _ in series
     )
     keys = "".join(_line_key(style, name) for name, style, _ in series)
     rows = [((4 - quarter) / 4, f"{quarter / 4:g}") for quarter in range(5)]
     return (
-        '<section><h2>Balancedness over time</h2><p>Mean over ranks ÷ fullest rank, of single steps; 1 is perfect.'
+        "<section><h2>Balancedness over time</h2><p>Mean over ranks ÷ fullest rank, of single steps; 1 is perfect."
         f' Each point is the mean of {_bin_width(content)}.</p><div class="controls" role="group"'
         f' aria-label="Policies shown">{boxes}</div><p class="keys">{keys}</p>'
         + drawing.frame(
@@ -197,10 +202,11 @@ def _experts(content: ReportContent, scale: Scale) -> str:
     layers, experts = content.total.shape
     options = "".join(f'<option value="{layer}">{layer}</option>' for layer in range(layers))
     return (
-        '<section><h2>Experts of layer <span id="layer-name">0</span> over time</h2><p>A row for each expert: its tokens'
-        " over the mean of its layer.</p>"
-        f'<div class="controls"><button type="button" id="previous" aria-label="Previous layer">Previous</button><label for="layer">Layer'
-        f'</label><select id="layer">{options}</select><button type="button" id="next" aria-label="Next layer">Next</button></div>'
+        '<section><h2>Experts of layer <span id="layer-name">0</span> over time</h2>'
+        "<p>A row for each expert: its tokens over the mean of its layer.</p>"
+        '<div class="controls"><button type="button" id="previous" aria-label="Previous layer">Previous</button>'
+        f'<label for="layer">Layer</label><select id="layer">{options}</select>'
+        '<button type="button" id="next" aria-label="Next layer">Next</button></div>'
         + drawing.frame(
             "experts",
             "Map of one layer's experts over time",
@@ -286,27 +292,27 @@ def _what_if(content: ReportContent) -> str:
         f" many ranks; balanced policy, the last {steps:,} steps.",
     )
     return (
-        '<section id="what-if"><h2>What if</h2><p>The same load with other policies, on more or fewer ranks, with more or'
-        f" fewer redundant experts. <code>lightning-eplb simulate</code> tries any other numbers.</p>{policies}{grid}"
-        "</section>"
+        '<section id="what-if"><h2>What if</h2><p>The same load with other policies, on more or fewer ranks, with more'
+        f" or fewer redundant experts. <code>lightning-eplb simulate</code> tries any other numbers.</p>"
+        f"{policies}{grid}</section>"
     )
 
 
 def _by_layer(content: ReportContent) -> str:
     rows = []
-    experts = content.total.shape[1]
     for layer, total_L in enumerate(content.total):
         mean, hottest = total_L.mean(), int(total_L.argmax())
-        share_L = total_L[total_L > 0] / max(total_L.sum(), 1)
-        entropy = -(share_L * np.log(share_L)).sum() / np.log(experts) if experts > 1 and total_L.any() else 1.0
         rows.append(
             [
                 str(layer),
-                *(_mean_cell(content.balancedness_by_layer[each.name][layer]) for each in (content.static, content.best)),
+                *(
+                    _mean_cell(content.balancedness_by_layer[each.name][layer])
+                    for each in (content.static, content.best)
+                ),
                 f"{hottest}" if mean else "–",
                 f"{total_L[hottest] / mean:.2f}" if mean else "–",
                 str(int((total_L == 0).sum())),
-                f"{entropy:.3f}",
+                f"{load_entropy(total_L[None]):.3f}",
             ]
         )
     return (
@@ -341,8 +347,8 @@ def _data(content: ReportContent, views: list[dict[str, str]], scales: dict[str,
         "decisions": [
             {
                 "step": decision.first_step,
-                "text": f"Before step {decision.first_step:,}: {decision.rows_within_nodes:,} experts moved within a node,"
-                f" {decision.rows_between_nodes:,} between nodes, in {decision.num_layers:,} layers",
+                "text": f"Before step {decision.first_step:,}: {decision.rows_within_nodes:,} experts moved within a"
+                f" node, {decision.rows_between_nodes:,} between nodes, in {decision.num_layers:,} layers",
             }
             for decision in best.decisions
         ],
