@@ -80,6 +80,24 @@ def draw_rank_load(tokens_YR: Any, title: str = "Load of the ranks") -> "Figure"
     return figure
 
 
+def draw_slot_load(before_YP: Any, after_YP: Any, title: str = "Load of the slots, rank by rank") -> "Figure":
+    """Draw the load of the physical experts before and after a rearrangement, side by side on one colour scale.
+
+    Args:
+        before_YP: Tokens that each slot serves under the placement before, ``[Y, P]``, such as
+            :func:`~lightning_eplb.functional.slot_tokens` returns them.
+        after_YP: The same tokens under the placement after.
+        title: What stands above both pictures.
+
+    Returns:
+        A figure with a canvas. Ranks come one after the other, each with its primaries first.
+
+    Raises:
+        ValueError: Not two dimensions, none of a kind, or two shapes.
+    """
+    return _draw_pair(before_YP, after_YP, title, "YP", "slots", "physical expert", "")
+
+
 def draw_before_after(before_YR: Any, after_YR: Any, title: str = "Rearrangement") -> "Figure":
     """Draw the load of the ranks before and after a rearrangement, side by side on one colour scale.
 
@@ -94,20 +112,26 @@ def draw_before_after(before_YR: Any, after_YR: Any, title: str = "Rearrangement
     Raises:
         ValueError: Not two dimensions, none of a kind, or two shapes.
     """
+    return _draw_pair(before_YR, after_YR, title, "YR", "ranks", "rank", "balancedness")
+
+
+def _draw_pair(before: Any, after: Any, title: str, suffix: str, columns: str, column_name: str, told: str) -> "Figure":
     tokens = {
-        "before": _tokens(before_YR, "before_YR", "[layers, ranks]"),
-        "after": _tokens(after_YR, "after_YR", "[layers, ranks]"),
+        "before": _tokens(before, f"before_{suffix}", f"[layers, {columns}]"),
+        "after": _tokens(after, f"after_{suffix}", f"[layers, {columns}]"),
     }
-    before_shape, after_shape = (list(tokens_YR.shape) for tokens_YR in tokens.values())
+    before_shape, after_shape = (list(tokens_YC.shape) for tokens_YC in tokens.values())
     if before_shape != after_shape:
-        raise ValueError(f"before_YR has shape {before_shape} and after_YR {after_shape}; they must be equal")
-    shares = {name: _share(tokens_YR) for name, tokens_YR in tokens.items()}
+        raise ValueError(
+            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}; they must be equal"
+        )
+    shares = {name: _share(tokens_YC) for name, tokens_YC in tokens.items()}
     limit = _colour_limit(np.stack(list(shares.values())))
     figure, panels = _empty_figure(tokens["before"].shape, panels=2)
     images = []
-    for axes, (name, share_YR) in zip(panels, shares.items(), strict=True):
-        images.append(_draw_share(axes, share_YR, "rank", limit))
-        axes.set_title(f"{name}: balancedness {balancedness(tokens[name]):.3f}", fontsize=11)
+    for axes, (name, share_YC) in zip(panels, shares.items(), strict=True):
+        images.append(_draw_share(axes, share_YC, column_name, limit))
+        axes.set_title(f"{name}: {told} {balancedness(tokens[name]):.3f}" if told else name, fontsize=11)
     panels[1].set_ylabel("")
     figure.suptitle(title, fontsize=12)
     _draw_colour_bar(figure, panels, images[0], limit)
