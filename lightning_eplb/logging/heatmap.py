@@ -10,7 +10,8 @@ closed, and the backend that the user chose is not touched.
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``C`` columns (experts or ranks).
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ COLOUR_LIMITS = (1.25, 1.5, 2, 4, 8, 16)
 """Ends of the colour scale, as shares; the first one that holds every cell is taken, or the last."""
 
 
-def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts") -> "Figure":
+def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts", axes: "Axes | None" = None) -> "Figure":
     """Draw which logical experts get how many tokens, layers by experts.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a tensor on any device or a numpy array, such as
             ``ExpertLoad.compute()["load"]``.
         title: What stands above the picture.
+        axes: Draw there; ``None`` for a new figure, as large as the model needs.
 
     Returns:
         A figure with a canvas; ``figure.savefig("load.png")`` writes it. The fullest expert's share stands under the
@@ -48,7 +50,10 @@ def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts") -
     tokens_YL = _tokens(load_YL, "load_YL", "[layers, experts]")
     share_YL = _share(tokens_YL)
     fullest = f"fullest expert: {np.nanmax(share_YL):.3g} times even" if tokens_YL.any() else "no tokens"
-    figure, (axes,) = _empty_figure(tokens_YL.shape, panels=1)
+    if axes is None:
+        figure, (axes,) = _empty_figure(tokens_YL.shape, panels=1)
+    else:
+        figure = cast("Figure", axes.get_figure(root=True))
     limit = _colour_limit(share_YL)
     image = _draw_share(axes, share_YL, "logical expert", limit)
     axes.set_title(f"{title}\n{fullest}", fontsize=11)
@@ -77,6 +82,26 @@ def draw_rank_load(tokens_YR: Any, title: str = "Load of the ranks") -> "Figure"
     image = _draw_share(axes, share_YR, "rank", limit)
     axes.set_title(f"{title}\nbalancedness {balancedness(tokens_YR):.3f}", fontsize=11)
     _draw_colour_bar(figure, [axes], image, limit)
+    return figure
+
+
+def draw_balancedness(values: Sequence[float], axes: "Axes | None" = None) -> "Figure":
+    """Draw balancedness over steps, from 0 to 1.
+
+    Args:
+        values: Of successive steps.
+        axes: Draw there; ``None`` for a new figure.
+
+    Returns:
+        A figure with a canvas.
+    """
+    if axes is None:
+        figure, (axes,) = _empty_figure((16, 32), panels=1)
+    else:
+        figure = cast("Figure", axes.get_figure(root=True))
+    axes.plot(values, color="#0072b2", marker="o" if len(values) < 30 else "")
+    axes.set(xlabel="step", ylabel="balancedness", ylim=(0, 1.05))
+    axes.grid(alpha=0.4)
     return figure
 
 
