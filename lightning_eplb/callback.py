@@ -214,6 +214,8 @@ class EPLBCallback(Callback):
             pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
         if self._is_logged(trainer, pl_module):
             pl_module.log_dict(scalars_of(self.balancer, load))
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and self.balancer.num_steps % every == 0:
             log_histogram(trainer.loggers, trainer.global_step - 1, load.load)
 
     @override
