@@ -308,6 +308,19 @@ def test_costs_are_read_from_rank_zero(workers: Workers) -> None:
             assert second == (0, copies)
 
 
+def copies_of_an_even_router() -> list[tuple[int, int]]:
+    balancer, decisions = steered([LEVEL] * 6, {"step_interval": 4}, costs=Costs(1.0, copy=5.0))
+    assert balancer.last_step is not None
+    assert balancer.last_step.num_copies == balancer.last_step.copy_bytes == 0
+    return [
+        (int((done.before.replica_count - 1).sum()), int((done.after.replica_count - 1).sum())) for _, done in decisions
+    ]
+
+
+def test_an_even_router_pays_for_no_copies_after_the_first_decision(workers: Workers) -> None:
+    assert workers.run(2, copies_of_an_even_router) == [[(2, 0), (0, 0)]] * 2
+
+
 def when_the_load_drifts() -> tuple[list[int], list[int]]:
     loads = [SKEWED] * 12 + [SKEWED[::-1]] * 28
     _, decisions = steered(loads, {"step_interval": 20, "window_size": 20}, costs=FREE)

@@ -174,15 +174,16 @@ def plan_level(
     for attempt in range(2 if has_toll else 1):
         with_copies = has_copies and attempt == 0
         price, swaps, stalled, reached = 0.0, 0, 0, best_peak
+        floor = copy if has_toll else 0.0  # a plan with copies takes at least the travel of one
         if attempt == 1:  # as if there were no slots for copies
+            if load_L.max() * weight_R.min() >= lowest:
+                break  # the largest expert alone makes a fuller rank
             trial_RS[:] = slots_RS
             trial_RS[:, num_primaries:] = -1
             even_quotas(load_L, trial_RS, quota_RS, tokens_R)
-            reached = np.inf
-        while (
-            best_peak > enough_to_stay and swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE)
-        ):
-            if price + min(prices[0], prices[1]) + enough >= lowest:
+            reached, floor = np.inf, 0.0
+        while swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE):
+            if best_peak <= enough_to_stay + floor or price + min(prices[0], prices[1]) + enough + floor >= lowest:
                 break  # not even a level plan would be worth another swap
             rank = fullest_rank(tokens_R, weight_R)
             partner, mine, theirs = best_swap(rank, tokens_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
