@@ -18,8 +18,6 @@ from lightning_eplb.policies.spill import PARTS_BITS, scale_to_parts
 
 ENOUGH = 1.0 + 1.0 / 4096
 """A fullest rank that is so many times the mean need not be improved."""
-ENOUGH_TO_STAY = 1.0 + 1.0 / 256
-"""The same for primaries, where copies and quotas do the rest."""
 LASTING_GAIN = 1.0 / 20
 """What a swap gains must be more than so much of the forecast's spread, which may undo it: 0.5 % where loads may change
 by 10 %."""
@@ -283,6 +281,6 @@ def plan_layers(
         else:
             gain, swaps = plan_level(
                 parts_L, spread_L, likely_L, slots_YRS[layer], num_primaries, level_R, weight_R, node_R, costs,
-                copy_parts, least_gain, ENOUGH * mean, ENOUGH_TO_STAY * mean, most_Y[layer],
+                copy_parts, least_gain, ENOUGH * mean, most_Y[layer],
             )  # fmt: skip
         gain_Y[layer], swaps_Y[layer] = gain / token, swaps

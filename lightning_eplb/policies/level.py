@@ -82,7 +82,6 @@ def plan_level(
     copy,
     gain,
     enough,
-    enough_to_stay,
     most_swaps,
 ):
     """Plan a layer. ``slots_RS`` is changed in place, or left alone where nothing pays.
@@ -107,7 +106,6 @@ def plan_level(
         copy: Weighted parts that take as long as a copy's travel; it must serve as many.
         gain: Weighted parts by which a plan must be better than none.
         enough: A fullest rank that need not be improved.
-        enough_to_stay: One that is not worth moving primaries for.
         most_swaps: The most that may be made.
 
     Returns:
@@ -183,7 +181,7 @@ def plan_level(
             even_quotas(load_L, trial_RS, quota_RS, tokens_R)
             reached, floor = np.inf, 0.0
         while swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE):
-            if best_peak <= enough_to_stay + floor or price + min(prices[0], prices[1]) + enough + floor >= lowest:
+            if best_peak <= enough + floor or price + min(prices[0], prices[1]) + enough + floor >= lowest:
                 break  # not even a level plan would be worth another swap
             rank = fullest_rank(tokens_R, weight_R)
             partner, mine, theirs = best_swap(rank, tokens_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
