@@ -289,17 +289,36 @@ def test_capacity_is_read_from_rank_zero(
         assert step.balancedness == 40 / max(tokens)
 
 
-def decided_with_costs(costs: Costs) -> list[bool]:
+def decided_with_costs(costs: Costs) -> list[tuple[int, int]]:
+    """Primaries that moved and copies that were kept, in each decision."""
     _, decisions = steered([SKEWED] * 6, {"step_interval": 4}, costs=costs if dist.get_rank() == 0 else None)
-    return [done.before == done.after for _, done in decisions]
+    return [(done.num_rows, int((done.after.replica_count - 1).sum())) for _, done in decisions]
 
 
 def test_costs_are_read_from_rank_zero(workers: Workers) -> None:
-    """Where nothing is for free, nothing pays; the decision is still one."""
-    free, dear = (workers.run(2, decided_with_costs, Costs(1.0, cost, cost, cost)) for cost in (0.0, 1e9))
-    assert free[0] == free[1]
-    assert not free[0][0]
-    assert dear == [[True, True]] * 2
+    """Where moves are free and copies are not, two primaries change ranks; where it is the other way round, none."""
+    dear = 1e9
+    for costs, moved, copies in (
+        (Costs(1.0, 0.0, 0.0, dear), 2, 0),
+        (Costs(1.0, dear, dear, 0.0), 0, 1),
+        (Costs(1.0, dear, dear, dear), 0, 0),
+    ):
+        for first, second in workers.run(2, decided_with_costs, costs):
+            assert first == (moved, copies)
+            assert second == (0, copies)
+
+
+def copies_of_an_even_router() -> list[tuple[int, int]]:
+    balancer, decisions = steered([LEVEL] * 6, {"step_interval": 4}, costs=Costs(1.0, copy=5.0))
+    assert balancer.last_step is not None
+    assert balancer.last_step.num_copies == balancer.last_step.copy_bytes == 0
+    return [
+        (int((done.before.replica_count - 1).sum()), int((done.after.replica_count - 1).sum())) for _, done in decisions
+    ]
+
+
+def test_an_even_router_pays_for_no_copies_after_the_first_decision(workers: Workers) -> None:
+    assert workers.run(2, copies_of_an_even_router) == [[(2, 0), (0, 0)]] * 2
 
 
 def when_the_load_drifts() -> tuple[list[int], list[int]]:

@@ -7,7 +7,8 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled
 from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
-from lightning_eplb.policies.split import fullest, fullest_rank
+from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank
+from lightning_eplb.policies.toll import EVEN, busiest, drop_copies, weigh_copies
 
 MOST_CHANGES = 1
 """Changes of copies that the search makes at most, for each redundant slot."""
@@ -280,7 +281,7 @@ def shift_tokens(load_L, expert, copies_L, change, head_L, next_P, num_slots, to
 
 
 @compiled
-def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, gain, enough, most_swaps):
+def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, prices, copy, gain, enough, most_swaps):
     """Plan a layer with redundant slots. ``slots_RS`` is changed in place, or left alone where nothing pays.
 
     The copies are chosen anew, and then pairs of primaries swapped that relieve the fullest rank, the copies improved
@@ -295,11 +296,25 @@ def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, 
     share_L = np.empty_like(load_L)
     count_tokens(load_L, slots_RS, copies_L, tokens_R)
     before = fullest(tokens_R, weight_R)
-    if before <= enough:
+    if before <= enough and copy == 0:
         return 0.0, 0
     trial_RS = slots_RS.copy()
     best_RS = slots_RS
-    lowest, best_peak, best_price, best_swaps = before - gain, before, 0.0, 0
+    best_peak, best_price, best_swaps = before, 0.0, 0
+    least, present = np.int64(copy), np.int64(0)
+    quota_RS = np.empty_like(slots_RS)
+    if copy > 0:
+        present = busiest(slots_RS, num_primaries)
+        even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+        before = weigh_copies(
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, EVEN, quota_RS, tokens_R
+        )
+        best_peak = drop_copies(
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
+        )
+        if best_peak < before:
+            best_RS = trial_RS.copy()
+    lowest = best_peak - gain
     for attempt in range(3):
         if attempt > 0 and best_peak <= enough:
             break
@@ -324,6 +339,12 @@ def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, 
                 peak = improve_copies(
                     load_L, trial_RS, num_primaries, weight_R, least, attempt == 2, copies_L, tokens_R
                 )
+            if copy > 0:
+                even_quotas(load_L, trial_RS, quota_RS, tokens_R)
+                peak = drop_copies(
+                    load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
+                )
+                count_tokens(load_L, trial_RS, copies_L, tokens_R)
             if peak + price < lowest:
                 lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
                 best_RS = trial_RS.copy()
