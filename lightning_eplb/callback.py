@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -166,6 +167,7 @@ class EPLBCallback(Callback):
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
+        _average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -354,3 +356,11 @@ def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule",
 
     if balancer.groups.size > 1:
         precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+
+
+def _average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
+    """Average the experts' gradients over EP groups in those backward passes in which DDP averages all others."""
+    if isinstance(wrapped, DistributedDataParallel):
+        for layer, _ in expert_layers(module):
+            if layer.average is not None:
+                layer.average.blocked = lambda: not wrapped.require_backward_grad_sync

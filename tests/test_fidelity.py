@@ -17,7 +17,10 @@ SETTINGS = {
 }
 CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
 WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]
-GROUPS = [Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, redundancy=r) for r in ("window", "batch")]
+GROUPS = [
+    Case(ranks=4, ep_size=2, redundant=1, clip=clip, accumulation=2, redundancy=redundancy)
+    for clip, redundancy in (("norm", "window"), ("norm", "batch"), ("value", "window"))
+]
 
 
 @pytest.mark.parametrize("case", CASES + WIDE + GROUPS, ids=str)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
 from lightning_eplb.placement import ExpertPlacement
 
@@ -80,8 +81,9 @@ def parallelize_experts(
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
+    average = ReplicaAverage(groups) if groups.replicas is not None else None
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups), placement)
+        _convert(module, ExpertLayer(index, name, module, groups, average), placement)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
+from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -45,12 +46,16 @@ class ExpertLayer:
         index: The layer's row in the placement and in the load, ``0 ... Y-1``.
         module: The module before its class is swapped and its parameters are cut.
         groups: The ranks that share its experts.
+        average: Averages gradients over the EP groups, where there are several and nobody else does.
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module, groups: ExpertGroups) -> None:
+    def __init__(
+        self, index: int, name: str, module: nn.Module, groups: ExpertGroups, average: ReplicaAverage | None = None
+    ) -> None:
         self.index = index
         self.name = name
         self.groups = groups
+        self.average = average
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
@@ -164,6 +169,8 @@ class ParallelExperts(nn.Module):
 
     def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
+        if layer.average is not None:
+            layer.average.watch(layer.index, list(self.parameters(recurse=False)))
         tokens, top_k = index_TK.shape
         sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
         counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
