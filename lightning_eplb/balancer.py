@@ -412,7 +412,7 @@ class ExpertLoadBalancer:
         if self._speed is None:
             return None
         row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors(0, with_gradients))
-        weights = [p[0].numel() * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
+        weights = [math.prod(p.shape[1:]) * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
         has_nodes = len(set(self.groups.node_of_rank)) > 1
         within, between = self._speed.bytes_per_second_within_node, self._speed.bytes_per_second_between_nodes
         return Costs(

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,9 +22,11 @@ from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import rank_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
 from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
-from lightning_eplb.parallel.clipping import clip_grad_norm_
+from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.policies import Policy
+from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.trace import TraceWriter
 
 
@@ -130,7 +133,7 @@ class EPLBCallback(Callback):
         ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
         if not isinstance(ignored, _IgnoredByDDP):
             pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
-        if any(expert_layers(pl_module)):
+        if any(expert_layers(pl_module)) or isinstance(trainer.strategy, ExpertParallelStrategy):
             return
         found = dict(find_experts(pl_module))
         if not found and is_overridden("configure_model", pl_module):
@@ -166,6 +169,7 @@ class EPLBCallback(Callback):
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
+        _average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -212,7 +216,8 @@ class EPLBCallback(Callback):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
+        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+            vars(trainer.precision_plugin).pop(name, None)
         if self._trace_writer is not None:
             self._trace_writer.close()
             self._trace_writer = None
@@ -227,7 +232,7 @@ class EPLBCallback(Callback):
 
     def _check_trainer(self, trainer: "pl.Trainer") -> int:
         """The size of an EP group, once it is sure that trainer and arguments go together."""
-        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        ep_size = self._ep_size_in(trainer)
         if trainer.world_size % ep_size:
             sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
             raise ValueError(
@@ -239,11 +244,12 @@ class EPLBCallback(Callback):
                 f"num_redundant_experts={self.num_redundant_experts} must be a multiple of ep_size={ep_size};"
                 f" {below} or {below + ep_size} would do"
             )
-        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
             raise ValueError(
                 f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback;"
-                " 'ddp' on several devices, or a single device, would do"
+                " 'ddp' or lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
             )
+        check_nodes(ep_size, trainer.num_devices)
         if ep_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is not None:
             assert isinstance(trainer.precision_plugin, MixedPrecision)
             raise ValueError(
@@ -258,15 +264,27 @@ class EPLBCallback(Callback):
                 )
         return ep_size
 
+    def _ep_size_in(self, trainer: "pl.Trainer") -> int:
+        if not isinstance(trainer.strategy, ExpertParallelStrategy):
+            return trainer.world_size if self.ep_size is None else self.ep_size
+        theirs = trainer.strategy.ep_size
+        if self.ep_size not in (None, theirs):
+            raise ValueError(
+                f"ep_size={self.ep_size} must be that of ExpertParallelStrategy, which is {theirs}; leave it out here"
+            )
+        return theirs
+
     def _check_adopted(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """A model that ``configure_model`` built and converted must be what the arguments say."""
         layers = [layer for layer, _ in expert_layers(pl_module)]
-        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        ep_size = self._ep_size_in(trainer)
+        is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
         if not layers:
             check_experts(pl_module, dict(find_experts(pl_module)), ep_size, self.num_redundant_experts)
+            call = "fully_shard_moe(self.model, self.device_mesh, " if is_sharded else "parallelize_experts(self, "
             raise ValueError(
                 "configure_model built MoE layers and did not convert them; call"
-                f" parallelize_experts(self, num_redundant_experts={self.num_redundant_experts}) at its end"
+                f" {call}num_redundant_experts={self.num_redundant_experts}) at its end"
             )
         redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
         if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
@@ -342,9 +360,10 @@ class _IgnoredByDDP:
 
 
 def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule", balancer: ExpertLoadBalancer) -> None:
-    """Let the precision plugin, through which every clipping by norm goes, use the norm of the whole model.
+    """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
 
-    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it.
+    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
+    and it refuses those of several meshes.
     """
     precision = trainer.precision_plugin
     experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
@@ -352,5 +371,17 @@ def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule",
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
         clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups)
 
-    if balancer.groups.size > 1:
+    def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
+        clip_grad_value_(precision.main_params(optimizer), float(clip_val))
+
+    if balancer.groups.size > 1 or isinstance(trainer.strategy, ExpertParallelStrategy):
         precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+        precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+
+
+def _average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
+    """Average the experts' gradients over EP groups in those backward passes in which DDP averages all others."""
+    if isinstance(wrapped, DistributedDataParallel):
+        for layer, _ in expert_layers(module):
+            if layer.average is not None:
+                layer.average.blocked = lambda: not wrapped.require_backward_grad_sync

@@ -102,6 +102,16 @@ class _Made:
         return cls.latest
 
 
+def check_nodes(ep_size: int, ranks_a_node: int) -> None:
+    """Raise ``ValueError`` unless EP groups of successive ranks are all alike: within a node, or of whole nodes."""
+    if ep_size % ranks_a_node and ranks_a_node % ep_size:
+        sizes = [size for size in range(1, ranks_a_node + 1) if ranks_a_node % size == 0]
+        raise ValueError(
+            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks;"
+            f" one of {sizes}, or a multiple of {ranks_a_node}, would do"
+        )
+
+
 def _ep_groups(mine: Sequence[int], control: dist.ProcessGroup) -> list[list[int]]:
     world = dist.get_world_size()
     members = torch.zeros(world, dtype=torch.int64)

@@ -4,22 +4,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.rows import Route, exchange_rows
+from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.relocation.optimizer import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
 
 
 def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gradients: bool) -> list[Tensor]:
-    """Every tensor that holds a row for each primary of a converted module, ``[n, ...]`` each."""
+    """What this rank holds of every tensor with a row for each primary of a converted module, ``[n, ...]`` each."""
+    if isinstance(module, FSDPModule):
+        module.reshard()  # what was gathered for a forward would not see its shards change
     tensors: list[Tensor] = []
     for parameter in module.parameters(recurse=False):
         tensors += [parameter, *state_rows(optimizers, parameter)]
         if with_gradients and parameter.grad is not None:
             tensors.append(parameter.grad)
-    return tensors
+    return [local_shard(tensor) for tensor in tensors]
 
 
 def relocate(moves: LayerMoves, tensors: Sequence[Tensor], groups: ExpertGroups) -> int:
