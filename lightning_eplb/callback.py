@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -277,6 +278,13 @@ class EPLBCallback(Callback):
                 "configure_model built MoE layers and did not convert them; call"
                 f" {call}num_redundant_experts={self.num_redundant_experts}) at its end"
             )
+        for layer, module in expert_layers(pl_module):
+            if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+                raise ValueError(
+                    f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
+                    " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
+                    " shard_placement_fn=lambda parameter: Shard(1))"
+                )
         redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
         if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
             raise ValueError(

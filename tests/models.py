@@ -52,8 +52,9 @@ def hugging_face_model(name: str, num_experts: int = 8, top_k: int = 2, layers: 
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    if name != "sgd":
+        implementation = {} if name == "adamw" else {name: True}  # foreach, fused
+        return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, **implementation)
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 

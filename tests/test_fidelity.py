@@ -26,8 +26,10 @@ GROUPS = [
 SHARDED = [
     Case(ranks=4, ep_size=4, replicas=1, redundant=1, clip="norm", accumulation=2),
     Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, redundancy="batch"),
-    Case(ranks=4, ep_size=2, replicas=1, model="gpt_oss", clip="value", accumulation=2, redundant=1),
-    Case(ranks=4, ep_size=1, replicas=1, clip="norm", accumulation=2),
+    Case(
+        ranks=4, ep_size=2, replicas=1, model="gpt_oss", clip="value", accumulation=2, redundant=1, optimizer="foreach"
+    ),
+    Case(ranks=4, ep_size=1, replicas=1, clip="norm", accumulation=2, optimizer="fused"),
     Case(ranks=4, ep_size=2, replicas=2, redundant=1, clip="norm", accumulation=2),
     Case(ranks=4, ep_size=2, replicas=2, clip="value", accumulation=2, optimizer="sgd", redundancy="batch"),
 ]

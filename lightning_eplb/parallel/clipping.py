@@ -57,14 +57,18 @@ def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _by_mesh(grads: Iterable[Tensor]) -> list[list[Tensor]]:
-    meshes: dict[object, list[Tensor]] = {}
+def _by_mesh(grads: Iterable[Tensor]) -> list[list[DTensor]]:
+    meshes: dict[object, list[DTensor]] = {}
     for grad in grads:
         assert isinstance(grad, DTensor)
         meshes.setdefault((grad.device_mesh, grad.placements), []).append(grad)
     return list(meshes.values())
 
 
-def _norm_over_mesh(grads: list[Tensor]) -> Tensor:
-    norm = get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _norm_over_mesh(grads: list[DTensor]) -> Tensor:
+    mesh, placements = grads[0].device_mesh, grads[0].placements
+    squares = get_total_norm([local_shard(grad) for grad in grads]) ** 2
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt()

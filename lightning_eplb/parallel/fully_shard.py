@@ -86,9 +86,7 @@ def _check_shapes(name: str, experts: nn.Module, size: int) -> None:
                 f"mesh: efsdp={size} must divide a dimension behind the first of {name}.{parameter_name}, whose shape"
                 f" is {list(parameter.shape)}; a smaller efsdp and a larger ep would do"
             )
-    shared = [
-        f"{name}.{parameter_name}" for child in experts.children() for parameter_name, _ in child.named_parameters()
-    ]
+    shared = [f"{name}.{inner}" for inner, _ in experts.named_parameters() if "." in inner]
     if shared:
         raise ValueError(
             f"{shared[0]}: a parameter that all experts of a module share can't be sharded, as ranks without a token"

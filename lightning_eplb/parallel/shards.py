@@ -53,10 +53,11 @@ def check_mesh(mesh: DeviceMesh, model: nn.Module, world_size: int) -> None:
             f"group: the mesh has dimensions {names}; it must have one named 'ep', the ranks that share the experts,"
             " as ExpertParallelStrategy makes it"
         )
-    others = [name for name in names if name not in (EP, EFSDP, REPLICATE) and mesh[name].size() > 1]
+    sizes = dict(zip(names, mesh.shape, strict=True))
+    others = [name for name, size in sizes.items() if name not in (EP, EFSDP, REPLICATE) and size > 1]
     if others:
         raise ValueError(
-            f"group: the mesh has {others[0]!r} of size {mesh[others[0]].size()}; its ranks would see the same tokens,"
+            f"group: the mesh has {others[0]!r} of size {sizes[others[0]]}; its ranks would see the same tokens,"
             " and experts would count and compute each of them more than once. Experts take the dimensions 'replicate',"
             " 'efsdp' and 'ep'; every other must be of size 1"
         )
