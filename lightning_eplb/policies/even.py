@@ -52,6 +52,56 @@ def sift_up(heap, place, key):
 
 
 @compiled
+def move_in_heap(heap, place_of, size, key, item):
+    """Restore a binary heap whose places are known, the largest ``key[item]`` on top, after the item's key changed."""
+    place = place_of[item]
+    while place > 0:
+        other = heap[(place - 1) // 2]
+        if key[other] > key[item] or (key[other] == key[item] and other < item):
+            break
+        heap[place], place_of[other] = other, place
+        place = (place - 1) // 2
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        other = heap[child]
+        if child + 1 < size:
+            right = heap[child + 1]
+            if key[right] > key[other] or (key[right] == key[other] and right < other):
+                child, other = child + 1, right
+        if key[other] < key[item] or (key[other] == key[item] and other > item):
+            break
+        heap[place], place_of[other] = other, place
+        place = child
+    heap[place], place_of[item] = item, place
+
+
+@compiled
+def top_of_heap(heap, key, most, found, places):
+    """Fill ``found`` with the items of the ``most`` largest keys, largest first, lower index first; how many there are.
+
+    Args:
+        places: Room for ``most + 1`` places of the heap.
+    """
+    places[0] = 0
+    waiting, count = 1, 0
+    while waiting > 0 and count < most:
+        best = 0
+        for index in range(1, waiting):
+            item, top = heap[places[index]], heap[places[best]]
+            if key[item] > key[top] or (key[item] == key[top] and item < top):
+                best = index
+        place = places[best]
+        found[count] = heap[place]
+        count += 1
+        waiting -= 1
+        places[best] = places[waiting]
+        for child in range(2 * place + 1, min(2 * place + 3, heap.size)):
+            places[waiting] = child
+            waiting += 1
+    return count
+
+
+@compiled
 def count_tokens(load_L, slots_RS, copies_L, tokens_R):
     """Fill in the copies of each expert and what each rank serves."""
     copies_L[:] = 0
@@ -161,23 +211,22 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
     largest = np.int64(0)
     for expert in range(load_L.size):
         largest = max(largest, load_L[expert] // copies_L[expert])
+    # The ranks, the fullest on top, and the emptiest on top.
+    full_heap, empty_heap = np.arange(num_ranks), np.arange(num_ranks)
+    full_place_R, empty_place_R = np.arange(num_ranks), np.arange(num_ranks)
+    line_R, room_R = np.empty(num_ranks), np.empty(num_ranks)
+    for rank in range(num_ranks):
+        line_R[rank] = tokens_R[rank] * weight_R[rank]
+        room_R[rank] = -line_R[rank]
+        move_in_heap(full_heap, full_place_R, rank + 1, line_R, rank)
+        move_in_heap(empty_heap, empty_place_R, rank + 1, room_R, rank)
     emptiest = np.empty(EMPTIEST + FURTHER, dtype=np.int64)
+    places = np.empty(EMPTIEST + 1, dtype=np.int64)
     turn = failures = 0
     for _ in range(MOST_CHANGES * num_ranks * (num_slots - num_primaries)):
-        full = np.int64(0)
-        found = 0
-        for rank in range(num_ranks):
-            line = tokens_R[rank] * weight_R[rank]
-            if line > tokens_R[full] * weight_R[full]:
-                full = np.int64(rank)
-            if found < EMPTIEST or line < tokens_R[emptiest[found - 1]] * weight_R[emptiest[found - 1]]:
-                place = min(found, EMPTIEST - 1)
-                while place > 0 and tokens_R[emptiest[place - 1]] * weight_R[emptiest[place - 1]] > line:
-                    emptiest[place] = emptiest[place - 1]
-                    place -= 1
-                emptiest[place] = rank
-                found = min(found + 1, EMPTIEST)
-        before = tokens_R[full] * weight_R[full]
+        full = full_heap[0]
+        found = top_of_heap(empty_heap, room_R, EMPTIEST, emptiest, places)
+        before = line_R[full]
         lowest = before
         from_slot = to_rank = to_slot = np.int64(-1)
         exchange = False
@@ -254,6 +303,19 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
         next_P[place], head_L[expert] = head_L[expert], place
         slots_RS[to_rank, to_slot] = expert
         tokens_R[to_rank] += load_L[expert] // copies_L[expert]
+        # Each rank that serves other tokens now: those of both experts, and the one that lost its copy of either.
+        for part in range(4):
+            changed = expert if part == 0 else here
+            place = full * num_slots if part == 2 else to_rank * num_slots
+            if part < 2:
+                place = head_L[changed] if changed >= 0 else np.int64(-1)
+            while place >= 0:
+                rank = place // num_slots
+                line_R[rank] = tokens_R[rank] * weight_R[rank]
+                room_R[rank] = -line_R[rank]
+                move_in_heap(full_heap, full_place_R, num_ranks, line_R, rank)
+                move_in_heap(empty_heap, empty_place_R, num_ranks, room_R, rank)
+                place = next_P[place] if part < 2 else np.int64(-1)
     return fullest(tokens_R, weight_R)
 
 
