@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, check_redundancy
+from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import rank_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
@@ -28,6 +28,7 @@ from lightning_eplb.parallel.convert import check_experts, expert_layers, find_e
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.policies import Policy
 from lightning_eplb.scalars import scalars_of
+from lightning_eplb.steps import Rearrangement
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.trace import TraceWriter
 

@@ -19,10 +19,10 @@ from lightning_eplb import (
     StaticPolicy,
     parallelize_experts,
 )
-from lightning_eplb.balancer import StepLoad
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.split import split_tokens
+from lightning_eplb.steps import StepLoad
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 
@@ -444,14 +444,6 @@ def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Worke
         assert len(placements) == 3
         for placement in placements:
             assert placement == placement.without_copies()
-
-
-def test_balancedness_of_groups_of_layers() -> None:
-    avg, most = torch.tensor([4.0, 4, 4, 4, 4, 0, 0]).double(), torch.tensor([4, 8, 4, 5, 16, 0, 0])
-    served = StepLoad(torch.zeros(7, 2, dtype=torch.int64), avg, most)
-    assert served.balancedness_by_group() == {(0, 1): 8 / 12, (2, 3): 8 / 9, (4, 5): 4 / 16, (6, 6): 1.0}
-    assert served.balancedness_by_group(1) == {(0, 6): 20 / 37}
-    assert (served.avg_tokens, served.max_tokens, served.balancedness) == (20, 37, 20 / 37)
 
 
 @pytest.mark.parametrize(
