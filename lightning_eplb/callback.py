@@ -74,6 +74,8 @@ class EPLBCallback(Callback):
             ``"batch"`` in each forward pass, for the very tokens that it routes.
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
             compute as its weights and its gradient to travel, as measured in the first step.
+        use_async: Rows move behind the steps that follow a decision, those of a few layers in each step, instead of
+            between two steps. Weights must then change in optimizer steps only.
 
     Raises:
         ValueError: In ``__init__`` or in ``setup``, before any communication, if an argument does not fit by itself,
@@ -95,6 +97,7 @@ class EPLBCallback(Callback):
         trace: str | os.PathLike | None = None,
         redundancy: Literal["window", "batch"] = "window",
         min_tokens_per_copy: int | None = None,
+        use_async: bool = False,
     ) -> None:
         check_redundancy(redundancy, min_tokens_per_copy)
         if num_redundant_experts < 0:
@@ -113,6 +116,7 @@ class EPLBCallback(Callback):
         self.step_interval = step_interval
         self.trace = trace
         self.redundancy: Literal["window", "batch"] = redundancy
+        self.use_async = use_async
         self.min_tokens_per_copy = min_tokens_per_copy
         self.balancer: ExpertLoadBalancer | None = None
         """Exists from the start of ``fit`` on, and stays."""
@@ -156,6 +160,7 @@ class EPLBCallback(Callback):
                 step_interval=self.step_interval,
                 redundancy=self.redundancy,
                 min_tokens_per_copy=self.min_tokens_per_copy,
+                use_async=self.use_async,
             )
             self.balancer.record(False)  # until training starts: the sanity check is no load
         self.balancer.optimizers = trainer.optimizers
@@ -185,6 +190,13 @@ class EPLBCallback(Callback):
         self.balancer.record(True)
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        assert self.balancer is not None
+        self.balancer.before_optimizer_step()
+
+    @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
@@ -206,6 +218,11 @@ class EPLBCallback(Callback):
             pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
         if self._is_logged(trainer, pl_module):
             pl_module.log_dict(scalars_of(self.balancer, load))
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert self.balancer is not None
+        self.balancer.finish_rearrangement()
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

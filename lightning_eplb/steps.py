@@ -72,9 +72,9 @@ class Rearrangement:
         num_rows: Primaries that changed ranks, in one EP group.
         num_copies: Redundant slots that hold another expert than before, or none any more.
         num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
-        seconds: From the decision to the end, on this rank: training waits for all of it.
+        seconds: What training waited for it, on this rank: all of it, or what was not behind the steps that followed.
         plan_seconds: What of these went by until all ranks knew the decision.
-        exchange_seconds: What of these went by while rows moved.
+        exchange_seconds: What of these went by while rows were sent or waited for.
         predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
             nothing was.
     """
@@ -85,8 +85,8 @@ class Rearrangement:
     num_layers: int
     num_rows: int
     num_copies: int
-    num_bytes: int
-    seconds: float
+    num_bytes: int = 0
+    seconds: float = 0.0
     plan_seconds: float = 0.0
     exchange_seconds: float = 0.0
     predicted_balancedness: float | None = None

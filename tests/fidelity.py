@@ -41,6 +41,7 @@ class Case:
     redundancy: Literal["window", "batch"] = "window"
     checkpointing: Literal["off", "reentrant", "non-reentrant"] = "off"
     """Of activations."""
+    use_async: bool = False
     replicas: int | None = None
     """Under ``ExpertParallelStrategy`` with so many; None is DDP."""
 
@@ -51,6 +52,7 @@ class Case:
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + (f"-fsdp{self.replicas}" if self.replicas else "")
             + ("-batch" if self.redundancy == "batch" else "")
+            + ("-async" if self.use_async else "")
             + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
         )
 
@@ -154,6 +156,7 @@ def distributed(case: Case) -> Outcome:
         step_interval=1,
         redundancy=case.redundancy,
         min_tokens_per_copy=1,
+        use_async=case.use_async,
     )
     trainer = trainer_for(
         case.ranks,
@@ -167,7 +170,7 @@ def distributed(case: Case) -> Outcome:
     trainer.fit(module, loader(tokens_of(case), SEQUENCES))
     assert callback.balancer is not None
     if case.ep_size != 1:
-        assert callback.balancer.num_rearrangements == STEPS
+        assert callback.balancer.num_rearrangements >= (STEPS // 4 if case.use_async else STEPS)
         assert callback.balancer.rearranged_bytes > 0
     if case.redundant:
         assert callback.balancer.last_step is not None

@@ -130,7 +130,8 @@ def resume_into(window_size: int) -> None:
     resumed.load_state_dict(torch.load(file, weights_only=True))
     kept = min(4, window_size)
     assert torch.equal(resumed.load.steps(), balancer.load.steps()[4 - kept :])
-    assert resumed.state_dict() | {"window": None} == balancer.state_dict() | {"window": None}
+    ours, theirs = ({k: v for k, v in b.state_dict().items() if not isinstance(v, Tensor)} for b in (resumed, balancer))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("window_size", [2, 4, 9])

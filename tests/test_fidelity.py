@@ -33,9 +33,15 @@ SHARDED = [
     Case(ranks=4, ep_size=2, replicas=2, redundant=1, clip="norm", accumulation=2),
     Case(ranks=4, ep_size=2, replicas=2, clip="value", accumulation=2, optimizer="sgd", redundancy="batch"),
 ]
+ASYNC = [
+    Case(ranks=2, redundant=1, accumulation=2, clip="norm", use_async=True),
+    Case(model="gpt_oss", ranks=4, optimizer="sgd", clip="value", redundant=1, redundancy="batch", use_async=True),
+    Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, checkpointing="reentrant", use_async=True),
+    Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, use_async=True),
+]
 
 
-@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED, ids=str)
+@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC, ids=str)
 def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case, seconds=240)) < TOLERANCE
 

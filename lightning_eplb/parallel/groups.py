@@ -65,6 +65,19 @@ class ExpertGroups:
             made.of_ranks[key] = cls._new(mine, ep_groups, control)
         return made.of_ranks[key]
 
+    def background(self) -> dist.ProcessGroup:
+        """A group of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
+
+        It is made when it is first asked for.
+        """
+        made = _Made.under_default_group()
+        key = next(key for key, groups in made.of_ranks.items() if groups is self)
+        if key not in made.background:
+            group = _own_group(key)
+            assert group is not None
+            made.background[key] = group
+        return made.background[key]
+
     @classmethod
     def _new(cls, mine: list[int], ep_groups: list[list[int]], control: dist.ProcessGroup) -> "ExpertGroups":
         nodes = _node_of_rank(mine, control)
@@ -82,6 +95,7 @@ class _Made:
     Attributes:
         control: Of all ranks.
         of_ranks: By the ranks of all EP groups.
+        background: The same of those that move rows behind training.
     """
 
     latest: "_Made | None" = None
@@ -92,6 +106,7 @@ class _Made:
         self.default = default
         self.control = control
         self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
+        self.background: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     @classmethod
     def under_default_group(cls) -> "_Made":
