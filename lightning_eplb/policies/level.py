@@ -278,22 +278,27 @@ def copy_and_level(
     left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
-    lowest, best = np.inf, 0
-    for attempt in range(len(DEPTHS) + 1):
-        is_last = attempt == len(DEPTHS) or lowest <= enough
-        if is_last and best == attempt - 1:
-            break
-        depth = DEPTHS[best if is_last else attempt]
+    lowest = np.inf
+    best_RS, best_quota_RS, best_tokens_R = slots_RS, quota_RS, tokens_R
+    for attempt in range(len(DEPTHS)):
         spill(
-            load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quota_RS[:, num_primaries:],
+            load_L, spread_L, own_RN, level_R, node_R, least, DEPTHS[attempt], held_RE, quota_RS[:, num_primaries:],
             left_L, tokens_R,
         )  # fmt: skip
         for rank in range(slots_RS.shape[0]):
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
         peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
+        is_last = peak <= enough or attempt == len(DEPTHS) - 1
         if peak < lowest:
-            lowest, best = peak, attempt
+            lowest = peak
+            if is_last:
+                break
+            best_RS, best_quota_RS, best_tokens_R = slots_RS.copy(), quota_RS.copy(), tokens_R.copy()
+        elif is_last:
+            slots_RS[:] = best_RS
+            quota_RS[:] = best_quota_RS
+            tokens_R[:] = best_tokens_R
     if copy > 0:
         return drop_copies(
             load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
