@@ -41,6 +41,7 @@ class MoELanguageModel(pl.LightningModule):
         top_k: Experts that a token visits.
         learning_rate: Peak learning rate of AdamW, after a warm-up.
         warmup_steps: Optimizer steps in which it rises, from a twentieth.
+        weights: A checkpoint of this model to start from, to fine-tune it; however many ranks it was trained on.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MoELanguageModel(pl.LightningModule):
         top_k: int = 2,
         learning_rate: float = 3e-3,
         warmup_steps: int = 20,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -69,6 +71,9 @@ class MoELanguageModel(pl.LightningModule):
                 output_router_logits=False,
             )
         )
+        if weights is not None:
+            checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+            self.load_state_dict(checkpoint["state_dict"])
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(tokens)
@@ -147,7 +152,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Summary(Callback):
-    """Prints at the end what balancing did: the first steps against the last ones, and where the results lie.
+    """Prints at the end how fast the first steps were and the last ones, and where the results lie.
 
     List it after ``EPLBCallback``: a step's time then has that callback's in it. Waiting for data, validation and
     checkpoints are left out.
@@ -160,7 +165,7 @@ class Summary(Callback):
     def __init__(self, steps: int = 50, warmup: int = 10) -> None:
         self.steps = steps
         self.warmup = warmup
-        self._rows: list[tuple[float, int, float]] = []  # balancedness, tokens of all ranks and seconds of each step
+        self._rows: list[tuple[int, float]] = []  # tokens of all ranks and seconds of each step
         self._tokens, self._seconds = 0, 0.0  # of the step's batches so far
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,10 +182,7 @@ class Summary(Callback):
         if trainer.global_step == self._global_step:
             return  # gradients are accumulated: the step goes on
         self._global_step = trainer.global_step
-        balancer = _eplb(trainer).balancer
-        assert balancer is not None
-        assert balancer.last_step is not None
-        self._rows.append((balancer.last_step.balancedness, self._tokens, self._seconds))
+        self._rows.append((self._tokens, self._seconds))
         self._tokens, self._seconds = 0, 0.0
 
     @rank_zero_only
@@ -202,12 +204,8 @@ class Summary(Callback):
         table.add_column("")
         table.add_column(f"first {len(first)} steps", justify="right")
         table.add_column(f"last {len(last)} steps", justify="right")
-        table.add_row("balancedness", *(f"{sum(b for b, _, _ in part) / len(part):.3f}" for part in (first, last)))
-        speeds = (sum(tokens for _, tokens, _ in part) / sum(seconds for _, _, seconds in part) for part in timed)
+        speeds = (sum(tokens for tokens, _ in part) / sum(seconds for _, seconds in part) for part in timed)
         table.add_row("tokens per second", *(f"{speed:,.0f}" for speed in speeds))
-        table.add_section()
-        table.add_row("rearrangements", "", str(balancer.num_rearrangements))
-        table.add_row("moved between ranks", "", f"{balancer.rearranged_bytes / 2**20:.1f} MiB")
         if "val_loss" in trainer.callback_metrics:
             table.add_row("validation loss", "", f"{float(trainer.callback_metrics['val_loss']):.3f}")
         console = Console()

@@ -20,9 +20,17 @@ from typing_extensions import override
 
 from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
-from lightning_eplb.functional import rank_tokens
-from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
-from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
+from lightning_eplb.functional import rank_tokens, slot_tokens
+from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
+from lightning_eplb.logging.loggers import (
+    EXPERT_LOAD,
+    RANK_LOAD,
+    SLOT_LOAD,
+    log_heatmaps,
+    log_histogram,
+    log_placement,
+    takes_pictures,
+)
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.parallel.groups import check_nodes
@@ -30,6 +38,7 @@ from lightning_eplb.policies import Policy
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.steps import Rearrangement
 from lightning_eplb.strategies import ExpertParallelStrategy
+from lightning_eplb.summary import FitSummary, print_table
 from lightning_eplb.trace import TraceWriter
 
 
@@ -48,8 +57,10 @@ class EPLBCallback(Callback):
     Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``);
     :data:`lightning_eplb.scalars.SCALARS` says what each means.
 
-    The progress bar shows ``balancedness`` of every step. A ``WandbLogger`` gets a heatmap of experts and one of ranks
-    with each rearrangement.
+    The progress bar shows ``balancedness`` of every step, and a table at the end of ``fit`` what balancing did. A
+    ``WandbLogger`` or ``TensorBoardLogger`` gets heatmaps of experts, of slots and of ranks, before and after each
+    rearrangement, and a histogram of the experts' load with the scalars; a ``WandbLogger`` a table of the placement at
+    the end.
 
     Example::
 
@@ -123,6 +134,7 @@ class EPLBCallback(Callback):
         self._saved_state: dict[str, Any] = {}
         self._last_global_step = 0
         self._trace_writer: TraceWriter | None = None
+        self._summary = FitSummary(window_size)
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -173,6 +185,7 @@ class EPLBCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self._last_global_step = trainer.global_step
+        self._summary = FitSummary(self.window_size)
         if self.trace is not None and trainer.is_global_zero:
             self._trace_writer = TraceWriter(self.trace, append=bool(self._saved_state))
         if self._saved_state:
@@ -209,6 +222,7 @@ class EPLBCallback(Callback):
         load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
         if load is None:
             return
+        self._summary.add(load)
         if self._trace_writer is not None:
             self._trace_writer.append(load.load)
         if load.rearrangement is not None:
@@ -218,11 +232,23 @@ class EPLBCallback(Callback):
             pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
         if self._is_logged(trainer, pl_module):
             pl_module.log_dict(scalars_of(self.balancer, load))
+            log_histogram(trainer.loggers, trainer.global_step - 1, load.load)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self.balancer.finish_rearrangement()
+        if self._summary.last and self.balancer.groups.size > 1:
+            load_YL = self.balancer.load.compute()["load"].cpu().numpy()
+            log_placement(trainer.loggers, trainer.global_step - 1, self.balancer.placement, load_YL)
+
+    @override
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert self.balancer is not None
+        # Who wants no progress bar wants no table either.
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._summary.last:
+            title = f"Expert load after {self.balancer.num_steps:,} optimizer steps"
+            print_table(title, self._summary.rows(self.balancer))
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -328,9 +354,11 @@ class EPLBCallback(Callback):
         )
         if takes_pictures(trainer.loggers):
             before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
+            before_YP, after_YP = slot_tokens(done.load, done.before), slot_tokens(done.load, done.after)
             figures = {
-                "eplb/expert_load": draw_expert_load(done.load),
-                "eplb/rank_load": draw_before_after(before_YR, after_YR),
+                EXPERT_LOAD: draw_expert_load(done.load),
+                SLOT_LOAD: draw_slot_load(before_YP, after_YP),
+                RANK_LOAD: draw_before_after(before_YR, after_YR),
             }
             log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
 

@@ -41,6 +41,26 @@ def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
     return tokens_YR
 
 
+def slot_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
+    """Tokens that each slot serves when every copy of an expert serves an equal part of them.
+
+    Args:
+        load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
+        placement: Where the experts are.
+
+    Returns:
+        float64 ``[Y, P]``, 0 for an empty slot.
+
+    Example:
+        >>> placement = ExpertPlacement([[0, 1, 2, 2, 3, -1]], num_logical_experts=4, num_ranks=2)
+        >>> slot_tokens(np.array([[10, 0, 3, 4]]), placement)
+        array([[10. ,  0. ,  1.5,  1.5,  4. ,  0. ]])
+    """
+    share_YL = _to_float64(load_YL) / placement.replica_count
+    slots_YP = placement.physical_to_logical
+    return np.where(slots_YP < 0, 0.0, np.take_along_axis(share_YL, np.maximum(slots_YP, 0), axis=1))
+
+
 def balancedness(tokens_YR: Any) -> float:
     """How level the ranks are: ``sum over layers of mean rank tokens / sum over layers of max rank tokens``.
 

@@ -3,7 +3,8 @@
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``W`` steps in the window.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class ExpertLoad(Metric):
@@ -176,6 +181,33 @@ class ExpertLoad(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The values of the window: ``load``, ``avg_tokens``, ``max_tokens``, ``balancedness``. See the class."""
         return self._values(self.ring.sum(dim=0), num_steps=self.num_steps)
+
+    def plot(
+        self, val: dict[str, Any] | Sequence[dict[str, Any]] | None = None, ax: "Axes | None" = None
+    ) -> "tuple[Figure, Axes]":
+        """Draw the load of the experts as a heatmap, or the balancedness of several steps as a line.
+
+        Args:
+            val: What :meth:`compute` or calling the metric returned, or a list of these; ``None`` to compute now, which
+                is collective where :meth:`compute` is.
+            ax: Axes of matplotlib to draw on; ``None`` for a new figure.
+
+        Returns:
+            The figure and its axes. ``figure.savefig("load.png")`` writes it.
+
+        Example::
+
+            figure, axes = metric.plot()  # which experts are hot in the window
+            figure, axes = metric.plot([metric(load_YL) for load_YL in steps])  # how level was each step
+        """
+        from lightning_eplb.logging.heatmap import draw_balancedness, draw_expert_load
+
+        values = self.compute() if val is None else val
+        if isinstance(values, dict):
+            figure = draw_expert_load(values["load"], axes=ax)
+        else:
+            figure = draw_balancedness([float(each["balancedness"]) for each in values], axes=ax)
+        return figure, ax if ax is not None else figure.axes[0]
 
     def _values(self, load_YL: Tensor, num_steps: int) -> dict[str, Tensor]:
         counts_YL = load_YL.cpu().numpy()

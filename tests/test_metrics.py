@@ -337,3 +337,39 @@ def _rank_of_two(rank: int, store_path: str) -> None:
 @pytest.mark.timeout(150)
 def test_counts_of_two_processes_add_up(tmp_path: Path):
     mp.start_processes(_rank_of_two, args=(str(tmp_path / "store"),), nprocs=2, start_method="spawn")
+
+
+# -- pictures
+
+
+def test_plot_shows_the_window_or_a_step():
+    metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=2)
+    step = metric(load([4, 0, 0, 0], [1, 1, 1, 1]))
+    metric.update(load([0, 4, 0, 0], [1, 1, 1, 1]))
+    figure, axes = metric.plot()
+    assert axes in figure.axes
+    assert axes.images[0].get_array().max() == 2.0  # of 8 tokens in the window, 4 went to one expert of 4
+    figure, axes = metric.plot(step)
+    assert axes.images[0].get_array().max() == 4.0
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("logical expert", "MoE layer")
+
+
+def test_plot_of_several_steps_is_a_line():
+    metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2)
+    values = [metric(load(step)) for step in ([4, 0, 0, 0], [2, 2, 0, 0], [1, 1, 1, 1])]
+    _, axes = metric.plot(values)
+    assert axes.lines[0].get_ydata().tolist() == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_plot_on_given_axes(several: bool):
+    from matplotlib.figure import Figure
+
+    metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2)
+    value = metric(load([4, 0, 0, 0]))
+    given = Figure()
+    left, right = given.subplots(1, 2)
+    figure, axes = metric.plot([value] if several else value, ax=right)
+    assert (figure, axes) == (given, right)
+    assert not left.images
+    assert not left.lines

@@ -9,8 +9,13 @@ import torch
 import yaml
 
 from lightning_eplb import EPLBCallback
-from lightning_eplb.parallel.convert import find_experts
+from lightning_eplb.cli import COMMANDS, main
+from lightning_eplb.parallel.convert import expert_layers, find_experts
 from lightning_eplb.scalars import SCALARS
+from lightning_eplb.synthetic import synthetic_load
+from lightning_eplb.trace import TraceWriter
+from tests.fidelity import SEQUENCES
+from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_cli import callback_from
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -33,6 +38,66 @@ def test_the_hand_written_experts_follow_the_protocol() -> None:
 @pytest.mark.parametrize("source", blocks("python"))
 def test_python_compiles(source: str) -> None:
     compile(source, "README.md", "exec")
+
+
+class WithData(LanguageModel):
+    """Brings its own data: four batches."""
+
+    def train_dataloader(self):
+        return loader(token_batches(8), SEQUENCES)
+
+
+def test_the_first_lines_train() -> None:
+    (source,) = [block for block in blocks("python") if "Trainer(" in block]
+    eight_gpus = 'strategy="ddp", devices=8'
+    assert eight_gpus in source
+    here = 'accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False'
+    model = WithData(hugging_face_model("mixtral"), "adamw")
+    names: dict = {"model": model}
+    exec(source.replace(eight_gpus, here), names)
+    assert len(model.losses) == 4
+
+
+def test_a_model_that_is_built_in_configure_model() -> None:
+    (source,) = [block for block in blocks("python") if "configure_model" in block]
+    names: dict = {"build_my_model": lambda: hugging_face_model("mixtral")}
+    exec(source, names)
+    model = names["MyModel"]()
+    model.configure_model()
+    assert len(list(expert_layers(model))) == 2
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.partition("-m lightning_eplb ")[2] for line in lines if line.startswith("python3 -m lightning_eplb ")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the example leaves, of its own numbers of experts and layers."""
+    folder = tmp_path_factory.mktemp("readme")
+    writer = TraceWriter(folder / "runs/pretrain/trace.npy")
+    load_WYL = synthetic_load("drift-30", 120, 4, 16)
+    for load_YL in load_WYL:
+        writer.append(load_YL)
+    (folder / "runs/pretrain/checkpoints").mkdir()
+    state = {"window": torch.from_numpy(load_WYL[-40:]), "num_rearrangements": 1, "rearranged_bytes": 0}
+    torch.save({"callbacks": {"EPLBCallback": state}}, folder / "runs/pretrain/checkpoints/last.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    if command.startswith("dashboard"):  # needs an account
+        workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+        monkeypatch.setattr(workspaces.Workspace, "save", lambda workspace: None)
+        monkeypatch.setattr(workspaces.Workspace, "url", "https://address")
+    assert main(command.split()) == 0
+
+
+def test_every_command_is_shown() -> None:
+    assert {command.split()[0] for command in commands()} == set(COMMANDS)
 
 
 def test_the_yaml_is_taken(tmp_path: Path) -> None:

@@ -3,18 +3,20 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
-from lightning_eplb.cli import report, simulate
+from lightning_eplb.cli import dashboard, inspect_checkpoint, report, simulate
 from lightning_eplb.cli.error import CommandError
 
-COMMANDS = {"simulate": simulate, "report": report}
+COMMANDS = {"simulate": simulate, "report": report, "inspect": inspect_checkpoint, "dashboard": dashboard}
 DESCRIPTION = "Look at the load of a Mixture-of-Experts model's experts, and at what balancing makes of it."
 EPILOG = """\
 where to start:
   train with EPLBCallback(trace="trace.npy"), then
     %(prog)s report trace.npy -o report.html        a page to look at
     %(prog)s simulate trace.npy --ep-size 32        the same load on a bigger cluster
+  look into a checkpoint: %(prog)s inspect checkpoints/last.ckpt
   without a trace: %(prog)s simulate --synthetic lognormal-1.2
   %(prog)s COMMAND --help tells all about a command.
 
@@ -34,7 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(words)
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return arguments.run(arguments)
     except CommandError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:  # whoever read us, such as `head`, has seen enough
@@ -70,3 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _fail(sentence: str, status: int) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return status
+
+
+def _warn(message: Warning | str, *where: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

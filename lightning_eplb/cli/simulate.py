@@ -3,6 +3,7 @@
 import argparse
 
 from lightning_eplb.cli.load import add_load_arguments, num_replays, progress, read_load, replay_policies
+from lightning_eplb.cli.table import aligned
 from lightning_eplb.simulate import describe, draw_over_time
 
 HELP = "replay a load at any size of cluster, policies side by side"
@@ -37,12 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         f" {arguments.num_redundant_experts} redundant experts, a decision every {arguments.step_interval} steps\n"
     )
     rows = describe(replays, static, arguments.bytes_per_expert)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *others in rows:
-        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        print("  ".join([first.ljust(widths[0]), *cells]))
+    for line in aligned(rows):
+        print(line)
     print("\nbalancedness over time, 0 to 1")
     for each in replays:
-        print(f"{each.name.ljust(widths[0])}  {draw_over_time(each.balancedness)}")
+        print(f"{each.name.ljust(max(len(row[0]) for row in rows))}  {draw_over_time(each.balancedness)}")
     print(MEANINGS)
     return 0

@@ -10,7 +10,8 @@ closed, and the backend that the user chose is not touched.
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``C`` columns (experts or ranks).
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,13 +31,14 @@ COLOUR_LIMITS = (1.25, 1.5, 2, 4, 8, 16)
 """Ends of the colour scale, as shares; the first one that holds every cell is taken, or the last."""
 
 
-def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts") -> "Figure":
+def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts", axes: "Axes | None" = None) -> "Figure":
     """Draw which logical experts get how many tokens, layers by experts.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a tensor on any device or a numpy array, such as
             ``ExpertLoad.compute()["load"]``.
         title: What stands above the picture.
+        axes: Draw there; ``None`` for a new figure, as large as the model needs.
 
     Returns:
         A figure with a canvas; ``figure.savefig("load.png")`` writes it. The fullest expert's share stands under the
@@ -48,7 +50,10 @@ def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts") -
     tokens_YL = _tokens(load_YL, "load_YL", "[layers, experts]")
     share_YL = _share(tokens_YL)
     fullest = f"fullest expert: {np.nanmax(share_YL):.3g} times even" if tokens_YL.any() else "no tokens"
-    figure, (axes,) = _empty_figure(tokens_YL.shape, panels=1)
+    if axes is None:
+        figure, (axes,) = _empty_figure(tokens_YL.shape, panels=1)
+    else:
+        figure = cast("Figure", axes.get_figure(root=True))
     limit = _colour_limit(share_YL)
     image = _draw_share(axes, share_YL, "logical expert", limit)
     axes.set_title(f"{title}\n{fullest}", fontsize=11)
@@ -80,6 +85,44 @@ def draw_rank_load(tokens_YR: Any, title: str = "Load of the ranks") -> "Figure"
     return figure
 
 
+def draw_balancedness(values: Sequence[float], axes: "Axes | None" = None) -> "Figure":
+    """Draw balancedness over steps, from 0 to 1.
+
+    Args:
+        values: Of successive steps.
+        axes: Draw there; ``None`` for a new figure.
+
+    Returns:
+        A figure with a canvas.
+    """
+    if axes is None:
+        figure, (axes,) = _empty_figure((16, 32), panels=1)
+    else:
+        figure = cast("Figure", axes.get_figure(root=True))
+    axes.plot(values, color="#0072b2", marker="o" if len(values) < 30 else "")
+    axes.set(xlabel="step", ylabel="balancedness", ylim=(0, 1.05))
+    axes.grid(alpha=0.4)
+    return figure
+
+
+def draw_slot_load(before_YP: Any, after_YP: Any, title: str = "Load of the slots, rank by rank") -> "Figure":
+    """Draw the load of the physical experts before and after a rearrangement, side by side on one colour scale.
+
+    Args:
+        before_YP: Tokens that each slot serves under the placement before, ``[Y, P]``, such as
+            :func:`~lightning_eplb.functional.slot_tokens` returns them.
+        after_YP: The same tokens under the placement after.
+        title: What stands above both pictures.
+
+    Returns:
+        A figure with a canvas. Ranks come one after the other, each with its primaries first.
+
+    Raises:
+        ValueError: Not two dimensions, none of a kind, or two shapes.
+    """
+    return _draw_pair(before_YP, after_YP, title, "YP", "slots", "physical expert", "")
+
+
 def draw_before_after(before_YR: Any, after_YR: Any, title: str = "Rearrangement") -> "Figure":
     """Draw the load of the ranks before and after a rearrangement, side by side on one colour scale.
 
@@ -94,20 +137,26 @@ def draw_before_after(before_YR: Any, after_YR: Any, title: str = "Rearrangement
     Raises:
         ValueError: Not two dimensions, none of a kind, or two shapes.
     """
+    return _draw_pair(before_YR, after_YR, title, "YR", "ranks", "rank", "balancedness")
+
+
+def _draw_pair(before: Any, after: Any, title: str, suffix: str, columns: str, column_name: str, told: str) -> "Figure":
     tokens = {
-        "before": _tokens(before_YR, "before_YR", "[layers, ranks]"),
-        "after": _tokens(after_YR, "after_YR", "[layers, ranks]"),
+        "before": _tokens(before, f"before_{suffix}", f"[layers, {columns}]"),
+        "after": _tokens(after, f"after_{suffix}", f"[layers, {columns}]"),
     }
-    before_shape, after_shape = (list(tokens_YR.shape) for tokens_YR in tokens.values())
+    before_shape, after_shape = (list(tokens_YC.shape) for tokens_YC in tokens.values())
     if before_shape != after_shape:
-        raise ValueError(f"before_YR has shape {before_shape} and after_YR {after_shape}; they must be equal")
-    shares = {name: _share(tokens_YR) for name, tokens_YR in tokens.items()}
+        raise ValueError(
+            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}; they must be equal"
+        )
+    shares = {name: _share(tokens_YC) for name, tokens_YC in tokens.items()}
     limit = _colour_limit(np.stack(list(shares.values())))
     figure, panels = _empty_figure(tokens["before"].shape, panels=2)
     images = []
-    for axes, (name, share_YR) in zip(panels, shares.items(), strict=True):
-        images.append(_draw_share(axes, share_YR, "rank", limit))
-        axes.set_title(f"{name}: balancedness {balancedness(tokens[name]):.3f}", fontsize=11)
+    for axes, (name, share_YC) in zip(panels, shares.items(), strict=True):
+        images.append(_draw_share(axes, share_YC, column_name, limit))
+        axes.set_title(f"{name}: {told} {balancedness(tokens[name]):.3f}" if told else name, fontsize=11)
     panels[1].set_ylabel("")
     figure.suptitle(title, fontsize=12)
     _draw_colour_bar(figure, panels, images[0], limit)

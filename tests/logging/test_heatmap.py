@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_rank_load
+from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_rank_load, draw_slot_load
 
 SIZES = [(1, 4), (1, 1024), (4, 16), (24, 16), (61, 256), (100, 4), (100, 1024)]
 
@@ -99,3 +99,11 @@ def test_pyplot_and_its_backend_are_left_alone():
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert printed.stdout.strip() == "[]"
+
+
+def test_slots_before_and_after():
+    figure = draw_slot_load([[30, 10, 0]], [[20, 20, 0]])
+    assert figure.axes[0].get_xlabel() == "physical expert"
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["before", "after"]
+    with pytest.raises(ValueError, match=r"before_YP has shape \[1, 2\] and after_YP \[1, 3\]"):
+        draw_slot_load([[1, 2]], [[1, 2, 3]])

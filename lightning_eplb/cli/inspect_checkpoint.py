@@ -1,0 +1,137 @@
+"""``inspect``: the load and the placement that a checkpoint holds."""
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_eplb.cli.table import aligned
+from lightning_eplb.functional import balancedness, load_entropy
+from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.policies.split import level_tokens
+
+HELP = "show the load and the placement that a checkpoint holds"
+DESCRIPTION = """\
+Show what EPLBCallback saved in a checkpoint: the load of its window, and where
+the experts were. Weights are not read into memory. The placement is there to be
+looked at: a resumed run plans its own, by the window."""
+EPILOG = """\
+for example:
+  %(prog)s checkpoints/last.ckpt
+  %(prog)s checkpoints/last.ckpt --layer 3
+"""
+MEANINGS = """
+Times even: tokens of the hottest expert over the mean of its layer. Entropy: of the experts' shares, 1 is even.
+Balancedness: mean over ranks / fullest rank, had this placement served the window at once, or the first one.
+Moved: primaries that are on another rank than where training starts."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file, or the folder of a sharded one")
+    parser.add_argument("--layer", type=int, metavar="N", help="show rank by rank what this MoE layer's slots hold")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    checkpoint = _read(arguments.checkpoint)
+    state = _state_of_callback(checkpoint, arguments.checkpoint)
+    window_WYL = state["window"].numpy()
+    load_YL = window_WYL.sum(axis=0)
+    placement = None
+    if "physical_to_logical" in state:
+        placement = ExpertPlacement(state["physical_to_logical"].numpy(), load_YL.shape[1], state["num_ranks"])
+    layers, experts = load_YL.shape
+    if arguments.layer is not None and not 0 <= arguments.layer < layers:
+        raise ValueError(f"--layer {arguments.layer} must be 0 to {layers - 1}: the model has {layers} MoE layers")
+    print(
+        f"{arguments.checkpoint}: optimizer step {checkpoint.get('global_step', 'unknown')},"
+        f" {state['num_rearrangements']} rearrangements, {state['rearranged_bytes'] / 2**20:.1f} MiB moved"
+    )
+    print(f"window: the last {len(window_WYL)} steps, {layers} layers of {experts} experts")
+    if placement is None:
+        print("placement: not in this checkpoint")
+    else:
+        print(
+            f"placement: {placement.num_ranks} ranks, {placement.num_redundant_experts} redundant experts of each layer"
+        )
+    print()
+    if arguments.layer is None:
+        rows = _layer_by_layer(load_YL, placement)
+    else:
+        if placement is None:
+            raise ValueError(f"{arguments.checkpoint} holds no placement, as those of version 0.1 did not")
+        rows = _rank_by_rank(load_YL[arguments.layer], placement, arguments.layer)
+    for line in aligned(rows):
+        print(line)
+    if arguments.layer is None:
+        print(MEANINGS)
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "meta.pt" if path.is_dir() else path  # what Lightning calls it beside the shards
+    try:
+        # Nothing of the file is run, and the weights stay on disk.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is not a checkpoint that can be read without running code from it") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} is not a checkpoint of Lightning: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and {"window", "num_rearrangements", "rearranged_bytes"} <= state.keys():
+            return state
+    raise ValueError(f"{path} has no state of an EPLBCallback: it was saved without one, or with weights only")
+
+
+def _layer_by_layer(load_YL: np.ndarray, placement: ExpertPlacement | None) -> list[list[str]]:
+    head = ["layer", "hottest expert", "times even", "without a token", "entropy"]
+    initial = None
+    if placement is not None:
+        head += ["balancedness", "at first", "moved", "copies"]
+        initial = ExpertPlacement.initial(
+            placement.num_layers, placement.num_logical_experts, placement.num_ranks, placement.num_redundant_experts
+        )
+    rows = [head]
+    for layer, load_L in enumerate(load_YL):
+        mean = load_L.mean()
+        row = [
+            str(layer),
+            str(load_L.argmax()) if mean else "-",
+            f"{load_L.max() / mean:.2f}" if mean else "-",
+            str((load_L == 0).sum()),
+            f"{load_entropy(load_L[None]):.3f}",
+        ]
+        if placement is not None and initial is not None:
+            row += [_balancedness(load_L, each.by_rank[layer]) for each in (placement, initial)]
+            row.append(str((placement.primary_rank[layer] != initial.primary_rank[layer]).sum()))
+            row.append(str(placement.replica_count[layer].sum() - placement.num_logical_experts))
+        rows.append(row)
+    return rows
+
+
+def _balancedness(load_L: np.ndarray, slots_RS: np.ndarray) -> str:
+    return f"{balancedness(level_tokens(load_L[None], slots_RS[None])):.3f}"
+
+
+def _rank_by_rank(load_L: np.ndarray, placement: ExpertPlacement, layer: int) -> list[list[str]]:
+    tokens_R = level_tokens(load_L[None], placement.by_rank[layer][None])[0]
+    rows = [["rank", "tokens", "times even", "primaries", "copies of"]]
+    for rank, slots_S in enumerate(placement.by_rank[layer]):
+        primaries = slots_S[: placement.primaries_per_rank]
+        copies = [expert for expert in slots_S[placement.primaries_per_rank :] if expert != EMPTY]
+        rows.append(
+            [
+                str(rank),
+                f"{tokens_R[rank]:,.0f}",
+                f"{tokens_R[rank] / tokens_R.mean():.3f}" if tokens_R.any() else "-",
+                " ".join(map(str, primaries)),
+                " ".join(map(str, copies)) or "-",
+            ]
+        )
+    return rows

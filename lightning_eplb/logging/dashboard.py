@@ -1,0 +1,68 @@
+"""A dashboard of what ``EPLBCallback`` logs, for Weights & Biases.
+
+Imported by whoever asks for it: it needs the extra ``dashboard``.
+"""
+
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
+
+STEP = "trainer/global_step"
+"""The axis of all panels, which ``WandbLogger`` gives to all that it logs."""
+
+
+def build_dashboard(entity: str, project: str, name: str = "Expert load") -> ws.Workspace:
+    """Define the workspace. Nothing is sent; ``.save()`` on it does that.
+
+    Args:
+        entity: The user or team that the project is of.
+        project: The project, as in ``WandbLogger(project=...)``.
+        name: Of the workspace.
+
+    Returns:
+        Sections Balance (are the ranks level?), Experts (which experts are hot, where are they?) and Cost (what does
+        balancing take, and what does it save?).
+    """
+    balance = [
+        _lines("Balancedness: mean rank over fullest rank", "balancedness", "predicted_balancedness", range_y=(0, 1)),
+        _lines("Balancedness of the window", "window_balancedness", range_y=(0, 1)),
+        _lines("Fullest rank over mean rank", "max_over_mean"),
+        wr.LinePlot(title="Balancedness by layers", x=STEP, metric_regex="eplb/balancedness_layers/.*", range_y=(0, 1)),
+        _lines("Tokens of the mean and of the fullest rank", "avg_tokens", "max_tokens"),
+        _lines("Error of the forecast", "forecast_error"),
+        _pictures("Ranks, before and after", "rank_load"),
+    ]
+    experts = [
+        _lines("Hottest expert, times even", "hottest_expert"),
+        _lines("Experts without a token in the window", "dead_experts"),
+        _lines("Entropy of the experts' shares", "entropy", range_y=(0, 1)),
+        _lines("Tokens of an expert, times even", "load_histogram"),
+        _pictures("Experts of the model", "expert_load"),
+        _pictures("Slots of the ranks, before and after", "slot_load"),
+        wr.WeavePanelSummaryTable(table_name="eplb/placement"),
+    ]
+    cost = [
+        _lines("Seconds saved in a step, estimated", "saved_seconds"),
+        _lines("Rearrangements", "rearrangements"),
+        _lines("Experts moved by the latest rearrangement", "rearranged_rows"),
+        _lines("Bytes moved by it", "rearranged_bytes"),
+        _lines("Seconds that it took", "rearrange_seconds", "rearrange_plan_seconds", "rearrange_exchange_seconds"),
+        _lines("Redundant slots in use", "copies"),
+        _lines("Bytes of copies in a step", "copy_bytes"),
+        _lines("Seconds of planning in a step", "plan_seconds"),
+    ]
+    sections = {"Balance": balance, "Experts": experts, "Cost": cost}
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections.items()],
+        settings=ws.WorkspaceSettings(x_axis=STEP, ignore_outliers=False),
+    )
+
+
+def _lines(title: str, *names: str, range_y: tuple[float | None, float | None] = (None, None)) -> wr.LinePlot:
+    return wr.LinePlot(title=title, x=STEP, y=[f"eplb/{name}" for name in names], range_y=range_y)
+
+
+def _pictures(title: str, name: str) -> wr.MediaBrowser:
+    return wr.MediaBrowser(title=title, media_keys=[f"eplb/{name}"], num_columns=1)

@@ -1,0 +1,44 @@
+"""``dashboard`` saves the workspace, and says what to do where it can't."""
+
+import sys
+
+import pytest
+
+from lightning_eplb.cli import main
+
+WORDS = ["dashboard", "--entity", "team", "--project", "model"]
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list:
+    from wandb_workspaces.workspaces import Workspace
+
+    workspaces: list = []
+    monkeypatch.setattr(Workspace, "save", lambda workspace: workspaces.append(workspace))
+    monkeypatch.setattr(Workspace, "url", "https://address.of/the-workspace")
+    return workspaces
+
+
+def test_saved_and_told_where(saved: list, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "--name", "MoE"]) == 0
+    assert [(each.entity, each.project, each.name) for each in saved] == [("team", "model", "MoE")]
+    assert capsys.readouterr().out == "https://address.of/the-workspace\n"
+
+
+def test_refused(saved: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from wandb_workspaces.workspaces import Workspace
+
+    def refuse(workspace: Workspace) -> None:
+        raise PermissionError("no access to team")
+
+    monkeypatch.setattr(Workspace, "save", refuse)
+    assert main(WORDS) == 1
+    assert capsys.readouterr().err == "error: Weights & Biases did not take the dashboard: no access to team\n"
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_eplb.logging.dashboard", raising=False)
+    for name in ("wandb_workspaces", "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(WORDS) == 1
+    assert "pip install 'lightning-eplb[dashboard]'" in capsys.readouterr().err

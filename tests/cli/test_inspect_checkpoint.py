@@ -1,0 +1,95 @@
+"""``inspect`` shows what a run saved."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_eplb import EPLBCallback, ExpertPlacement
+from lightning_eplb.cli import main
+from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
+from tests.models import LanguageModel, hugging_face_model, loader, token_batches
+from tests.workers import Workers
+
+
+def train(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    callback = EPLBCallback(2, policy=ShufflePolicy(), step_interval=4, window_size=3)
+    checkpoint = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
+    trainer = trainer_for(2, max_steps=6, callbacks=[callback, checkpoint], enable_checkpointing=True)
+    trainer.fit(LanguageModel(hugging_face_model("mixtral"), "adamw"), loader(token_batches(50), SEQUENCES))
+    assert callback.balancer is not None
+    return callback.balancer.load.steps().numpy(), callback.balancer.placement.physical_to_logical
+
+
+def test_a_run(workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (window_WYL, slots_YP), _ = workers.run(2, train, str(tmp_path))
+    load_YL = window_WYL.sum(axis=0)
+    placement = ExpertPlacement(slots_YP, 8, 2)
+    assert main(["inspect", str(tmp_path / "last.ckpt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"optimizer step 6, 2 rearrangements, [\d.]+ MiB moved", lines[0])
+    assert lines[1] == "window: the last 3 steps, 2 layers of 8 experts"
+    assert lines[2] == "placement: 2 ranks, 2 redundant experts of each layer"
+    initial = ExpertPlacement.initial(2, 8, 2, 2)
+    for layer in range(2):
+        row = next(line for line in lines if line.startswith(f"{layer} ")).split()
+        assert int(row[1]) == load_YL[layer].argmax()
+        assert float(row[2]) == pytest.approx(load_YL[layer].max() / load_YL[layer].mean(), abs=0.005)
+        assert int(row[3]) == (load_YL[layer] == 0).sum()
+        assert 0.5 <= float(row[5]) <= 1
+        assert int(row[7]) == (placement.primary_rank[layer] != initial.primary_rank[layer]).sum()
+        assert int(row[8]) == placement.replica_count[layer].sum() - 8
+
+    assert main(["inspect", str(tmp_path / "last.ckpt"), "--layer", "1"]) == 0
+    text = capsys.readouterr().out
+    for rank in range(2):
+        primaries = " ".join(map(str, placement.by_rank[1, rank, :4]))
+        assert re.search(rf"^{rank} .*  {primaries}  ", text, re.MULTILINE)
+    assert main(["inspect", str(tmp_path / "last.ckpt"), "--layer", "2"]) == 2
+    assert "--layer 2 must be 0 to 1" in capsys.readouterr().err
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+STATE = {"window": torch.ones(2, 1, 4, dtype=torch.int64), "num_rearrangements": 0, "rearranged_bytes": 0}
+
+
+def test_a_sharded_checkpoint_and_one_without_a_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "meta.pt", {"callbacks": {"EPLBCallback": STATE}, "global_step": 2})
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "optimizer step 2" in text
+    assert "placement: not in this checkpoint" in text
+    assert main(["inspect", str(tmp_path), "--layer", "0"]) == 2
+
+
+class Code:
+    """Something that can't be read without running code."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"callbacks": {"ModelCheckpoint": {}}}, "has no state of an EPLBCallback"),
+        ({"state_dict": {}}, "has no state of an EPLBCallback"),
+        ([1, 2], "holds a list"),
+        ({"callbacks": Code()}, "without running code"),
+    ],
+)
+def test_other_files(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(saved(tmp_path / "other.ckpt", content))]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
+def test_no_checkpoint_at_all(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.ckpt").write_bytes(content)
+    assert main(["inspect", str(tmp_path / "text.ckpt")]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err

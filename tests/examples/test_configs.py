@@ -1,0 +1,63 @@
+"""Every recipe trains, shortened and on the CPU, and leaves what it says."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from lightning_eplb.cli import main
+from lightning_eplb.trace import read_trace
+from tests.examples.test_pretrain import REPOSITORY, run
+
+CONFIGS = REPOSITORY / "examples/configs"
+SMALL = """
+--trainer.max_steps=6 --trainer.val_check_interval=6 --trainer.limit_val_batches=1 --trainer.log_every_n_steps=1
+--model.width=32 --model.heads=2 --model.expert_width=32 --model.layers=2 --model.experts=16 --model.top_k=2
+--data.sequence_length=32 --data.batch_size=4 --data.validation_sequences=16
+"""
+
+
+def train(name: str, folder: Path, *others: str, ranks: int = 2) -> str:
+    """The recipe's own run, with what it writes in ``folder``, in as many CPU processes."""
+    config = re.sub(r"\bruns/", f"{folder}/", (CONFIGS / name).read_text())
+    if ranks > 1:
+        strategy = "{class_path: DDPStrategy, init_args: {process_group_backend: gloo}}"
+        config = config.replace("strategy: ddp", f"strategy: {strategy}")
+    (folder / name).write_text(config)
+    command = [sys.executable, str(REPOSITORY / "examples/pretrain.py"), "fit", "--config", str(folder / name)]
+    on_cpu = ["--trainer.accelerator=cpu", f"--trainer.devices={ranks}"]
+    return run([*command, *SMALL.split(), *on_cpu, *others], folder).stdout
+
+
+def test_every_recipe_is_tested_and_told() -> None:
+    names = {path.name for path in CONFIGS.glob("*.yaml")}
+    assert names == {"cpu.yaml", "one_node_ddp.yaml", "fine_tune.yaml", "monitor.yaml"}
+    readme = (REPOSITORY / "README.md").read_text()
+    for name in names:
+        assert f"examples/configs/{name}" in readme
+        assert yaml.safe_load((CONFIGS / name).read_text())["trainer"]["callbacks"]
+
+
+def test_one_node_and_a_fine_tuning_of_what_it_saved(tmp_path: Path) -> None:
+    output = train("one_node_ddp.yaml", tmp_path)
+    assert "6 steps on 2 ranks" in output
+    assert read_trace(tmp_path / "one_node/trace.npy").shape == (6, 2, 16)
+    saved = torch.load(tmp_path / "one_node/checkpoints/last.ckpt", weights_only=True)
+    assert saved["callbacks"]["EPLBCallback"]["num_steps"] == 6
+
+    output = train("fine_tune.yaml", tmp_path, "--model.learning_rate=0")
+    assert "6 steps on 2 ranks" in output
+    tuned = torch.load(tmp_path / "fine_tune/checkpoints/last.ckpt", weights_only=True)
+    for name, tensor in saved["state_dict"].items():
+        assert torch.equal(tensor, tuned["state_dict"][name]), name  # at a rate of 0 it is what it started from
+
+
+def test_monitor_and_then_a_report(tmp_path: Path) -> None:
+    output = train("monitor.yaml", tmp_path, ranks=1)
+    assert "balancedness" in output
+    trace = tmp_path / "monitor/trace.npy"
+    assert read_trace(trace).shape == (6, 2, 16)
+    assert main(["report", str(trace), "-o", str(tmp_path / "report.html"), "--step-interval", "4"]) == 0
+    assert (tmp_path / "report.html").exists()
