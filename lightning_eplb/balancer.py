@@ -309,6 +309,15 @@ class ExpertLoadBalancer:
             self.last_rearrangement = done
         return done
 
+    def reset(self) -> None:
+        """Move experts back to the placement that training starts from. Every rank must call it."""
+        num_redundant = self.placement.physical_to_logical.shape[1] - self.placement.num_logical_experts
+        self.rearrange(
+            ExpertPlacement.initial(
+                self.placement.num_layers, self.placement.num_logical_experts, self.placement.num_ranks, num_redundant
+            )
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Window and counters, as tensors and integers; the same on every rank, and nothing of the placement."""
         return {

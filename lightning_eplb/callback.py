@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, StepLoad, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
+from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.functional import rank_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load
 from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
@@ -134,7 +135,12 @@ class EPLBCallback(Callback):
         ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
         if not isinstance(ignored, _IgnoredByDDP):
             pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
-        if any(expert_layers(pl_module)) or isinstance(trainer.strategy, ExpertParallelStrategy):
+        if isinstance(trainer.strategy, ExpertParallelStrategy):
+            trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
+            return
+        if not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
+            trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
+        if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
         if not found and is_overridden("configure_model", pl_module):
@@ -264,6 +270,15 @@ class EPLBCallback(Callback):
                     " the place where they are, and they move; remove one of the two callbacks"
                 )
         return ep_size
+
+    def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
+        """Lightning loads a file right into the shards and takes them to be in the order of the unmodified model."""
+        if not any(expert_layers(pl_module)):
+            return
+        balancer = self.balancer
+        if balancer is None or balancer.model is not pl_module:
+            balancer = ExpertLoadBalancer(pl_module)
+        balancer.reset()
 
     def _ep_size_in(self, trainer: "pl.Trainer") -> int:
         if not isinstance(trainer.strategy, ExpertParallelStrategy):

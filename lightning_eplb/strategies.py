@@ -1,5 +1,6 @@
 """Lightning strategies: fully sharded data parallelism with expert parallelism inside."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +62,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self._ep_size = ep_size
+        self.before_loading: Callable[[], None] | None = None
+        """Called on all ranks before a checkpoint is loaded into the model; ``EPLBCallback`` sets it."""
         self.replicate_size = replicate_size
 
     @property
@@ -93,3 +96,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._device_mesh[names[:-1]]._flatten("data_parallel")
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+        if self.before_loading is not None:
+            self.before_loading()
+        return super().load_checkpoint(checkpoint_path, weights_only)
