@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -27,6 +27,7 @@ from lightning_eplb.logging.loggers import log_heatmaps, takes_pictures
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.trace import TraceWriter
@@ -91,7 +92,7 @@ class EPLBCallback(Callback):
     Note:
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
         them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were. So is ``precision="16-mixed"``: each rank would skip steps by its own overflows.
+        the place where they once were.
     """
 
     def __init__(
@@ -175,6 +176,8 @@ class EPLBCallback(Callback):
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
+            if self._scaler(trainer) is not None:
+                check_scaled_optimizer(optimizer)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
         _average_when_ddp_does(trainer.strategy.model, pl_module)
 
@@ -197,6 +200,14 @@ class EPLBCallback(Callback):
     ) -> None:
         assert self.balancer is not None
         self.balancer.record(True)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        assert self.balancer is not None
+        if (scaler := self._scaler(trainer)) is not None:
+            share_overflow(scaler, optimizer, self.balancer.groups)
 
     @override
     def on_train_batch_end(
@@ -237,6 +248,11 @@ class EPLBCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
 
+    def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
+        """The gradient scaler, where several ranks must agree about what it does."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and trainer.world_size > 1 else None
+
     def _check_trainer(self, trainer: "pl.Trainer") -> int:
         """The size of an EP group, once it is sure that trainer and arguments go together."""
         ep_size = self._ep_size_in(trainer)
@@ -257,12 +273,6 @@ class EPLBCallback(Callback):
                 " 'ddp' or lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
             )
         check_nodes(ep_size, trainer.num_devices)
-        if ep_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            assert isinstance(trainer.precision_plugin, MixedPrecision)
-            raise ValueError(
-                "precision='16-mixed' is not supported by EPLBCallback: every rank would skip steps by the overflows of"
-                " its own experts; 'bf16-mixed' would do"
-            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise ValueError(
