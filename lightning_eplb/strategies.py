@@ -4,12 +4,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE
 
 
@@ -30,6 +32,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
         strategy = ExpertParallelStrategy(ep_size=8)
         trainer = Trainer(strategy=strategy, devices=8, num_nodes=4, callbacks=[EPLBCallback(num_redundant_experts=8)])
+
+    A model that ``configure_model`` builds under ``torch.device("meta")`` gets its memory after it was sharded; let
+    ``Trainer.fit(ckpt_path=...)`` load its weights.
 
     Args:
         ep_size: Ranks that share the experts of a layer. ``None``: all that are not replicas.
@@ -96,6 +101,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._device_mesh[names[:-1]]._flatten("data_parallel")
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        assert self.model is not None
+        materialize(self.model, self.root_device)
+        super().setup(trainer)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

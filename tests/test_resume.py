@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eplb import ExpertParallelStrategy
 from lightning_eplb.parallel.shards import local_shard
@@ -80,6 +80,37 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
 def test_same_training_as_uninterrupted(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(ranks, resume, kind, ranks, redundant, str(half), seconds=SECONDS)
+    assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
+    for _, weights_of_rank in resumed:
+        assert largest_difference(weights_of_rank, weights) < TOLERANCE
+
+
+class BuiltOnMeta(ShardedLanguageModel):
+    """Never has memory for more than this rank's shards."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), "adamw", 2)
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, nn.Identity):
+            with torch.device("meta"):
+                self.model = hugging_face_model("mixtral")
+            super().configure_model()
+            assert all(parameter.is_meta for parameter in self.model.parameters())
+
+
+def resume_on_meta(path: str) -> tuple[list[float], dict[str, Tensor]]:
+    eplb = callback(4, 0)
+    eplb.num_redundant_experts = 2
+    trainer = trainer_for(4, ExpertParallelStrategy(ep_size=2), max_steps=STEPS, callbacks=[eplb])
+    module = BuiltOnMeta()
+    trainer.fit(module, batches(4), ckpt_path=path)
+    return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+
+
+def test_a_model_built_on_the_meta_device(half: Path, workers: Workers) -> None:
+    losses, weights = uninterrupted()
+    resumed = workers.run(4, resume_on_meta, str(half), seconds=SECONDS)
     assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
     for _, weights_of_rank in resumed:
         assert largest_difference(weights_of_rank, weights) < TOLERANCE
