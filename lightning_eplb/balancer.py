@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,94 +26,7 @@ from lightning_eplb.relocation.exchange import relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class StepLoad:
-    """One optimizer step's load, as the ranks served it. Tokens are summed over layers.
-
-    Where one rank holds all experts, each expert counts as if it were alone on a rank.
-
-    Attributes:
-        load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
-        avg_tokens_by_layer: Mean over ranks, ``[Y]`` float64.
-        max_tokens_by_layer: The fullest rank of each layer in each forward, ``[Y]`` int64.
-        num_copies: Redundant slots that held an expert, in each forward.
-        copy_bytes: Their weights out and gradients home, over all ranks; not those that recomputation sends again.
-        plan_seconds: What this rank's host took to choose copies and to divide the tokens among them.
-        rearrangement: What was decided after it, if that was due.
-    """
-
-    load: Tensor
-    avg_tokens_by_layer: Tensor
-    max_tokens_by_layer: Tensor
-    num_copies: int = 0
-    copy_bytes: int = 0
-    plan_seconds: float = 0.0
-    rearrangement: "Rearrangement | None" = None
-
-    @property
-    def avg_tokens(self) -> float:
-        """Mean over ranks."""
-        return float(self.avg_tokens_by_layer.sum())
-
-    @property
-    def max_tokens(self) -> float:
-        """The fullest rank of each layer in each forward."""
-        return float(self.max_tokens_by_layer.sum())
-
-    @property
-    def balancedness(self) -> float:
-        """``avg_tokens / max_tokens``."""
-        return self.avg_tokens / self.max_tokens
-
-    def balancedness_by_group(self, most: int = 4) -> dict[tuple[int, int], float]:
-        """Of groups of successive layers, by the first and the last of each; ``most`` groups at most."""
-        size = -(-len(self.load) // most)
-        bounds = [(first, min(first + size, len(self.load)) - 1) for first in range(0, len(self.load), size)]
-        sums = {
-            (a, b): (self.avg_tokens_by_layer[a : b + 1].sum(), self.max_tokens_by_layer[a : b + 1].sum())
-            for a, b in bounds
-        }
-        return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
-
-
-@dataclass(frozen=True)
-class Rearrangement:
-    """What was decided between two steps, and done. Where ``before == after``, nothing was worth a change.
-
-    Attributes:
-        before: The placement that it found.
-        after: The placement that it left.
-        load: The window that it was decided on, ``[Y, L]`` int64.
-        num_layers: Layers in which a primary changed its place.
-        num_rows: Primaries that changed ranks, in one EP group.
-        num_copies: Redundant slots that hold another expert than before, or none any more.
-        num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
-        seconds: From the decision to the end, on this rank.
-        predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
-            nothing was.
-    """
-
-    before: ExpertPlacement
-    after: ExpertPlacement
-    load: np.ndarray
-    num_layers: int
-    num_rows: int
-    num_copies: int
-    num_bytes: int
-    seconds: float
-    predicted_balancedness: float | None = None
-
-    @property
-    def balancedness_before(self) -> float:
-        """Of the window, had the old placement served it at once."""
-        return balancedness(level_tokens(self.load, self.before.by_rank))
-
-    @property
-    def balancedness_after(self) -> float:
-        """Of the window, had the new placement served it at once."""
-        return balancedness(level_tokens(self.load, self.after.by_rank))
+from lightning_eplb.steps import Rearrangement, StepLoad
 
 
 class ExpertLoadBalancer:
@@ -199,6 +112,10 @@ class ExpertLoadBalancer:
         """Optimizer steps in which the experts got a token."""
         self.num_rearrangements = 0
         """Decisions that changed the placement."""
+        self.rearranged_rows = 0
+        """Primaries that changed ranks in all rearrangements, in one EP group."""
+        self.rearrange_seconds = 0.0
+        """What all decisions took on this rank, those that moved nothing included."""
         self.rearranged_bytes = 0
         """Bytes that crossed ranks in all rearrangements, over all ranks."""
         self.last_rearrangement: Rearrangement | None = None
@@ -286,10 +203,13 @@ class ExpertLoadBalancer:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
         outlook = self._outlook(with_gradients) if placement is None else None
         after, capacity = self._agree(placement, outlook)
+        decided = time.perf_counter()
         plan = plan_relocation(before, after)
         moved = {moves.layer: self._tensors(moves.layer, with_gradients) for moves in plan}
         self._compare_digests(after, moved)
+        agreed = time.perf_counter()
         num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
+        exchanged = time.perf_counter()
         self._adopt(after, capacity)
         done = Rearrangement(
             before=before,
@@ -300,11 +220,15 @@ class ExpertLoadBalancer:
             num_copies=_changed_copies(before, after),
             num_bytes=num_bytes * self.groups.num_replicas,
             seconds=time.perf_counter() - start,
+            plan_seconds=decided - start,
+            exchange_seconds=exchanged - agreed,
             predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
         )
         self.predicted_balancedness = done.predicted_balancedness
+        self.rearrange_seconds += done.seconds
         if before != after:
             self.num_rearrangements += 1
+            self.rearranged_rows += done.num_rows
             self.rearranged_bytes += done.num_bytes
             self.last_rearrangement = done
         return done
@@ -318,14 +242,45 @@ class ExpertLoadBalancer:
             )
         )
 
+    def window_balancedness(self) -> float:
+        """Of the window's load, had the present placement served it at once."""
+        values = self.load.compute()
+        if self.groups.size == 1:
+            return float(values["balancedness"])
+        return balancedness(level_tokens(values["load"].cpu().numpy(), self.placement.by_rank))
+
+    def seconds_saved(self, step: StepLoad) -> float | None:
+        """Estimate of what the experts' part of a step took less than under plain expert parallelism.
+
+        Plain is: the experts where training starts with them, without copies. The estimate is the tokens that the
+        fullest ranks served less, times the seconds that a token takes as measured in the first step, which is rounded
+        to a power of two. It is too low where gradients are accumulated or there are several EP groups, as the plain
+        ranks are looked at over all of these together.
+
+        Returns:
+            Seconds, below zero where plain were better; ``None`` where one rank holds all experts, or before the first
+            step.
+        """
+        if self._speed is None:
+            return None
+        per_group_YR = step.load.view(len(step.load), self.groups.size, -1).sum(dim=2)
+        plain = float(per_group_YR.max(dim=1).values.sum())
+        return (plain - step.max_tokens) / self.groups.num_replicas * self._speed.seconds_per_token
+
     def state_dict(self) -> dict[str, Any]:
-        """Window and counters, as tensors and integers; the same on every rank, and nothing of the placement."""
+        """Window and counters, as tensors and numbers, the same on every rank.
+
+        The placement is there to be looked at: a resumed run plans its own, by the window.
+        """
         return {
             "window": self.load.steps().cpu(),
             "num_steps": self.num_steps,
             "steps_to_go": self._schedule.steps_to_go,
             "num_rearrangements": self.num_rearrangements,
+            "rearranged_rows": self.rearranged_rows,
             "rearranged_bytes": self.rearranged_bytes,
+            "num_ranks": self.groups.size,
+            "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,6 +300,7 @@ class ExpertLoadBalancer:
             self.load.update(load_YL)
         self.num_steps = state["num_steps"]
         self.num_rearrangements = state["num_rearrangements"]
+        self.rearranged_rows = state.get("rearranged_rows", 0)  # states of version 0.1 may lack it
         self.rearranged_bytes = state["rearranged_bytes"]
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, StepLoad, check_redundancy
+from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.functional import rank_tokens
@@ -29,6 +29,8 @@ from lightning_eplb.parallel.convert import check_experts, expert_layers, find_e
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
+from lightning_eplb.scalars import scalars_of
+from lightning_eplb.steps import Rearrangement
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.trace import TraceWriter
 
@@ -45,18 +47,8 @@ class EPLBCallback(Callback):
     ``configure_model`` must be converted there, by :func:`~lightning_eplb.parallelize_experts`; the callback adopts it.
     Any Hugging Face MoE model will do, and any module that follows the protocol described there.
 
-    Logged whenever loggers write (``Trainer(log_every_n_steps=...)``), of that step, tokens summed over layers:
-
-    - ``eplb/balancedness``: mean over ranks of the tokens they served, divided by the fullest rank's; 1 is perfect.
-    - ``eplb/avg_tokens``, ``eplb/max_tokens``: those two.
-    - ``eplb/balancedness_layers/A-B``: the same ratio for each of up to four groups of layers.
-    - ``eplb/predicted_balancedness``: what the latest decision expected it to be from then on.
-    - ``eplb/copies``: redundant slots that held an expert, over layers and forward passes.
-    - ``eplb/copy_bytes``: their weights out and their gradients home, over all ranks.
-    - ``eplb/plan_seconds``: what the host took to choose copies and to divide the tokens among them, on rank 0.
-    - ``eplb/rearrangements``: how many there were that changed the placement.
-    - ``eplb/rearrange_seconds``, ``eplb/rearranged_bytes``: time and traffic of the latest one.
-    - ``eplb/forecast_error``: how far the load was from what the latest decision but one had expected, 0 is exact.
+    Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``);
+    :data:`lightning_eplb.scalars.SCALARS` says what each means.
 
     The progress bar shows ``balancedness`` of every step. A ``WandbLogger`` gets a heatmap of experts and one of ranks
     with each rearrangement.
@@ -230,7 +222,7 @@ class EPLBCallback(Callback):
         if trainer.progress_bar_callback is not None:
             pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
         if self._is_logged(trainer, pl_module):
-            pl_module.log_dict(self._values(load))
+            pl_module.log_dict(scalars_of(self.balancer, load))
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -331,29 +323,6 @@ class EPLBCallback(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Under manual optimization Lightning counts batches, which `global_step` doesn't tell.
         return not pl_module.automatic_optimization or (every > 0 and trainer.global_step % every == 0)
-
-    def _values(self, load: StepLoad) -> dict[str, float]:
-        assert self.balancer is not None
-        values = {
-            "eplb/balancedness": load.balancedness,
-            "eplb/avg_tokens": load.avg_tokens,
-            "eplb/max_tokens": load.max_tokens,
-            "eplb/copies": float(load.num_copies),
-            "eplb/copy_bytes": float(load.copy_bytes),
-            "eplb/plan_seconds": load.plan_seconds,
-            "eplb/rearrangements": float(self.balancer.num_rearrangements),
-        }
-        if (latest := self.balancer.last_rearrangement) is not None:
-            values["eplb/rearrange_seconds"] = latest.seconds
-            values["eplb/rearranged_bytes"] = float(latest.num_bytes)
-        if len(load.load) > 1:
-            for (first, last), value in load.balancedness_by_group().items():
-                values[f"eplb/balancedness_layers/{first}-{last}"] = value
-        if self.balancer.predicted_balancedness is not None:
-            values["eplb/predicted_balancedness"] = self.balancer.predicted_balancedness
-        if self.balancer.forecast_error is not None:
-            values["eplb/forecast_error"] = self.balancer.forecast_error
-        return values
 
     def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
         if done.before == done.after:

@@ -69,6 +69,47 @@ def balancedness(tokens_YR: Any) -> float:
     return _balancedness(np.atleast_2d(tokens))
 
 
+def hottest_share(load_YL: Any) -> float:
+    """Tokens of the hottest expert over the mean of its layer's experts, in the layer where that is most.
+
+    Args:
+        load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
+
+    Returns:
+        The ratio, in ``[1, L]``; 1.0 when there are no tokens at all.
+
+    Example:
+        >>> hottest_share([[3, 3, 3, 3], [6, 1, 1, 0]])
+        3.0
+    """
+    load = _to_float64(load_YL)
+    mean_Y = load.mean(axis=1)
+    return float((load.max(axis=1)[mean_Y > 0] / mean_Y[mean_Y > 0]).max(initial=1.0))
+
+
+def load_entropy(load_YL: Any) -> float:
+    """How evenly tokens are spread over experts: entropy of the experts' shares over that of even ones.
+
+    Args:
+        load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
+
+    Returns:
+        ``-sum(p log p) / log L``, the mean over the layers that have tokens: 1 is even, 0 is all tokens to one expert
+        of each layer; 1.0 when there are no tokens at all, or only one expert.
+
+    Example:
+        >>> load_entropy([[3, 3, 3, 3], [8, 0, 0, 0]])
+        0.5
+    """
+    load = _to_float64(load_YL)
+    load = load[load.sum(axis=1) > 0]
+    if not len(load) or load.shape[1] == 1:
+        return 1.0
+    share_YL = load / load.sum(axis=1, keepdims=True)
+    summands_YL = share_YL * np.log(share_YL, out=np.zeros_like(share_YL), where=share_YL > 0)
+    return float((-summands_YL.sum(axis=1) / np.log(load.shape[1])).mean())
+
+
 @compiled
 def _add_shares(share_YL, slots_YRS, tokens_YR):
     for layer, rank, slot in np.ndindex(slots_YRS.shape):

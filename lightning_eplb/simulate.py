@@ -4,7 +4,7 @@ Shape suffixes: ``W`` steps, ``Y`` MoE layers, ``L`` logical experts, ``R`` rank
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,28 +27,71 @@ nodes, a move takes as long as 2,100 tokens, or 10,700, whatever ``p`` is.
 
 
 @dataclass(frozen=True)
+class Decision:
+    """One decision of a policy, and what it moved.
+
+    Attributes:
+        first_step: The first step that ran on what was decided.
+        num_layers: Layers in which a primary changed its place.
+        rows_within_nodes: Primaries that changed ranks within a node, in all layers.
+        rows_between_nodes: Primaries that changed nodes.
+        planning_seconds: What the policy took to decide.
+    """
+
+    first_step: int
+    num_layers: int
+    rows_within_nodes: int
+    rows_between_nodes: int
+    planning_seconds: float
+
+    @property
+    def rows_moved(self) -> int:
+        """Primaries that changed ranks."""
+        return self.rows_within_nodes + self.rows_between_nodes
+
+
+@dataclass(frozen=True)
 class Replay:
     """What one policy made of a load.
 
     Attributes:
         name: Of the policy.
         balancedness: Of every step, ``[W]``, on the placement that was in force. NaN for a step without a token.
-        first_decided: The first step that ran on a decided placement.
-        max_tokens: Tokens of the fullest rank in every step, ``[W]``, summed over layers.
-        rows_within_nodes: Primaries that changed ranks within a node, in all layers and all decisions.
-        rows_between_nodes: Primaries that changed nodes.
-        planning_seconds: Of every decision.
+        max_tokens_by_layer: Tokens of the fullest rank of every step and layer, ``[W, Y]`` float64.
+        decisions: In their order.
         forecast_errors: Of every decision but the last, see :meth:`lightning_eplb.forecast.Forecast.error`.
     """
 
     name: str
     balancedness: np.ndarray
-    first_decided: int
-    max_tokens: np.ndarray
-    rows_within_nodes: int
-    rows_between_nodes: int
-    planning_seconds: tuple[float, ...]
+    max_tokens_by_layer: np.ndarray
+    decisions: tuple[Decision, ...]
     forecast_errors: tuple[float, ...]
+
+    @property
+    def first_decided(self) -> int:
+        """The first step that ran on a decided placement; the number of steps where nothing was decided."""
+        return self.decisions[0].first_step if self.decisions else len(self.balancedness)
+
+    @property
+    def max_tokens(self) -> np.ndarray:
+        """Tokens of the fullest rank in every step, ``[W]``, summed over layers."""
+        return self.max_tokens_by_layer.sum(axis=1)
+
+    @property
+    def rows_within_nodes(self) -> int:
+        """Primaries that changed ranks within a node, in all layers and all decisions."""
+        return sum(decision.rows_within_nodes for decision in self.decisions)
+
+    @property
+    def rows_between_nodes(self) -> int:
+        """Primaries that changed nodes."""
+        return sum(decision.rows_between_nodes for decision in self.decisions)
+
+    @property
+    def planning_seconds(self) -> tuple[float, ...]:
+        """Of every decision."""
+        return tuple(decision.planning_seconds for decision in self.decisions)
 
     @property
     def rows_moved(self) -> int:
@@ -74,6 +117,7 @@ def replay(
     split: str = "level",
     costs: Costs = DEFAULT_COSTS,
     name: str = "",
+    after_step: Callable[[], object] | None = None,
 ) -> Replay:
     """Let ``policy`` rearrange a load's experts as ``EPLBCallback`` would.
 
@@ -88,6 +132,7 @@ def replay(
         split: How the tokens of an expert are divided among its copies: ``"even"`` or ``"level"``, in each step anew.
         costs: What the policy is told that moves cost.
         name: Of the policy, for the result.
+        after_step: Called after each step, to show progress.
 
     Raises:
         ValueError: A number does not fit the load or another number.
@@ -103,19 +148,20 @@ def replay(
     placement = ExpertPlacement.initial(layers, experts, num_ranks, num_redundant_experts)
     policy.warm_up(placement)
     schedule = Schedule(step_interval)
-    seconds: list[float] = []
+    decisions: list[Decision] = []
     errors: list[float] = []
-    rows_within = rows_between = 0
-    first_decided, decided_after = steps, 0
+    decided_after = 0
     expected: Forecast | None = None
-    levels_W, max_tokens_W = np.full(steps, np.nan), np.zeros(steps)
+    levels_W, max_tokens_WY = np.full(steps, np.nan), np.zeros((steps, layers))
     seen: list[np.ndarray] = []
     for step, load_YL in enumerate(load_WYL):
+        if after_step is not None:
+            after_step()
         if not load_YL.any():
             continue
         tokens_YR = level_tokens(load_YL, placement.by_rank) if split == "level" else rank_tokens(load_YL, placement)
         levels_W[step] = balancedness(tokens_YR)
-        max_tokens_W[step] = tokens_YR.max(axis=1).sum()
+        max_tokens_WY[step] = tokens_YR.max(axis=1)
         seen.append(load_YL)
         if not schedule.step(levels_W[step]):
             continue
@@ -126,13 +172,13 @@ def replay(
         outlook = Outlook(window_WYL.sum(axis=0), len(window_WYL), expected, step_interval, costs)
         start = time.perf_counter()
         decided = policy.look_ahead(outlook, placement, topology)
-        seconds.append(time.perf_counter() - start)
-        for moves in plan_relocation(placement, decided):
-            is_between = node_R[moves.source_rank] != node_R[moves.target_rank]
-            rows_between += int(is_between.sum())
-            rows_within += moves.num_rows_between_ranks - int(is_between.sum())
-        placement, first_decided = decided, min(first_decided, step + 1)
-    return Replay(name, levels_W, first_decided, max_tokens_W, rows_within, rows_between, tuple(seconds), tuple(errors))
+        seconds = time.perf_counter() - start
+        plan = plan_relocation(placement, decided)
+        between = sum(int((node_R[moves.source_rank] != node_R[moves.target_rank]).sum()) for moves in plan)
+        within = sum(moves.num_rows_between_ranks for moves in plan) - between
+        decisions.append(Decision(step + 1, len(plan), within, between, seconds))
+        placement = decided
+    return Replay(name, levels_W, max_tokens_WY, tuple(decisions), tuple(errors))
 
 
 def speed_up(of: Replay, over: Replay) -> float:

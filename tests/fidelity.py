@@ -39,6 +39,8 @@ class Case:
     top_k: int = 2
     ep_size: int | None = None
     redundancy: Literal["window", "batch"] = "window"
+    checkpointing: Literal["off", "reentrant", "non-reentrant"] = "off"
+    """Of activations."""
     replicas: int | None = None
     """Under ``ExpertParallelStrategy`` with so many; None is DDP."""
 
@@ -49,6 +51,7 @@ class Case:
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + (f"-fsdp{self.replicas}" if self.replicas else "")
             + ("-batch" if self.redundancy == "batch" else "")
+            + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
         )
 
 
@@ -138,6 +141,8 @@ def reference(case: Case) -> Outcome:
 def distributed(case: Case) -> Outcome:
     """On every worker: Lightning, experts spread over the ranks and shuffled after every step."""
     model, redundant = hugging_face_model(case.model, top_k=case.top_k), case.redundant * case.ranks
+    if case.checkpointing != "off":
+        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     module, strategy = LanguageModel(model, case.optimizer), None
     if case.replicas is not None:
         module = ShardedLanguageModel(model, case.optimizer, redundant)

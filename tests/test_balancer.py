@@ -19,10 +19,10 @@ from lightning_eplb import (
     StaticPolicy,
     parallelize_experts,
 )
-from lightning_eplb.balancer import StepLoad
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.split import split_tokens
+from lightning_eplb.steps import StepLoad
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 
@@ -289,17 +289,36 @@ def test_capacity_is_read_from_rank_zero(
         assert step.balancedness == 40 / max(tokens)
 
 
-def decided_with_costs(costs: Costs) -> list[bool]:
+def decided_with_costs(costs: Costs) -> list[tuple[int, int]]:
+    """Primaries that moved and copies that were kept, in each decision."""
     _, decisions = steered([SKEWED] * 6, {"step_interval": 4}, costs=costs if dist.get_rank() == 0 else None)
-    return [done.before == done.after for _, done in decisions]
+    return [(done.num_rows, int((done.after.replica_count - 1).sum())) for _, done in decisions]
 
 
 def test_costs_are_read_from_rank_zero(workers: Workers) -> None:
-    """Where nothing is for free, nothing pays; the decision is still one."""
-    free, dear = (workers.run(2, decided_with_costs, Costs(1.0, cost, cost, cost)) for cost in (0.0, 1e9))
-    assert free[0] == free[1]
-    assert not free[0][0]
-    assert dear == [[True, True]] * 2
+    """Where moves are free and copies are not, two primaries change ranks; where it is the other way round, none."""
+    dear = 1e9
+    for costs, moved, copies in (
+        (Costs(1.0, 0.0, 0.0, dear), 2, 0),
+        (Costs(1.0, dear, dear, 0.0), 0, 1),
+        (Costs(1.0, dear, dear, dear), 0, 0),
+    ):
+        for first, second in workers.run(2, decided_with_costs, costs):
+            assert first == (moved, copies)
+            assert second == (0, copies)
+
+
+def copies_of_an_even_router() -> list[tuple[int, int]]:
+    balancer, decisions = steered([LEVEL] * 6, {"step_interval": 4}, costs=Costs(1.0, copy=5.0))
+    assert balancer.last_step is not None
+    assert balancer.last_step.num_copies == balancer.last_step.copy_bytes == 0
+    return [
+        (int((done.before.replica_count - 1).sum()), int((done.after.replica_count - 1).sum())) for _, done in decisions
+    ]
+
+
+def test_an_even_router_pays_for_no_copies_after_the_first_decision(workers: Workers) -> None:
+    assert workers.run(2, copies_of_an_even_router) == [[(2, 0), (0, 0)]] * 2
 
 
 def when_the_load_drifts() -> tuple[list[int], list[int]]:
@@ -380,6 +399,51 @@ def test_the_floor_of_copies_is_measured_after_the_first_step(workers: Workers) 
     first, second = workers.run(2, copies_of_steps, "batch", None)
     assert first == second
     assert first[0] == (1, 1.0)
+
+
+def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
+    """What each decision expects, and what the steps until the next one had."""
+    found: list[tuple[float | None, list[float]]] = []
+
+    class Watched(ExpertLoadBalancer):
+        def step(self, **kwargs: Any) -> StepLoad | None:
+            served = super().step(**kwargs)
+            assert served is not None
+            if found:
+                found[-1][1].append(served.balancedness)
+            if served.rearrangement is not None:
+                assert self.predicted_balancedness == served.rearrangement.predicted_balancedness
+                found.append((self.predicted_balancedness, []))
+            return served
+
+    arguments = {"policy": StaticPolicy(), "redundancy": redundancy, "step_interval": 4, "min_tokens_per_copy": 1}
+    with patch(f"{__name__}.ExpertLoadBalancer", Watched):
+        steered([SKEWED] * 10, arguments)
+    return found
+
+
+@pytest.mark.parametrize("redundancy", ["window", "batch"])
+def test_a_load_that_stays_is_predicted_exactly(redundancy: str, workers: Workers) -> None:
+    """Copies of the placement, and copies that the batch will choose."""
+    for found in workers.run(2, predictions, redundancy):
+        assert len(found) == 3
+        for predicted, achieved in found:
+            assert achieved
+            assert achieved == [pytest.approx(predicted)] * len(achieved)
+
+
+def placements_by_batch() -> list[ExpertPlacement]:
+    balancer, decisions = steered(
+        [SKEWED] * 6, {"policy": ShufflePolicy(), "redundancy": "batch", "step_interval": 4}, costs=FREE
+    )
+    return [balancer.placement, *(done.after for _, done in decisions)]
+
+
+def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Workers) -> None:
+    for placements in workers.run(2, placements_by_batch):
+        assert len(placements) == 3
+        for placement in placements:
+            assert placement == placement.without_copies()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ SETTINGS = {
     "clip": ["off", "norm", "value"],
     "optimizer": ["adamw", "sgd"],
     "redundancy": ["window", "batch"],
+    "checkpointing": ["off", "reentrant", "non-reentrant"],
 }
 CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
 WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]

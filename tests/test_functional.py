@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.functional import balancedness, hottest_share, load_entropy, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 
 PLACEMENT = ExpertPlacement([[0, 1, 2, 2, 3, -1], [3, 0, 2, 1, 2, 0]], num_logical_experts=4, num_ranks=2)
@@ -52,3 +52,16 @@ def test_balancedness_leaves_its_argument_alone():
 def test_balancedness_refuses_other_dimensions(shape):
     with pytest.raises(ValueError, match="tokens_YR has shape"):
         balancedness(np.ones(shape))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_hottest_and_entropy_by_hand(kind):
+    load_YL = kind([[4, 4, 4, 4], [0, 0, 0, 0], [10, 10, 0, 0]])
+    assert hottest_share(load_YL) == 2.0
+    assert load_entropy(load_YL) == pytest.approx((1 + 0.5) / 2)  # the layer without tokens is none
+
+
+def test_hottest_and_entropy_of_nothing_and_of_one():
+    assert (hottest_share(np.zeros((2, 4))), load_entropy(np.zeros((2, 4)))) == (1.0, 1.0)
+    assert (hottest_share([[7], [1]]), load_entropy([[7], [1]])) == (1.0, 1.0)
+    assert (hottest_share([[0, 9, 0]]), load_entropy([[0, 9, 0]])) == (3.0, 0.0)

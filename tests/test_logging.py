@@ -8,13 +8,16 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_eplb import EPLBCallback
+from lightning_eplb.scalars import SCALARS
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.logging.offline_run import image_paths, read_history, run_dirs
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.workers import Workers
 
 STEPS = 6
-SCALARS = ["balancedness", "avg_tokens", "max_tokens", "rearrangements", "rearrange_seconds", "rearranged_bytes"]
+LAYER_GROUPS = ["eplb/balancedness_layers/0-0", "eplb/balancedness_layers/1-1"]
+PICTURES = ["eplb/expert_load", "eplb/rank_load"]
+NAMES = {*SCALARS, *LAYER_GROUPS} - {"eplb/balancedness_layers/A-B"}
 
 
 def train(folder: str) -> list[int]:
@@ -38,8 +41,7 @@ def test_names_pictures_and_silence_above_rank_zero(workers: Workers, tmp_path: 
     assert workers.run(2, train, str(tmp_path)) == [[2], [2]]
     (run,) = run_dirs(tmp_path / "rank0")
     history = read_history(run)
-    for name in SCALARS:
-        assert any(f"eplb/{name}" in row for row in history), name
+    assert {name for row in history for name in row if name.startswith("eplb/")} == {*NAMES, *PICTURES}
     for name in ("eplb/expert_load", "eplb/rank_load"):
         rows = [row for row in history if name in row]
         assert [row["trainer/global_step"] for row in rows] == [0, 4]
@@ -51,5 +53,5 @@ def test_names_pictures_and_silence_above_rank_zero(workers: Workers, tmp_path: 
 
     with open(tmp_path / "rank0" / "csv" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert all(rows[-1][f"eplb/{name}"] for name in SCALARS)
+    assert all(rows[-1][name] for name in NAMES)
     assert [path for path in (tmp_path / "rank1").rglob("*") if path.is_file()] == []

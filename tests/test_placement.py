@@ -96,6 +96,16 @@ def test_initial_placement_by_hand():
     assert ExpertPlacement.initial(1, 2, 1, 2).physical_to_logical.tolist() == [[0, 1, -1, -1]]
 
 
+@settings(max_examples=50, deadline=None)
+@given(placements())
+def test_without_copies_the_primaries_stay(placement):
+    bare = placement.without_copies()
+    assert np.array_equal(bare.primary_slot, placement.primary_slot)
+    assert (bare.replica_count == 1).all()
+    assert bare.physical_to_logical.shape == placement.physical_to_logical.shape
+    assert bare.without_copies() == bare
+
+
 def test_the_given_array_is_copied():
     given_slots = np.array([[0, 1, 2, 3]])
     placement = ExpertPlacement(given_slots, 4, 2)

@@ -10,6 +10,7 @@ import yaml
 
 from lightning_eplb import EPLBCallback
 from lightning_eplb.parallel.convert import find_experts
+from lightning_eplb.scalars import SCALARS
 from tests.test_cli import callback_from
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -50,3 +51,8 @@ def test_every_argument_is_in_the_table() -> None:
 def test_files_that_commands_name_exist() -> None:
     for path in re.findall(r"\b(?:examples|tests)/[\w/.]+\.(?:py|yaml)", README):
         assert (Path(__file__).parents[1] / path).exists(), path
+
+
+def test_every_scalar_is_in_the_table() -> None:
+    for name, (unit, meaning) in SCALARS.items():
+        assert f"| `{name}` | {unit} | {meaning} |" in README.splitlines()

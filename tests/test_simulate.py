@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_eplb import BalancedPolicy, ExpertPlacement, StaticPolicy
-from lightning_eplb.__main__ import main
+from lightning_eplb.cli import main
 from lightning_eplb.simulate import draw_over_time, replay, speed_up
 from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.trace import TraceWriter

@@ -44,7 +44,9 @@ class ExpertGroups:
 
     @classmethod
     def create(cls, group: dist.ProcessGroup | None = None) -> "ExpertGroups":
-        """Make the groups. Every rank of the default group must call this, with its own EP group.
+        """Make the groups, or find those that were made for the same ranks: each has threads and buffers of its own.
+
+        Every rank of the default group must call this, with its own EP group.
 
         Args:
             group: The ranks that share experts; ``None`` for all. The EP groups of all ranks must be equally large.
@@ -54,10 +56,17 @@ class ExpertGroups:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        assert isinstance(control, dist.ProcessGroup)
+        made = _Made.under_default_group()
+        control = made.control
         mine = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         ep_groups = _ep_groups(mine, control)
+        key = tuple(tuple(ranks) for ranks in ep_groups)
+        if key not in made.of_ranks:
+            made.of_ranks[key] = cls._new(mine, ep_groups, control)
+        return made.of_ranks[key]
+
+    @classmethod
+    def _new(cls, mine: list[int], ep_groups: list[list[int]], control: dist.ProcessGroup) -> "ExpertGroups":
         nodes = _node_of_rank(mine, control)
         size, rank = len(mine), mine.index(dist.get_rank())
         if size == 1:
@@ -65,6 +74,32 @@ class ExpertGroups:
         exchange = _own_group(ep_groups)
         replicas = _own_group([list(ranks) for ranks in zip(*ep_groups, strict=True)]) if len(ep_groups) > 1 else None
         return cls(rank, size, exchange, replicas, len(ep_groups), control, nodes)
+
+
+class _Made:
+    """The groups that were made while the default group was this one.
+
+    Attributes:
+        control: Of all ranks.
+        of_ranks: By the ranks of all EP groups.
+    """
+
+    latest: "_Made | None" = None
+
+    def __init__(self, default: dist.ProcessGroup) -> None:
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup)
+        self.default = default
+        self.control = control
+        self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
+
+    @classmethod
+    def under_default_group(cls) -> "_Made":
+        default = dist.group.WORLD
+        assert default is not None
+        if cls.latest is None or cls.latest.default is not default:
+            cls.latest = cls(default)
+        return cls.latest
 
 
 def check_nodes(ep_size: int, ranks_a_node: int) -> None:

@@ -1,0 +1,66 @@
+"""``report``: a load and its replays as a page."""
+
+import argparse
+from pathlib import Path
+
+from lightning_eplb.cli.error import CommandError
+from lightning_eplb.cli.load import add_load_arguments, num_replays, progress, read_load, replay_policies
+from lightning_eplb.report import prepare, render
+from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes
+
+HELP = "show a load, and what balancing makes of it, as a page for the browser"
+DESCRIPTION = """\
+Write one HTML file that shows the load that EPLBCallback(trace=...) recorded:
+over time by layer and by expert, how level the ranks are before and after
+balancing, what it moves, and what other sizes of cluster would bring. The file
+is complete in itself; nothing is fetched when it is opened."""
+EPILOG = """\
+for example:
+  %(prog)s trace.npy -o report.html --ep-size 8 --num-redundant-experts 8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="where to (report.html)"
+    )
+    add_load_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    load_WYL, source = read_load(arguments)
+    steps, _, experts = load_WYL.shape
+    sizes = sizes_to_try(experts, arguments.ep_size)
+    others = len(sizes) + len({ranks for ranks, _ in sizes})
+    with progress(
+        steps * num_replays(arguments) + others * len(last_steps(load_WYL, arguments.step_interval)), "replaying"
+    ) as bar:
+        static, replays = replay_policies(load_WYL, arguments, bar.update)
+        deciding = {"window_size": arguments.window_size, "step_interval": arguments.step_interval}
+        found = try_other_sizes(
+            load_WYL,
+            sizes,
+            num_ranks=arguments.ep_size,
+            num_nodes=arguments.num_nodes,
+            after_step=bar.update,
+            **deciding,
+        )
+    content = prepare(
+        load_WYL,
+        replays,
+        static,
+        source=Path(source).name,
+        num_ranks=arguments.ep_size,
+        other_sizes=found,
+        num_redundant_experts=arguments.num_redundant_experts,
+        num_nodes=arguments.num_nodes,
+        **deciding,
+    )
+    page = render(content)
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{arguments.output} can't be written: {error.strerror}") from error
+    print(f"{arguments.output}: {len(page.encode()) / 2**20:.2f} MiB, open it in a browser")
+    return 0

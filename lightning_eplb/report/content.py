@@ -1,0 +1,186 @@
+"""What a report says, as numbers: a load and its replays, with time in bins so that the page stays small.
+
+Shape suffixes: ``W`` steps, ``B`` bins of steps, ``Y`` MoE layers, ``L`` logical experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_eplb.policies import BalancedPolicy, StaticPolicy
+from lightning_eplb.simulate import Replay, replay, speed_up
+
+MOST_BINS = 160
+"""A screen has no room for more columns."""
+MOST_CELLS = 1_500_000
+"""Of the maps of all layers' experts together: large models get fewer bins, so that a page stays below 2 MB."""
+GRID_STEPS = 1_000
+"""The other sizes are tried on so many of the last steps: a report must not take minutes."""
+
+
+@dataclass(frozen=True)
+class OtherSize:
+    """What the load would be on another number of ranks, with another number of copies.
+
+    Attributes:
+        num_ranks: Ranks that share the experts of a layer.
+        redundant_per_rank: Redundant experts that each of them holds of a layer.
+        balancedness: Mean of the steps after the first decision.
+        speed_up: Of the experts' part of a step, over the first placement on as many ranks without copies.
+    """
+
+    num_ranks: int
+    redundant_per_rank: int
+    balancedness: float
+    speed_up: float
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """All numbers of a page.
+
+    Attributes:
+        source: Where the load is from.
+        settings: What it was replayed with, by name: the numbers of :func:`lightning_eplb.simulate.replay`.
+        edges: The first step of each bin, and the number of steps, ``[B + 1]`` int64.
+        static: The replay that moved nothing.
+        replays: Of the policies, in the order to show them.
+        balancedness: Of each replay the mean of each bin's steps, ``[B]``; NaN in a bin without a token.
+        balancedness_by_layer: Of each replay the mean rank over the fullest one in each layer and bin, ``[Y, B]``.
+        share: Tokens of each expert over the mean of its layer, ``[Y, L, B]`` float32; NaN where the layer has none.
+        total: Tokens of each expert over all steps, ``[Y, L]`` int64.
+        other_sizes: What other numbers would bring.
+    """
+
+    source: str
+    settings: dict[str, int | str]
+    edges: np.ndarray
+    static: Replay
+    replays: tuple[Replay, ...]
+    balancedness: dict[str, np.ndarray]
+    balancedness_by_layer: dict[str, np.ndarray]
+    share: np.ndarray
+    total: np.ndarray
+    other_sizes: tuple[OtherSize, ...]
+
+    @property
+    def best(self) -> Replay:
+        """The policy that "after" is of: the last one that moves something, if any does."""
+        return next((each for each in reversed(self.replays) if each.name != self.static.name), self.static)
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.edges[-1])
+
+
+def prepare(
+    load_WYL: np.ndarray,
+    replays: Sequence[Replay],
+    static: Replay,
+    *,
+    source: str,
+    num_ranks: int,
+    other_sizes: Sequence[OtherSize] = (),
+    **settings: int | str,
+) -> ReportContent:
+    """Bin a load and its replays.
+
+    Args:
+        load_WYL: The load, int64.
+        replays: Of policies, all of this load at the same size.
+        static: The replay of ``StaticPolicy``.
+        source: Where the load is from, in a few words.
+        num_ranks: Ranks that it was replayed on.
+        other_sizes: As :func:`try_other_sizes` returns them.
+        **settings: The other numbers that it was replayed with, to be told.
+    """
+    edges = time_bins(*load_WYL.shape)
+    load_BYL = _sum_bins(load_WYL, edges)
+    mean_BY = load_BYL.sum(axis=2) / num_ranks
+    all_replays = {each.name: each for each in (static, *replays)}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_BYL = (load_BYL / load_BYL.mean(axis=2, keepdims=True)).astype(np.float32)
+        by_layer = {
+            name: (mean_BY / _sum_bins(each.max_tokens_by_layer, edges)).T for name, each in all_replays.items()
+        }
+    return ReportContent(
+        source=source,
+        settings={"num_ranks": num_ranks, **settings},
+        edges=edges,
+        static=static,
+        replays=tuple(replays),
+        balancedness={name: _mean_of_bins(each.balancedness, edges) for name, each in all_replays.items()},
+        balancedness_by_layer=by_layer,
+        share=share_BYL.transpose(1, 2, 0),
+        total=load_WYL.sum(axis=0),
+        other_sizes=tuple(other_sizes),
+    )
+
+
+def time_bins(steps: int, layers: int, experts: int) -> np.ndarray:
+    """Bins of as equal numbers of steps as there can be: the first step of each, and ``steps``."""
+    bins = min(steps, MOST_BINS, max(MOST_CELLS // (layers * experts), 24))
+    return np.linspace(0, steps, bins + 1).astype(np.int64)
+
+
+def sizes_to_try(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
+    """Numbers of ranks and of redundant experts on each, near ``num_ranks``, that go with so many experts."""
+    near = [num_ranks // 2, num_ranks, 2 * num_ranks, 4 * num_ranks]
+    return [(ranks, redundant) for ranks in near if ranks > 1 and num_experts % ranks == 0 for redundant in (0, 1, 2)]
+
+
+def try_other_sizes(
+    load_WYL: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    num_ranks: int,
+    num_nodes: int,
+    window_size: int,
+    step_interval: int,
+    after_step: Callable[[], object] | None = None,
+) -> list[OtherSize]:
+    """Replay the load's last steps with ``BalancedPolicy`` at each size.
+
+    Args:
+        load_WYL: The load, int64.
+        sizes: As :func:`sizes_to_try` returns them.
+        num_ranks: What ``num_nodes`` is of: other numbers of ranks get nodes of the same size.
+        num_nodes: The ranks' nodes.
+        window_size: As of :func:`lightning_eplb.simulate.replay`.
+        step_interval: The same.
+        after_step: Called after each step of each replay.
+    """
+    last_WYL = last_steps(load_WYL, step_interval)
+    found, first = [], {}
+    for ranks, redundant in sizes:
+        nodes = max(1, ranks * num_nodes // num_ranks)
+        arguments = {
+            "num_ranks": ranks,
+            "num_nodes": nodes if ranks % nodes == 0 else 1,
+            "window_size": window_size,
+            "step_interval": step_interval,
+            "after_step": after_step,
+        }
+        if ranks not in first:
+            first[ranks] = replay(last_WYL, StaticPolicy(), **arguments)
+        tried = replay(last_WYL, BalancedPolicy(), num_redundant_experts=redundant * ranks, **arguments)
+        if len(tried.judged):
+            level = float(tried.judged.mean())
+            found.append(OtherSize(ranks, redundant, level, speed_up(tried, first[ranks])))
+    return found
+
+
+def last_steps(load_WYL: np.ndarray, step_interval: int) -> np.ndarray:
+    """The steps that other sizes are tried on: the last ones, of three intervals at least."""
+    return load_WYL[-max(GRID_STEPS, 3 * step_interval) :]
+
+
+def _sum_bins(values_W: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.add.reduceat(values_W, edges[:-1], axis=0)
+
+
+def _mean_of_bins(values_W: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    is_known = ~np.isnan(values_W)
+    with np.errstate(invalid="ignore"):
+        return _sum_bins(np.where(is_known, values_W, 0.0), edges) / _sum_bins(is_known.astype(np.int64), edges)

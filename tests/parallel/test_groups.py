@@ -1,0 +1,44 @@
+"""The groups of expert parallelism: made once for the same ranks, and by all of them."""
+
+import threading
+
+import torch
+import torch.distributed as dist
+
+from lightning_eplb.parallel.groups import ExpertGroups
+from tests.workers import Workers
+
+
+def make_many() -> tuple[int, int, bool]:
+    """On every worker: the threads before and after fifty models, and whether groups are told apart."""
+    all_ranks, halves = ExpertGroups.create(), ExpertGroups.create(dist.new_subgroups(2)[0])
+    before = len(threading.enumerate()), native_threads()
+    for _ in range(50):
+        assert ExpertGroups.create() is all_ranks
+    assert len(threading.enumerate()) == before[0]
+    return before[1], native_threads(), (all_ranks.size, halves.size, halves.num_replicas) == (4, 2, 2)
+
+
+def native_threads() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+
+
+def sum_over(ranks: int) -> float:
+    """On every worker."""
+    groups = ExpertGroups.create()
+    assert groups.size == ranks
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=groups.exchange)
+    return float(ones)
+
+
+def test_models_on_the_same_ranks_share_groups(workers: Workers) -> None:
+    for before, after, told_apart in workers.run(4, make_many):
+        assert after == before
+        assert told_apart
+
+
+def test_a_new_default_group_means_new_groups(workers: Workers) -> None:
+    for ranks in (4, 2, 4):
+        assert workers.run(ranks, sum_over, ranks) == [ranks] * ranks

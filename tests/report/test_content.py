@@ -1,0 +1,79 @@
+"""What a report says, counted by hand."""
+
+import numpy as np
+import pytest
+
+from lightning_eplb import BalancedPolicy, StaticPolicy
+from lightning_eplb.report import prepare
+from lightning_eplb.report.content import MOST_BINS, MOST_CELLS, sizes_to_try, time_bins, try_other_sizes
+from lightning_eplb.simulate import replay
+
+LOAD_WYL = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8], [8] * 8]]), (400, 1, 1))
+
+
+def replayed(load_WYL: np.ndarray, **numbers: int):
+    static = replay(load_WYL, StaticPolicy(), num_ranks=2, name="static", **numbers)
+    balanced = replay(load_WYL, BalancedPolicy(), num_ranks=2, name="balanced", **numbers)
+    return prepare(load_WYL, [static, balanced], static, source="by hand", num_ranks=2, **numbers)
+
+
+def test_counts_by_hand() -> None:
+    content = replayed(LOAD_WYL, step_interval=16)
+    assert content.num_steps == 400
+    assert (np.diff(content.edges) > 0).all()
+    assert content.total[0, 0] == 400 * 20_000
+    assert content.best.name == "balanced"
+    assert np.allclose(content.balancedness["static"], (50 + 32) / (60 + 32))
+    assert np.allclose(content.balancedness_by_layer["static"], np.array([[50 / 60], [1.0]]))
+    assert content.balancedness_by_layer["balanced"][0, -1] > 0.95
+    assert np.allclose(content.share[0, :, 0], LOAD_WYL[0, 0] / 12_500)
+    assert np.allclose(content.share[1], 1)
+
+
+def test_bins_add_up_what_is_in_them() -> None:
+    load_WYL = np.zeros((320, 1, 2), dtype=np.int64)
+    load_WYL[:, 0] = [3, 1]
+    load_WYL[161, 0] = [0, 8]  # in a bin with one other step
+    content = replayed(load_WYL, step_interval=1000)
+    assert len(content.edges) == MOST_BINS + 1
+    column = int(np.searchsorted(content.edges, 161, side="right")) - 1
+    assert np.allclose(content.share[0, :, column], [0.5, 1.5])  # 3 and 9 of 12 tokens
+    assert content.balancedness["static"][column] == pytest.approx((4 / 6 + 8 / 16) / 2)
+    assert content.balancedness_by_layer["static"][0, column] == pytest.approx(6 / 11)
+
+
+def test_steps_and_layers_without_a_token() -> None:
+    load_WYL = LOAD_WYL.copy()
+    load_WYL[:100] = 0
+    load_WYL[:, 1] = 0
+    content = replayed(load_WYL, step_interval=16)
+    assert np.isnan(content.balancedness["static"][0])
+    assert np.isnan(content.share[1]).all()
+    assert np.isnan(content.balancedness_by_layer["balanced"][1]).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 8), (10_000, 32, 64), (10_000, 61, 256), (500, 100, 1024)])
+def test_bins_are_few_enough(size: tuple[int, int, int]) -> None:
+    steps, layers, experts = size
+    edges = time_bins(*size)
+    assert (edges[0], edges[-1]) == (0, steps)
+    assert (np.diff(edges) > 0).all()
+    assert len(edges) - 1 <= min(steps, MOST_BINS)
+    assert (len(edges) - 1) * layers * experts <= max(MOST_CELLS, 24 * layers * experts)
+
+
+def test_other_sizes_are_those_that_fit() -> None:
+    assert sizes_to_try(12, 4) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]  # 8 and 16 do not divide 12
+    assert sizes_to_try(8, 1) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]
+
+
+def test_more_copies_level_more_ranks() -> None:
+    numbers = {"num_ranks": 2, "num_nodes": 1, "window_size": 16, "step_interval": 16}
+    found = try_other_sizes(LOAD_WYL, [(2, 0), (4, 0), (4, 2)], **numbers)
+    assert [(size.num_ranks, size.redundant_per_rank) for size in found] == [(2, 0), (4, 0), (4, 2)]
+    assert found[2].balancedness > found[1].balancedness - 1e-9
+    assert all(0 < size.balancedness <= 1 and size.speed_up >= 1 for size in found)
+
+
+def test_the_other_sizes_need_a_decision() -> None:
+    assert try_other_sizes(LOAD_WYL[:3], [(2, 0)], num_ranks=2, num_nodes=1, window_size=9, step_interval=90) == []
