@@ -323,6 +323,15 @@ class ExpertLoadBalancer:
             self.last_rearrangement = done
         return done
 
+    def reset(self) -> None:
+        """Move experts back to the placement that training starts from. Every rank must call it."""
+        num_redundant = self.placement.physical_to_logical.shape[1] - self.placement.num_logical_experts
+        self.rearrange(
+            ExpertPlacement.initial(
+                self.placement.num_layers, self.placement.num_logical_experts, self.placement.num_ranks, num_redundant
+            )
+        )
+
     def window_balancedness(self) -> float:
         """Of the window's load, had the present placement served it at once."""
         values = self.load.compute()

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
+from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import (
@@ -34,6 +35,7 @@ from lightning_eplb.logging.loggers import (
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.steps import Rearrangement
@@ -95,7 +97,7 @@ class EPLBCallback(Callback):
     Note:
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
         them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were. So is ``precision="16-mixed"``: each rank would skip steps by its own overflows.
+        the place where they once were.
     """
 
     def __init__(
@@ -142,7 +144,12 @@ class EPLBCallback(Callback):
         ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
         if not isinstance(ignored, _IgnoredByDDP):
             pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
-        if any(expert_layers(pl_module)) or isinstance(trainer.strategy, ExpertParallelStrategy):
+        if isinstance(trainer.strategy, ExpertParallelStrategy):
+            trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
+            return
+        if not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
+            trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
+        if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
         if not found and is_overridden("configure_model", pl_module):
@@ -178,6 +185,8 @@ class EPLBCallback(Callback):
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
+            if self._scaler(trainer) is not None:
+                check_scaled_optimizer(optimizer)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
         _average_when_ddp_does(trainer.strategy.model, pl_module)
 
@@ -207,6 +216,8 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         assert self.balancer is not None
+        if (scaler := self._scaler(trainer)) is not None:
+            share_overflow(scaler, optimizer, self.balancer.groups)
         self.balancer.before_optimizer_step()
 
     @override
@@ -266,6 +277,11 @@ class EPLBCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
 
+    def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
+        """The gradient scaler, where several ranks must agree about what it does."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and trainer.world_size > 1 else None
+
     def _check_trainer(self, trainer: "pl.Trainer") -> int:
         """The size of an EP group, once it is sure that trainer and arguments go together."""
         ep_size = self._ep_size_in(trainer)
@@ -286,12 +302,6 @@ class EPLBCallback(Callback):
                 " 'ddp' or lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
             )
         check_nodes(ep_size, trainer.num_devices)
-        if ep_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            assert isinstance(trainer.precision_plugin, MixedPrecision)
-            raise ValueError(
-                "precision='16-mixed' is not supported by EPLBCallback: every rank would skip steps by the overflows of"
-                " its own experts; 'bf16-mixed' would do"
-            )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise ValueError(
@@ -299,6 +309,15 @@ class EPLBCallback(Callback):
                     " the place where they are, and they move; remove one of the two callbacks"
                 )
         return ep_size
+
+    def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
+        """Lightning loads a file right into the shards and takes them to be in the order of the unmodified model."""
+        if not any(expert_layers(pl_module)):
+            return
+        balancer = self.balancer
+        if balancer is None or balancer.model is not pl_module:
+            balancer = ExpertLoadBalancer(pl_module)
+        balancer.reset()
 
     def _ep_size_in(self, trainer: "pl.Trainer") -> int:
         if not isinstance(trainer.strategy, ExpertParallelStrategy):

@@ -1,14 +1,17 @@
 """Lightning strategies: fully sharded data parallelism with expert parallelism inside."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE
 
 
@@ -29,6 +32,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
         strategy = ExpertParallelStrategy(ep_size=8)
         trainer = Trainer(strategy=strategy, devices=8, num_nodes=4, callbacks=[EPLBCallback(num_redundant_experts=8)])
+
+    A model that ``configure_model`` builds under ``torch.device("meta")`` gets its memory after it was sharded; let
+    ``Trainer.fit(ckpt_path=...)`` load its weights.
 
     Args:
         ep_size: Ranks that share the experts of a layer. ``None``: all that are not replicas.
@@ -61,6 +67,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self._ep_size = ep_size
+        self.before_loading: Callable[[], None] | None = None
+        """Called on all ranks before a checkpoint is loaded into the model; ``EPLBCallback`` sets it."""
         self.replicate_size = replicate_size
 
     @property
@@ -93,3 +101,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._device_mesh[names[:-1]]._flatten("data_parallel")
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        assert self.model is not None
+        materialize(self.model, self.root_device)
+        super().setup(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+        if self.before_loading is not None:
+            self.before_loading()
+        return super().load_checkpoint(checkpoint_path, weights_only)
