@@ -5,8 +5,10 @@ from lightning_eplb.callback import EPLBCallback
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.convert import parallelize_experts
+from lightning_eplb.parallel.fully_shard import fully_shard_moe
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
+from lightning_eplb.strategies import ExpertParallelStrategy
 
 __version__ = "0.1.0"
 
@@ -16,10 +18,12 @@ __all__ = [
     "EPLBCallback",
     "ExpertLoad",
     "ExpertLoadBalancer",
+    "ExpertParallelStrategy",
     "ExpertPlacement",
     "Policy",
     "StaticPolicy",
     "Topology",
     "balancedness",
+    "fully_shard_moe",
     "parallelize_experts",
 ]

@@ -21,103 +21,13 @@ from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.batch import choose_copies
-from lightning_eplb.policies.split import level_tokens, split_tokens
-from lightning_eplb.relocation.exchange import relocate, tensors_to_move
+from lightning_eplb.policies.split import level_tokens, rank_weights, split_tokens
+from lightning_eplb.relocation.background import BACKGROUND_BYTES, BackgroundRelocation
+from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class StepLoad:
-    """One optimizer step's load, as the ranks served it. Tokens are summed over layers.
-
-    Where one rank holds all experts, each expert counts as if it were alone on a rank.
-
-    Attributes:
-        load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
-        avg_tokens_by_layer: Mean over ranks, ``[Y]`` float64.
-        max_tokens_by_layer: The fullest rank of each layer in each forward, ``[Y]`` int64.
-        num_copies: Redundant slots that held an expert, in each forward.
-        copy_bytes: Their weights out and gradients home, over all ranks; not those that recomputation sends again.
-        plan_seconds: What this rank's host took to choose copies and to divide the tokens among them.
-        rearrangement: What was decided after it, if that was due.
-    """
-
-    load: Tensor
-    avg_tokens_by_layer: Tensor
-    max_tokens_by_layer: Tensor
-    num_copies: int = 0
-    copy_bytes: int = 0
-    plan_seconds: float = 0.0
-    rearrangement: "Rearrangement | None" = None
-
-    @property
-    def avg_tokens(self) -> float:
-        """Mean over ranks."""
-        return float(self.avg_tokens_by_layer.sum())
-
-    @property
-    def max_tokens(self) -> float:
-        """The fullest rank of each layer in each forward."""
-        return float(self.max_tokens_by_layer.sum())
-
-    @property
-    def balancedness(self) -> float:
-        """``avg_tokens / max_tokens``."""
-        return self.avg_tokens / self.max_tokens
-
-    def balancedness_by_group(self, most: int = 4) -> dict[tuple[int, int], float]:
-        """Of groups of successive layers, by the first and the last of each; ``most`` groups at most."""
-        size = -(-len(self.load) // most)
-        bounds = [(first, min(first + size, len(self.load)) - 1) for first in range(0, len(self.load), size)]
-        sums = {
-            (a, b): (self.avg_tokens_by_layer[a : b + 1].sum(), self.max_tokens_by_layer[a : b + 1].sum())
-            for a, b in bounds
-        }
-        return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
-
-
-@dataclass(frozen=True)
-class Rearrangement:
-    """What was decided between two steps, and done. Where ``before == after``, nothing was worth a change.
-
-    Attributes:
-        before: The placement that it found.
-        after: The placement that it left.
-        load: The window that it was decided on, ``[Y, L]`` int64.
-        num_layers: Layers in which a primary changed its place.
-        num_rows: Primaries that changed ranks, in one EP group.
-        num_copies: Redundant slots that hold another expert than before, or none any more.
-        num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
-        seconds: From the decision to the end, on this rank: training waits for all of it.
-        plan_seconds: What of these went by until all ranks knew the decision.
-        exchange_seconds: What of these went by while rows moved.
-        predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
-            nothing was.
-    """
-
-    before: ExpertPlacement
-    after: ExpertPlacement
-    load: np.ndarray
-    num_layers: int
-    num_rows: int
-    num_copies: int
-    num_bytes: int
-    seconds: float
-    plan_seconds: float = 0.0
-    exchange_seconds: float = 0.0
-    predicted_balancedness: float | None = None
-
-    @property
-    def balancedness_before(self) -> float:
-        """Of the window, had the old placement served it at once."""
-        return balancedness(level_tokens(self.load, self.before.by_rank))
-
-    @property
-    def balancedness_after(self) -> float:
-        """Of the window, had the new placement served it at once."""
-        return balancedness(level_tokens(self.load, self.after.by_rank))
+from lightning_eplb.steps import Rearrangement, StepLoad
 
 
 class ExpertLoadBalancer:
@@ -147,6 +57,9 @@ class ExpertLoadBalancer:
             ``"batch"`` in each forward, for the very tokens that it routes.
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
             compute as its weights and its gradient to travel, as measured in the first step; 1 until then.
+        use_async: Rows move behind the steps that follow a decision, a few layers in each, see
+            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Then call
+            :meth:`before_optimizer_step`, too.
 
     Raises:
         ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer.
@@ -166,6 +79,7 @@ class ExpertLoadBalancer:
         step_interval: int = 100,
         redundancy: Literal["window", "batch"] = "window",
         min_tokens_per_copy: int | None = None,
+        use_async: bool = False,
     ) -> None:
         for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
             if value < 1:
@@ -222,6 +136,12 @@ class ExpertLoadBalancer:
         """How far off the forecast of the last whole interval was; 0 is exact."""
         self.predicted_balancedness: float | None = None
         """What the latest decision expects of the steps that follow it; ``None`` before the first."""
+        self._background = self.groups.background() if use_async and self.groups.size > 1 else None
+        self._under_way: _UnderWay | None = None
+        self._is_due = False
+        self._capacity_agreed: tuple[float, ...] | None = None
+        self._last_step_at: float | None = None
+        self._seconds_between_steps: float | None = None
         self._schedule = Schedule(step_interval)
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros_like(self.load.ring[0], device="cpu")
@@ -251,21 +171,58 @@ class ExpertLoadBalancer:
             ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
                 fails or returns what is not a placement. All ranks raise it, and nothing was moved.
         """
+        if self._last_step_at is not None:
+            self._seconds_between_steps = time.perf_counter() - self._last_step_at
+        try:
+            return self._close_step(with_gradients)
+        finally:
+            self._last_step_at = time.perf_counter()
+
+    def _close_step(self, with_gradients: bool) -> StepLoad | None:
         if not self._first_step_is_done and self.groups.size > 1:
             check_optimizers(self.optimizers, self._named_parameters())
             self._speed = measure_speed(self._modules[0][1], self.groups)
             self._set_floor(self._measured_costs(with_gradients=False))
         self._first_step_is_done = True
         served = self._take_load()
+        done = self._go_on()
         if not served.load.any():
             return None
         self.load.update(served.load)
         self.num_steps += 1
         self._load_since_forecast += served.load
-        if self._schedule.step(served.balancedness):
-            served = replace(served, rearrangement=self.rearrange(with_gradients=with_gradients))
-        self.last_step = served
-        return served
+        self._is_due |= self._schedule.step(served.balancedness)
+        if self._is_due and self._under_way is None and done is None:
+            self._is_due = False
+            done = self._decide(None, with_gradients, self._background is not None)
+        self.last_step = replace(served, rearrangement=done)
+        return self.last_step
+
+    def before_optimizer_step(self) -> None:
+        """Put in place what moved behind this step. Every rank must call it, right before ``optimizer.step()``.
+
+        Only with ``use_async`` there is something to do. Gradients move here, those of the experts that arrive.
+
+        Raises:
+            RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
+        """
+        if self._under_way is None or not self._under_way.relocation.is_underway:
+            return
+        start = time.perf_counter()
+        relocation, after = self._under_way.relocation, self._under_way.done.after
+        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
+        self._compare_digests(after, gradients)
+        self._adopt(after, relocation.finish(gradients))
+        self._under_way.seconds += time.perf_counter() - start
+
+    def finish_rearrangement(self) -> None:
+        """Put in place what is under way, and forget the rest. Every rank must call it, after an optimizer step.
+
+        At the end of training; a rearrangement that was told does it, too.
+        """
+        if self._under_way is not None:
+            self.before_optimizer_step()
+            self._under_way = None
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -288,20 +245,24 @@ class ExpertLoadBalancer:
         """
         if self.groups.size == 1:
             return None
+        self.finish_rearrangement()
+        return self._decide(placement, with_gradients, in_background=False)
+
+    def _decide(
+        self, placement: ExpertPlacement | None, with_gradients: bool, in_background: bool
+    ) -> Rearrangement | None:
+        """Do what is decided, or begin with it and return ``None``."""
         start = time.perf_counter()
         before, load_YL = self.placement, self.load.compute()["load"].cpu().numpy()
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
         outlook = self._outlook(with_gradients) if placement is None else None
-        after, capacity = self._agree(placement, outlook)
+        after, self._capacity_agreed, most_bytes = self._agree(placement, outlook)
         decided = time.perf_counter()
         plan = plan_relocation(before, after)
-        moved = {moves.layer: self._tensors(moves.layer, with_gradients) for moves in plan}
+        moved = {moves.layer: self._tensors(moves.layer, with_gradients and not in_background) for moves in plan}
         self._compare_digests(after, moved)
         agreed = time.perf_counter()
-        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
-        exchanged = time.perf_counter()
-        self._adopt(after, capacity)
         done = Rearrangement(
             before=before,
             after=after,
@@ -309,20 +270,67 @@ class ExpertLoadBalancer:
             num_layers=len(plan),
             num_rows=sum(moves.num_rows_between_ranks for moves in plan),
             num_copies=_changed_copies(before, after),
-            num_bytes=num_bytes * self.groups.num_replicas,
-            seconds=time.perf_counter() - start,
             plan_seconds=decided - start,
-            exchange_seconds=exchanged - agreed,
             predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
+        )
+        if in_background and plan:
+            assert self._background is not None
+            moving = [moves.layer for moves in plan]
+            self._adopt(after, [layer for layer in range(before.num_layers) if layer not in moving])
+            relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
+            self._under_way = _UnderWay(relocation, done, time.perf_counter() - start)
+            self._go_on()
+            return None
+        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
+        exchanged = time.perf_counter()
+        self._adopt(after, range(after.num_layers))
+        return self._done(done, num_bytes, exchanged - agreed, time.perf_counter() - start)
+
+    def _go_on(self) -> Rearrangement | None:
+        """After an optimizer step: send the next layers off; what was done, once all have arrived."""
+        if self._under_way is None:
+            return None
+        start = time.perf_counter()
+        relocation = self._under_way.relocation
+        if relocation.is_underway:
+            raise RuntimeError(
+                "use_async=True, and before_optimizer_step() was not called before the optimizer's step: the rows that"
+                " were under way are older than the weights; call it right before optimizer.step()"
+            )
+        if relocation.is_done:
+            under_way, self._under_way = self._under_way, None
+            exposed = under_way.seconds - under_way.done.plan_seconds
+            return self._done(under_way.done, relocation.num_bytes, exposed, under_way.seconds)
+        relocation.start(lambda layer: self._tensors(layer, with_gradients=False))
+        self._under_way.seconds += time.perf_counter() - start
+        return None
+
+    def _done(
+        self, rearrangement: Rearrangement, num_bytes: int, exchange_seconds: float, seconds: float
+    ) -> Rearrangement:
+        done = replace(
+            rearrangement,
+            num_bytes=num_bytes * self.groups.num_replicas,
+            exchange_seconds=exchange_seconds,
+            seconds=seconds,
         )
         self.predicted_balancedness = done.predicted_balancedness
         self.rearrange_seconds += done.seconds
-        if before != after:
+        if done.before != done.after:
             self.num_rearrangements += 1
             self.rearranged_rows += done.num_rows
             self.rearranged_bytes += done.num_bytes
             self.last_rearrangement = done
         return done
+
+    def reset(self) -> None:
+        """Move experts back to the placement that training starts from. Every rank must call it."""
+        num_redundant = self.placement.physical_to_logical.shape[1] - self.placement.num_logical_experts
+        self.rearrange(
+            ExpertPlacement.initial(
+                self.placement.num_layers, self.placement.num_logical_experts, self.placement.num_ranks, num_redundant
+            )
+        )
 
     def window_balancedness(self) -> float:
         """Of the window's load, had the present placement served it at once."""
@@ -444,8 +452,10 @@ class ExpertLoadBalancer:
 
     def _predict(self, outlook: Outlook, after: ExpertPlacement) -> float:
         """Balancedness of a step that gets what is forecast."""
-        load_YL = outlook.forecast.first // outlook.num_steps
-        slots_YRS, weight_R = after.by_rank, self._modules[0][0].slot_map.weights
+        load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
+        weight_R = rank_weights(
+            np.ones(after.num_ranks) if self._capacity_agreed is None else np.array(self._capacity_agreed)
+        )
         if self._copies_by_batch:
             slots_YRS = np.stack(
                 [
@@ -459,7 +469,7 @@ class ExpertLoadBalancer:
         if self._speed is None:
             return None
         row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors(0, with_gradients))
-        weights = [p[0].numel() * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
+        weights = [math.prod(p.shape[1:]) * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
         has_nodes = len(set(self.groups.node_of_rank)) > 1
         within, between = self._speed.bytes_per_second_within_node, self._speed.bytes_per_second_between_nodes
         return Costs(
@@ -471,9 +481,9 @@ class ExpertLoadBalancer:
 
     def _agree(
         self, placement: ExpertPlacement | None, outlook: Outlook | None
-    ) -> tuple[ExpertPlacement, tuple[float, ...] | None]:
-        """Rank 0's decision and capacities, or its failure, on every rank."""
-        decision: list[Any] = [None, None, None]
+    ) -> tuple[ExpertPlacement, tuple[float, ...] | None, int]:
+        """Rank 0's decision, its capacities and the bytes that may travel behind a step, or its failure; every rank."""
+        decision: list[Any] = [None, None, None, None]
         failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
@@ -482,16 +492,26 @@ class ExpertLoadBalancer:
                 decided = self._checked(decided)
                 if self._copies_by_batch:
                     decided = decided.without_copies()  # a plan's are those of a mean batch
-                decision = [decided.physical_to_logical.tolist(), topology.capacity, None]
+                decision = [decided.physical_to_logical.tolist(), topology.capacity, self._bytes_behind_a_step(), None]
             except Exception as error:  # the other ranks are waiting: they must hear of it
                 failure = error
                 source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
-                decision = [None, None, f"{source} failed: {type(error).__name__}: {error}"]
+                decision = [None, None, None, f"{source} failed: {type(error).__name__}: {error}"]
         dist.broadcast_object_list(decision, src=0, group=self.groups.control)
-        slots_YP, capacity, error_text = decision
+        slots_YP, capacity, most_bytes, error_text = decision
         if error_text is not None:
             raise ValueError(error_text) from failure
-        return ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks), capacity
+        after = ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
+        return after, capacity, most_bytes
+
+    def _bytes_behind_a_step(self) -> int:
+        """As many as travel in half the time between two steps, if the staging buffers hold them."""
+        if self._speed is None or self._seconds_between_steps is None:
+            return BACKGROUND_BYTES
+        has_nodes = len(set(self.groups.node_of_rank)) > 1
+        speed = self._speed
+        bandwidth = speed.bytes_per_second_between_nodes if has_nodes else speed.bytes_per_second_within_node
+        return max(1, min(int(self._seconds_between_steps / 2 * bandwidth), BACKGROUND_BYTES))
 
     def _ask_policy(self, outlook: Outlook, topology: Topology) -> ExpertPlacement:
         return self.policy.look_ahead(outlook, self.placement, topology)
@@ -519,10 +539,23 @@ class ExpertLoadBalancer:
                 " nothing was moved"
             )
 
-    def _adopt(self, placement: ExpertPlacement, capacity: tuple[float, ...] | None) -> None:
-        for layer, _ in self._modules:
-            layer.set_placement(placement, capacity)
-        self.placement = self.load.placement = placement
+    def _adopt(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
+        """Follow ``after`` in some layers, from the next forward on."""
+        layers = list(layers)
+        slots_YP = self.placement.physical_to_logical.copy()
+        slots_YP[layers] = after.physical_to_logical[layers]
+        self.placement = self.load.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
+        for index in layers:
+            self._modules[index][0].set_placement(self.placement, self._capacity_agreed)
+
+
+@dataclass
+class _UnderWay:
+    """A rearrangement that goes on behind training, and the seconds that training waited for it so far."""
+
+    relocation: BackgroundRelocation
+    done: Rearrangement
+    seconds: float
 
 
 def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:

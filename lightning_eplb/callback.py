@@ -5,19 +5,22 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.balancer import ExpertLoadBalancer, Rearrangement, check_redundancy
+from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
+from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import (
@@ -29,10 +32,14 @@ from lightning_eplb.logging.loggers import (
     log_placement,
     takes_pictures,
 )
-from lightning_eplb.parallel.clipping import clip_grad_norm_
+from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.scalars import scalars_of
+from lightning_eplb.steps import Rearrangement
+from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
 from lightning_eplb.trace import TraceWriter
 
@@ -80,6 +87,8 @@ class EPLBCallback(Callback):
             ``"batch"`` in each forward pass, for the very tokens that it routes.
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
             compute as its weights and its gradient to travel, as measured in the first step.
+        use_async: Rows move behind the steps that follow a decision, those of a few layers in each step, instead of
+            between two steps. Weights must then change in optimizer steps only.
 
     Raises:
         ValueError: In ``__init__`` or in ``setup``, before any communication, if an argument does not fit by itself,
@@ -88,7 +97,7 @@ class EPLBCallback(Callback):
     Note:
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
         them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were. So is ``precision="16-mixed"``: each rank would skip steps by its own overflows.
+        the place where they once were.
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class EPLBCallback(Callback):
         trace: str | os.PathLike | None = None,
         redundancy: Literal["window", "batch"] = "window",
         min_tokens_per_copy: int | None = None,
+        use_async: bool = False,
     ) -> None:
         check_redundancy(redundancy, min_tokens_per_copy)
         if num_redundant_experts < 0:
@@ -119,6 +129,7 @@ class EPLBCallback(Callback):
         self.step_interval = step_interval
         self.trace = trace
         self.redundancy: Literal["window", "batch"] = redundancy
+        self.use_async = use_async
         self.min_tokens_per_copy = min_tokens_per_copy
         self.balancer: ExpertLoadBalancer | None = None
         """Exists from the start of ``fit`` on, and stays."""
@@ -133,6 +144,11 @@ class EPLBCallback(Callback):
         ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
         if not isinstance(ignored, _IgnoredByDDP):
             pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
+        if isinstance(trainer.strategy, ExpertParallelStrategy):
+            trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
+            return
+        if not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
+            trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
@@ -163,12 +179,16 @@ class EPLBCallback(Callback):
                 step_interval=self.step_interval,
                 redundancy=self.redundancy,
                 min_tokens_per_copy=self.min_tokens_per_copy,
+                use_async=self.use_async,
             )
             self.balancer.record(False)  # until training starts: the sanity check is no load
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
+            if self._scaler(trainer) is not None:
+                check_scaled_optimizer(optimizer)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
+        _average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -190,6 +210,15 @@ class EPLBCallback(Callback):
     ) -> None:
         assert self.balancer is not None
         self.balancer.record(True)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        assert self.balancer is not None
+        if (scaler := self._scaler(trainer)) is not None:
+            share_overflow(scaler, optimizer, self.balancer.groups)
+        self.balancer.before_optimizer_step()
 
     @override
     def on_train_batch_end(
@@ -221,6 +250,7 @@ class EPLBCallback(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
+        self.balancer.finish_rearrangement()
         if self._summary.last and self.balancer.groups.size > 1:
             load_YL = self.balancer.load.compute()["load"].cpu().numpy()
             log_placement(trainer.loggers, trainer.global_step - 1, self.balancer.placement, load_YL)
@@ -235,7 +265,8 @@ class EPLBCallback(Callback):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
+        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+            vars(trainer.precision_plugin).pop(name, None)
         if self._trace_writer is not None:
             self._trace_writer.close()
             self._trace_writer = None
@@ -248,9 +279,14 @@ class EPLBCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
 
+    def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
+        """The gradient scaler, where several ranks must agree about what it does."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and trainer.world_size > 1 else None
+
     def _check_trainer(self, trainer: "pl.Trainer") -> int:
         """The size of an EP group, once it is sure that trainer and arguments go together."""
-        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        ep_size = self._ep_size_in(trainer)
         if trainer.world_size % ep_size:
             sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
             raise ValueError(
@@ -262,17 +298,12 @@ class EPLBCallback(Callback):
                 f"num_redundant_experts={self.num_redundant_experts} must be a multiple of ep_size={ep_size};"
                 f" {below} or {below + ep_size} would do"
             )
-        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
             raise ValueError(
                 f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback;"
-                " 'ddp' on several devices, or a single device, would do"
+                " 'ddp' or lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
             )
-        if ep_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            assert isinstance(trainer.precision_plugin, MixedPrecision)
-            raise ValueError(
-                "precision='16-mixed' is not supported by EPLBCallback: every rank would skip steps by the overflows of"
-                " its own experts; 'bf16-mixed' would do"
-            )
+        check_nodes(ep_size, trainer.num_devices)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
                 raise ValueError(
@@ -281,16 +312,44 @@ class EPLBCallback(Callback):
                 )
         return ep_size
 
+    def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
+        """Lightning loads a file right into the shards and takes them to be in the order of the unmodified model."""
+        if not any(expert_layers(pl_module)):
+            return
+        balancer = self.balancer
+        if balancer is None or balancer.model is not pl_module:
+            balancer = ExpertLoadBalancer(pl_module)
+        balancer.reset()
+
+    def _ep_size_in(self, trainer: "pl.Trainer") -> int:
+        if not isinstance(trainer.strategy, ExpertParallelStrategy):
+            return trainer.world_size if self.ep_size is None else self.ep_size
+        theirs = trainer.strategy.ep_size
+        if self.ep_size not in (None, theirs):
+            raise ValueError(
+                f"ep_size={self.ep_size} must be that of ExpertParallelStrategy, which is {theirs}; leave it out here"
+            )
+        return theirs
+
     def _check_adopted(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """A model that ``configure_model`` built and converted must be what the arguments say."""
         layers = [layer for layer, _ in expert_layers(pl_module)]
-        ep_size = trainer.world_size if self.ep_size is None else self.ep_size
+        ep_size = self._ep_size_in(trainer)
+        is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
         if not layers:
             check_experts(pl_module, dict(find_experts(pl_module)), ep_size, self.num_redundant_experts)
+            call = "fully_shard_moe(self.model, self.device_mesh, " if is_sharded else "parallelize_experts(self, "
             raise ValueError(
                 "configure_model built MoE layers and did not convert them; call"
-                f" parallelize_experts(self, num_redundant_experts={self.num_redundant_experts}) at its end"
+                f" {call}num_redundant_experts={self.num_redundant_experts}) at its end"
             )
+        for layer, module in expert_layers(pl_module):
+            if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+                raise ValueError(
+                    f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
+                    " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
+                    " shard_placement_fn=lambda parameter: Shard(1))"
+                )
         redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
         if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
             raise ValueError(
@@ -344,9 +403,10 @@ class _IgnoredByDDP:
 
 
 def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule", balancer: ExpertLoadBalancer) -> None:
-    """Let the precision plugin, through which every clipping by norm goes, use the norm of the whole model.
+    """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
 
-    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it.
+    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
+    and it refuses those of several meshes.
     """
     precision = trainer.precision_plugin
     experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
@@ -354,5 +414,17 @@ def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule",
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
         clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups)
 
-    if balancer.groups.size > 1:
+    def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
+        clip_grad_value_(precision.main_params(optimizer), float(clip_val))
+
+    if balancer.groups.size > 1 or isinstance(trainer.strategy, ExpertParallelStrategy):
         precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+        precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+
+
+def _average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
+    """Average the experts' gradients over EP groups in those backward passes in which DDP averages all others."""
+    if isinstance(wrapped, DistributedDataParallel):
+        for layer, _ in expert_layers(module):
+            if layer.average is not None:
+                layer.average.blocked = lambda: not wrapped.require_backward_grad_sync

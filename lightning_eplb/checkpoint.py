@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.convert import expert_layers
@@ -28,22 +29,22 @@ def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     def gather(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         wait_for_all_ranks(next(iter(layer_of.values())).groups, "state_dict() of an optimizer of parallel experts")
         state = dict(state_dict["state"])
-        for index, layer in _expert_states(optimizer, layer_of, state):
-            rows = len(layer.local_experts)
+        for index, layer in _expert_states(optimizer, layer_of, state_dict):
             gathered = dict(state[index])
             for key, value in sorted(gathered.items()):  # ranks that resumed may have the keys in another order
+                rows = layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries
                 gathered[key] = to_logical(value, layer) if has_rows(value, rows) else value
             state[index] = gathered
         return {**state_dict, "state": state}
 
     def cut(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = dict(state_dict["state"])
-        for index, layer in _expert_states(optimizer, layer_of, state):
+        for index, layer in _expert_states(optimizer, layer_of, state_dict):
             state[index] = {
                 key: to_local(value, layer, f"{key} of {layer.name}")
                 if isinstance(value, Tensor) and value.ndim > 0
                 else value
-                for key, value in state[index].items()
+                for key, value in sorted(state[index].items())
             }
         return {**state_dict, "state": state}
 
@@ -53,10 +54,11 @@ def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _expert_states(
-    optimizer: Optimizer, layer_of: dict[int, ExpertLayer], state: dict[int, Any]
-) -> Iterable[tuple[int, ExpertLayer]]:
-    """The indices in a state dict that belong to expert parameters: they count the parameters of all groups."""
+    optimizer: Optimizer, layer_of: dict[int, ExpertLayer], state_dict: dict[str, Any]
+) -> Iterable[tuple[Any, ExpertLayer]]:
+    """The keys of expert parameters in a state dict: numbers or names, in the order of the parameters of all groups."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    for index, parameter in enumerate(parameters):
-        if index in state and id(parameter) in layer_of:
-            yield index, layer_of[id(parameter)]
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    for key, parameter in zip(keys, parameters, strict=False):  # a dictionary that does not fit is refused by torch
+        if key in state_dict["state"] and id(parameter) in layer_of:
+            yield key, layer_of[id(parameter)]

@@ -7,11 +7,20 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_eplb import EPLBCallback, ExpertPlacement, Policy, Topology
-from tests.models import LanguageModel, hugging_face_model, language_loss, loader, optimizer_of, token_batches
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy, ExpertPlacement, Policy, Topology
+from tests.models import (
+    LanguageModel,
+    ShardedLanguageModel,
+    hugging_face_model,
+    language_loss,
+    loader,
+    optimizer_of,
+    token_batches,
+)
 
 STEPS, SEQUENCES = 20, 2
 TOLERANCE = 1e-10
@@ -32,13 +41,18 @@ class Case:
     redundancy: Literal["window", "batch"] = "window"
     checkpointing: Literal["off", "reentrant", "non-reentrant"] = "off"
     """Of activations."""
+    use_async: bool = False
+    replicas: int | None = None
+    """Under ``ExpertParallelStrategy`` with so many; None is DDP."""
 
     def __str__(self) -> str:
         return (
             f"{self.model}-top{self.top_k}-{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
             f"-clip_{self.clip}-{self.optimizer}"
             + (f"-ep{self.ep_size}" if self.ep_size else "")
+            + (f"-fsdp{self.replicas}" if self.replicas else "")
             + ("-batch" if self.redundancy == "batch" else "")
+            + ("-async" if self.use_async else "")
             + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
         )
 
@@ -70,20 +84,24 @@ class Outcome:
     state: dict[str, Tensor]
 
 
-def trainer_for(ranks: int, **kwargs: Any) -> pl.Trainer:
-    """A trainer on the workers' process group."""
-    strategy = (
-        DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
-        if ranks > 1
-        else "auto"
-    )
+def trainer_for(ranks: int, strategy: Strategy | None = None, **kwargs: Any) -> pl.Trainer:
+    """A trainer on the workers' process group; with DDP unless told otherwise."""
+    if strategy is None and ranks > 1:
+        strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    elif strategy is not None:
+        kwargs["plugins"] = [TorchElasticEnvironment(), *kwargs.get("plugins", [])]
     quiet: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return pl.Trainer(accelerator="cpu", devices=ranks, strategy=strategy, **{**quiet, **kwargs})
+    return pl.Trainer(accelerator="cpu", devices=ranks, strategy=strategy or "auto", **{**quiet, **kwargs})
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy with all ranks' shards in it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -91,7 +109,7 @@ def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     return {
-        f"{order[index]}.{key}": torch.as_tensor(value).clone()
+        f"{order[index]}.{key}": whole(torch.as_tensor(value))
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
         if value is not None
@@ -123,21 +141,26 @@ def reference(case: Case) -> Outcome:
 
 
 def distributed(case: Case) -> Outcome:
-    """On every worker: Lightning, DDP, experts spread over the ranks and shuffled after every step."""
-    model = hugging_face_model(case.model, top_k=case.top_k)
+    """On every worker: Lightning, experts spread over the ranks and shuffled after every step."""
+    model, redundant = hugging_face_model(case.model, top_k=case.top_k), case.redundant * case.ranks
     if case.checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
-    module = LanguageModel(model, case.optimizer)
+    module, strategy = LanguageModel(model, case.optimizer), None
+    if case.replicas is not None:
+        module = ShardedLanguageModel(model, case.optimizer, redundant)
+        strategy = ExpertParallelStrategy(case.ep_size, case.replicas)
     callback = EPLBCallback(
-        case.redundant * case.ranks,
+        redundant,
         case.ep_size,
         ShufflePolicy(),
         step_interval=1,
         redundancy=case.redundancy,
         min_tokens_per_copy=1,
+        use_async=case.use_async,
     )
     trainer = trainer_for(
         case.ranks,
+        strategy,
         max_steps=STEPS,
         accumulate_grad_batches=case.accumulation,
         gradient_clip_val=CLIP[case.clip],
@@ -146,14 +169,15 @@ def distributed(case: Case) -> Outcome:
     )
     trainer.fit(module, loader(tokens_of(case), SEQUENCES))
     assert callback.balancer is not None
-    assert callback.balancer.num_rearrangements == STEPS
-    assert callback.balancer.rearranged_bytes > 0
+    if case.ep_size != 1:
+        assert callback.balancer.num_rearrangements >= (STEPS // 4 if case.use_async else STEPS)
+        assert callback.balancer.rearranged_bytes > 0
     if case.redundant:
         assert callback.balancer.last_step is not None
         assert callback.balancer.last_step.num_copies > 0 or callback.balancer.last_step.balancedness == 1.0
     return Outcome(
         module.losses,
-        {k: v.clone() for k, v in module.model.state_dict().items()},
+        {k: whole(v) for k, v in module.model.state_dict().items()},
         named_state(module.model, trainer.optimizers[0]),
     )
 

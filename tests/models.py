@@ -7,7 +7,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_eplb import fully_shard_moe
 
 VOCABULARY, SEQUENCE = 64, 8
 
@@ -49,8 +52,9 @@ def hugging_face_model(name: str, num_experts: int = 8, top_k: int = 2, layers: 
 
 
 def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    if name != "sgd":
+        implementation = {} if name == "adamw" else {name: True}  # foreach, fused
+        return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, **implementation)
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
@@ -79,6 +83,19 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return optimizer_of(self.optimizer_name, self.model)
+
+
+class ShardedLanguageModel(LanguageModel):
+    """Parallelized in ``configure_model``, for ``ExpertParallelStrategy``."""
+
+    def __init__(self, model: nn.Module, optimizer: str, num_redundant_experts: int = 0) -> None:
+        super().__init__(model, optimizer)
+        self.num_redundant_experts = num_redundant_experts
+
+    def configure_model(self) -> None:
+        if not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            fully_shard_moe(self.model, self.device_mesh, num_redundant_experts=self.num_redundant_experts)
 
 
 def token_batches(count: int, seed: int = 1) -> Tensor:

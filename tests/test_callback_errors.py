@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -97,17 +96,6 @@ def test_weight_averaging(name: str, workers: Workers) -> None:
     assert message.startswith(
         f"{name} is not supported with EPLBCallback: it averages the rows of experts by the place"
     )
-
-
-def half_precision() -> str:
-    scaler = torch.amp.GradScaler("cpu")
-    return fails_in_setup({}, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-
-
-def test_float16(workers: Workers) -> None:
-    (message,) = set(workers.run(2, half_precision))
-    assert message.startswith("precision='16-mixed' is not supported by EPLBCallback")
-    assert "'bf16-mixed' would do" in message
 
 
 def only_experts_trained() -> str:

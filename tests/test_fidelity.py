@@ -18,12 +18,32 @@ SETTINGS = {
 }
 CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
 WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]
-GROUPS = [Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, redundancy=r) for r in ("window", "batch")]
+GROUPS = [
+    Case(ranks=4, ep_size=2, redundant=1, clip=clip, accumulation=2, redundancy=redundancy)
+    for clip, redundancy in (("norm", "window"), ("norm", "batch"), ("value", "window"))
+]
+
+SHARDED = [
+    Case(ranks=4, ep_size=4, replicas=1, redundant=1, clip="norm", accumulation=2),
+    Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, redundancy="batch"),
+    Case(
+        ranks=4, ep_size=2, replicas=1, model="gpt_oss", clip="value", accumulation=2, redundant=1, optimizer="foreach"
+    ),
+    Case(ranks=4, ep_size=1, replicas=1, clip="norm", accumulation=2, optimizer="fused"),
+    Case(ranks=4, ep_size=2, replicas=2, redundant=1, clip="norm", accumulation=2),
+    Case(ranks=4, ep_size=2, replicas=2, clip="value", accumulation=2, optimizer="sgd", redundancy="batch"),
+]
+ASYNC = [
+    Case(ranks=2, redundant=1, accumulation=2, clip="norm", use_async=True),
+    Case(model="gpt_oss", ranks=4, optimizer="sgd", clip="value", redundant=1, redundancy="batch", use_async=True),
+    Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, checkpointing="reentrant", use_async=True),
+    Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, use_async=True),
+]
 
 
-@pytest.mark.parametrize("case", CASES + WIDE + GROUPS, ids=str)
+@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC, ids=str)
 def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
-    assert largest_difference(reference(case), workers.run(case.ranks, distributed, case)) < TOLERANCE
+    assert largest_difference(reference(case), workers.run(case.ranks, distributed, case, seconds=240)) < TOLERANCE
 
 
 def test_pairs_cover_every_two_settings() -> None:

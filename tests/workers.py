@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SECONDS_A_CALL = 60
 
@@ -103,6 +104,7 @@ def _work(pipe: Connection) -> None:
 def _join(rank: int, world_size: int, port: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it holds meshes of the groups that are no more
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

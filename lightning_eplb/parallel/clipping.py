@@ -1,13 +1,15 @@
-"""Gradient clipping by one global norm, in which every logical expert counts once."""
+"""Gradient clipping by one global norm, in which every logical expert counts once, and by value."""
 
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.shards import local_shard
 
 
 def clip_grad_norm_(
@@ -15,25 +17,58 @@ def clip_grad_norm_(
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model whose experts are spread over ranks, by the 2-norm.
 
+    Parameters may be DTensors of several meshes: experts are of another than the rest.
+
     Args:
         parameters: What to clip; those of experts are this rank's.
         max_norm: The greatest norm that stays as it is.
         expert_parameters: All parameters of converted modules on this rank, also those that are not clipped.
         groups: As the converted modules' ``expert_layer.groups``. All ranks of the EP group call it, each with the same
-            parameters.
+            parameters; with DTensors all ranks of their meshes, too.
 
     Returns:
         The norm before clipping, of the whole model: the same on every rank.
     """
     parameters = list(parameters)
     expert_ids = {id(parameter) for parameter in expert_parameters}
-    experts = [parameter for parameter in parameters if id(parameter) in expert_ids]
-    dense = [parameter for parameter in parameters if id(parameter) not in expert_ids]
-    norm = get_total_norm([parameter.grad for parameter in dense if parameter.grad is not None])
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    experts = [parameter for parameter in plain if id(parameter) in expert_ids]
+    norms = [get_total_norm(_grads(parameter for parameter in plain if id(parameter) not in expert_ids))]
     if experts and groups.exchange is not None:
-        local = get_total_norm([parameter.grad for parameter in experts if parameter.grad is not None])
-        squares = local.to(experts[0].device) ** 2
+        squares = get_total_norm(_grads(experts)).to(experts[0].device) ** 2
         dist.all_reduce(squares, group=groups.exchange)
-        norm = torch.sqrt(norm.to(squares.device) ** 2 + squares)
-    clip_grads_with_norm_(parameters, max_norm, norm)
+        norms.append(squares.sqrt())
+    norms += [_norm_over_mesh(grads) for grads in _by_mesh(_grads(sharded))]
+    norm = get_total_norm([norm.to(norms[-1].device) for norm in norms])
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils has it
+    for grad in _grads(parameters):
+        local_shard(grad).mul_(scale.to(grad.device))
     return norm
+
+
+def clip_grad_value_(parameters: Iterable[Tensor], clip_value: float) -> None:
+    """``torch.nn.utils.clip_grad_value_`` for DTensors of several meshes. Needs no communication."""
+    for grad in _grads(parameters):
+        local_shard(grad).clamp_(-clip_value, clip_value)
+
+
+def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _by_mesh(grads: Iterable[Tensor]) -> list[list[DTensor]]:
+    meshes: dict[object, list[DTensor]] = {}
+    for grad in grads:
+        assert isinstance(grad, DTensor)
+        meshes.setdefault((grad.device_mesh, grad.placements), []).append(grad)
+    return list(meshes.values())
+
+
+def _norm_over_mesh(grads: list[DTensor]) -> Tensor:
+    mesh, placements = grads[0].device_mesh, grads[0].placements
+    squares = get_total_norm([local_shard(grad) for grad in grads]) ** 2
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(squares, group=mesh.get_group(dim))
+    return squares.sqrt()

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
 from lightning_eplb.placement import ExpertPlacement
 
@@ -19,7 +22,7 @@ PROTOCOL = (
 
 
 def parallelize_experts(
-    model: nn.Module, group: dist.ProcessGroup | None = None, *, num_redundant_experts: int = 0
+    model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None = None, *, num_redundant_experts: int = 0
 ) -> nn.Module:
     """Spread the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
@@ -61,7 +64,10 @@ def parallelize_experts(
         model: The model, on any device, before its optimizer is made. Modules that were converted before stay as they
             are.
         group: The ranks that share the experts of a layer; ``None`` for all. Groups of different ranks must be equally
-            large and cover all ranks (``torch.distributed.new_subgroups``).
+            large and cover all ranks (``torch.distributed.new_subgroups``). For FSDP2 a mesh with a dimension ``ep``,
+            as ``ExpertParallelStrategy`` makes it: parameters become DTensors over it, ready for ``fully_shard``, which
+            must then average their gradients over the other ranks (see
+            :func:`~lightning_eplb.parallel.fully_shard.fully_shard_moe`).
         num_redundant_experts: Redundant slots of a layer over all ranks of the group; a multiple of its size.
 
     Returns:
@@ -73,6 +79,10 @@ def parallelize_experts(
     """
     if any(expert_layers(model)):
         return model
+    mesh = None
+    if isinstance(group, DeviceMesh):
+        check_mesh(group, model, dist.get_world_size())
+        mesh, group = group[EP], group[EP].get_group()
     found = dict(find_experts(model))
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     check_experts(model, found, size, num_redundant_experts)
@@ -80,8 +90,11 @@ def parallelize_experts(
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
+    average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups), placement)
+        _convert(module, ExpertLayer(index, name, module, groups, average), placement)
+        if mesh is not None and size > 1:
+            spread_rows(module, mesh)
     return model
 
 

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
+from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -45,12 +47,16 @@ class ExpertLayer:
         index: The layer's row in the placement and in the load, ``0 ... Y-1``.
         module: The module before its class is swapped and its parameters are cut.
         groups: The ranks that share its experts.
+        average: Averages gradients over the EP groups, where there are several and nobody else does.
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module, groups: ExpertGroups) -> None:
+    def __init__(
+        self, index: int, name: str, module: nn.Module, groups: ExpertGroups, average: ReplicaAverage | None = None
+    ) -> None:
         self.index = index
         self.name = name
         self.groups = groups
+        self.average = average
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
@@ -164,6 +170,8 @@ class ParallelExperts(nn.Module):
 
     def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
+        if layer.average is not None:
+            layer.average.watch(layer.index, list(self.parameters(recurse=False)))
         tokens, top_k = index_TK.shape
         sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
         counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
@@ -171,7 +179,7 @@ class ParallelExperts(nn.Module):
         slot_map, copy_routes = layer.slots_for(counts_RL)
         plan = dispatch.plan_dispatch(order_N, counts_RL, slot_map, groups.rank, layer.num_primaries)
         seconds = time.perf_counter() - start
-        copies = CopiesUnderway(list(self.parameters(recurse=False)), copy_routes, groups)
+        copies = CopiesUnderway(self._local_parameters(), copy_routes, groups)
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), copy_routes.num_copies, copies.num_bytes, seconds))
 
@@ -216,10 +224,15 @@ class ParallelExperts(nn.Module):
             return forward(self._original_with(weights), hidden_MD, slots_M.unsqueeze(-1), ones)
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
-            primaries = self._original_with(list(self.parameters(recurse=False)))
+            primaries = self._original_with(self._local_parameters())
             sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         shared = [parameter for child in self.children() for parameter in child.parameters()]
         return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
+
+    def _local_parameters(self) -> list[Tensor]:
+        """The weights of this rank's primaries, ``[n, ...]`` each: ``fully_shard`` has them whole within a forward."""
+        parameters = self.parameters(recurse=False)
+        return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
     def _original_with(self, weights: Sequence[Tensor]) -> nn.Module:
         """The module as it was before it was converted, for as many experts as ``weights`` have rows."""

@@ -65,6 +65,19 @@ class ExpertGroups:
             made.of_ranks[key] = cls._new(mine, ep_groups, control)
         return made.of_ranks[key]
 
+    def background(self) -> dist.ProcessGroup:
+        """A group of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
+
+        It is made when it is first asked for.
+        """
+        made = _Made.under_default_group()
+        key = next(key for key, groups in made.of_ranks.items() if groups is self)
+        if key not in made.background:
+            group = _own_group(key)
+            assert group is not None
+            made.background[key] = group
+        return made.background[key]
+
     @classmethod
     def _new(cls, mine: list[int], ep_groups: list[list[int]], control: dist.ProcessGroup) -> "ExpertGroups":
         nodes = _node_of_rank(mine, control)
@@ -82,6 +95,7 @@ class _Made:
     Attributes:
         control: Of all ranks.
         of_ranks: By the ranks of all EP groups.
+        background: The same of those that move rows behind training.
     """
 
     latest: "_Made | None" = None
@@ -92,6 +106,7 @@ class _Made:
         self.default = default
         self.control = control
         self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
+        self.background: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
 
     @classmethod
     def under_default_group(cls) -> "_Made":
@@ -100,6 +115,16 @@ class _Made:
         if cls.latest is None or cls.latest.default is not default:
             cls.latest = cls(default)
         return cls.latest
+
+
+def check_nodes(ep_size: int, ranks_a_node: int) -> None:
+    """Raise ``ValueError`` unless EP groups of successive ranks are all alike: within a node, or of whole nodes."""
+    if ep_size % ranks_a_node and ranks_a_node % ep_size:
+        sizes = [size for size in range(1, ranks_a_node + 1) if ranks_a_node % size == 0]
+        raise ValueError(
+            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks;"
+            f" one of {sizes}, or a multiple of {ranks_a_node}, would do"
+        )
 
 
 def _ep_groups(mine: Sequence[int], control: dist.ProcessGroup) -> list[list[int]]:

@@ -8,7 +8,6 @@ gradients are sent home, the primaries' tokens, the tokens' way home, the gradie
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -59,8 +58,7 @@ class CopiesUnderway:
 
     In the backward pass the redundant experts' gradients go home and are added to the primary's. Losses are averaged
     over ranks, as under DDP, while a primary gets the gradients of all ranks' tokens: so they are divided by the EP
-    size, and averaged over the EP groups that hold the same rows. A copy that got no token counts as a zero gradient;
-    its rank takes part in the collectives as the others do.
+    size. A copy that got no token counts as a zero gradient; its rank takes part in the collectives as the others do.
 
     Args:
         parameters: The expert parameters of this rank's primaries, ``[n, ...]`` each.
@@ -125,14 +123,9 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         copies: CopiesUnderway = ctx.copies
-        groups = copies.groups
-        grad_of = {i: grads[i] / groups.size for i in copies.trained}
+        grad_of = {i: grads[i] / copies.groups.size for i in copies.trained}
         if copies.underway is not None:
             copies.add_home(grad_of)
-        if groups.replicas is not None:
-            for grad in grad_of.values():
-                dist.all_reduce(grad, group=groups.replicas)
-                grad /= groups.num_replicas
         return None, *(grad_of.get(i) for i in range(len(grads) - 1))
 
 

@@ -104,6 +104,11 @@ class RowsUnderway:
         self._send_next()
         self._send_next()
 
+    def send_rest(self) -> None:
+        """Have all chunks under way, not two: for rows that nobody waits for soon. The buffers then hold all rows."""
+        while self._windows:
+            self._send_next()
+
     def write(self, targets: Sequence[Tensor]) -> None:
         """Wait for the rows and put each where the route says, in place.
 

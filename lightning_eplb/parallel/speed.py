@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.shards import local_shard
 
 REPEATS = 3
 PROBE_BYTES = 4 << 20
@@ -41,10 +42,10 @@ def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:
     Returns:
         The same on all ranks: the slowest rank's.
     """
-    parameters = [parameter.detach() for parameter in experts.parameters(recurse=False)]
+    per_expert = sum(math.prod(parameter.shape[1:]) for parameter in experts.parameters(recurse=False))
+    parameters = [local_shard(parameter).detach() for parameter in experts.parameters(recurse=False)]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 3]
     widest = max(matrices, key=lambda parameter: parameter[0].numel())
-    per_expert = sum(parameter[0].numel() for parameter in parameters)
     weight = widest[0].reshape(widest.shape[1], -1)
     tokens = torch.zeros(PROBE_TOKENS, weight.shape[0], dtype=weight.dtype, device=weight.device)
     # A token takes two operations for each parameter forward and four backward; the product takes two for each.

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
-from lightning_eplb.parallel.rows import gather_rows
+from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
+from lightning_eplb.parallel.shards import local_shard, with_local
 
 
 def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
@@ -17,7 +20,7 @@ def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
         if layer.index == 0:
             wait_for_all_ranks(layer.groups, "state_dict() of a model with parallel experts")
         for name, parameter in module.named_parameters(recurse=False):
-            state[prefix + name] = to_logical(parameter, layer)
+            state[prefix + name] = to_logical(parameter.detach(), layer)
 
     def cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, _ in module.named_parameters(recurse=False):
@@ -29,13 +32,18 @@ def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
 
 
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
-    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective."""
+    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
+
+    A DTensor stays one: each rank gets the rows that it would hold, had no expert moved, and nothing is gathered.
+    """
     assert layer.groups.exchange is not None
+    if isinstance(rows, DTensor):
+        return _reordered(rows, layer, layer.row_order)
     return gather_rows(rows, layer.row_order, layer.groups.exchange)
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
-    """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``.
+    """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``; of a DTensor one in the order of the placement.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
@@ -45,7 +53,24 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
             f"{name} has shape {list(full.shape)}; loading takes all {layer.num_logical_experts} experts in logical"
             " order, as state_dict() gives them"
         )
+    if isinstance(full, DTensor):
+        return _reordered(full, layer, torch.argsort(layer.row_order))
     return full[layer.local_experts.to(full.device)]
+
+
+def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
+    """A copy in which row ``i`` of ``rows`` is row ``order[i]``; ``rows`` itself where that changes nothing."""
+    groups, places = layer.groups, torch.arange(len(order))
+    if torch.equal(order, places):
+        return rows
+    assert groups.exchange is not None
+    n = layer.num_primaries
+    route = Route.of_moves(places // n, places % n, order // n, order % n, groups.rank, groups.size)
+    mine = local_shard(rows)
+    sent = mine.to("cpu" if dist.get_backend(groups.exchange) == "gloo" else "cuda")
+    received = torch.empty_like(sent)
+    exchange_rows([sent], [received], route, groups.exchange)
+    return with_local(rows, received.to(mine.device))
 
 
 def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:

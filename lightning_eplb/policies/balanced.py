@@ -18,8 +18,6 @@ from lightning_eplb.policies.spill import PARTS_BITS, scale_to_parts
 
 ENOUGH = 1.0 + 1.0 / 4096
 """A fullest rank that is so many times the mean need not be improved."""
-ENOUGH_TO_STAY = 1.0 + 1.0 / 256
-"""The same for primaries, where copies and quotas do the rest."""
 LASTING_GAIN = 1.0 / 20
 """What a swap gains must be more than so much of the forecast's spread, which may undo it: 0.5 % where loads may change
 by 10 %."""
@@ -45,6 +43,11 @@ class BalancedPolicy(Policy):
 
     What is planned for is a forecast and its spread. Copies are placed so that they connect the ranks and can take
     what may come; see :func:`lightning_eplb.policies.spill.spill`.
+
+    Where it is known what a copy's travel takes, a layer has as many copies as save more time than they take: also the
+    copies that training starts with are dropped where the ranks are level without them. A step waits for the rank that
+    sends or receives most; a fuller rank is what the forecast expects and makes likely. Plans with copies are compared
+    with plans that move primaries instead; see :func:`lightning_eplb.policies.toll.weigh_copies`.
 
     All decisions are made in whole numbers or in single IEEE operations, and ties go to the lower index, so the plan
     is the same on every machine.
@@ -90,12 +93,12 @@ class BalancedPolicy(Policy):
         """Plan for the forecast, and move what pays within the interval; see :meth:`Policy.look_ahead`."""
         for part_YL in (outlook.forecast.load, outlook.forecast.first, outlook.forecast.spread):
             checked_load(part_YL, placement, topology)
-        prices, least = (0.0, 0.0), 0.0
+        prices, copy = (0.0, 0.0), 0.0
         if (costs := outlook.costs) is not None:
             per_window = outlook.num_steps / outlook.interval / costs.token
             prices = (costs.row_within_node * per_window, costs.row_between_nodes * per_window)
-            least = costs.copy / costs.token * outlook.num_steps
-        return self._plan(outlook.forecast, placement, topology, prices, least)
+            copy = costs.copy / costs.token * outlook.num_steps
+        return self._plan(outlook.forecast, placement, topology, prices, copy)
 
     def warm_up(self, placement: ExpertPlacement) -> None:
         """Compile what a plan needs, by planning for a small layer."""
@@ -109,7 +112,7 @@ class BalancedPolicy(Policy):
         placement: ExpertPlacement,
         topology: Topology,
         prices: tuple[float, float] = (0.0, 0.0),
-        least: float = 0.0,
+        copy: float = 0.0,
     ) -> ExpertPlacement:
         capacity_R = np.ones(topology.num_ranks) if topology.capacity is None else np.array(topology.capacity)
         capacity_R /= capacity_R.max()
@@ -118,7 +121,7 @@ class BalancedPolicy(Policy):
         domains = self._domains(placement, topology)
         if domains is None:
             parts = [(ahead.first, ahead.spread, slots_YRS, capacity_R, node_R)]
-            self._plan_parts(parts, placement.primaries_per_rank, prices, least)
+            self._plan_parts(parts, placement.primaries_per_rank, prices, copy)
         else:
             parts, experts = [], []
             for ranks in domains:
@@ -129,7 +132,7 @@ class BalancedPolicy(Policy):
                 here = capacity_R[ranks] if capacity_R[ranks].any() else np.ones(len(ranks))
                 parts.append((load_YL, spread_YL, local_YRS, here, node_R[ranks]))
                 experts.append(expert_YL)
-            self._plan_parts(parts, placement.primaries_per_rank, prices, least)
+            self._plan_parts(parts, placement.primaries_per_rank, prices, copy)
             has_tokens_Y = ahead.first.any(axis=1)
             for ranks, (_, _, local_YRS, _, _), expert_YL in zip(domains, parts, experts, strict=True):
                 flat_YP = local_YRS.reshape(len(local_YRS), -1)
@@ -143,7 +146,7 @@ class BalancedPolicy(Policy):
         return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 
     def _plan_parts(
-        self, parts: list[tuple[np.ndarray, ...]], num_primaries: int, prices: tuple[float, float], least: float
+        self, parts: list[tuple[np.ndarray, ...]], num_primaries: int, prices: tuple[float, float], copy: float
     ) -> None:
         """Plan all layers, in place, and see to it that no more is moved than may be.
 
@@ -159,7 +162,7 @@ class BalancedPolicy(Policy):
             for part, most_Y, gain_Y, swaps_Y in zip(parts, most_DY, gain_DY, swaps_DY, strict=True):
                 load_YL, spread_YL, slots_YRS, capacity_R, node_R = part
                 plan_layers(
-                    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, least,
+                    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, copy,
                     self.split == "even", most_Y, gain_Y, swaps_Y,
                 )  # fmt: skip
 
@@ -219,7 +222,7 @@ def _localize(slots_YRS: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np
 
 @compiled
 def plan_layers(
-    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, least, is_even, most_Y, gain_Y, swaps_Y
+    load_YL, spread_YL, slots_YRS, num_primaries, capacity_R, node_R, prices, copy, is_even, most_Y, gain_Y, swaps_Y
 ):
     """Plan layer after layer, in place.
 
@@ -231,7 +234,7 @@ def plan_layers(
         capacity_R: How much work a rank should get, float64.
         node_R: The node of each rank.
         prices: Of a swap within a node and between nodes, in tokens.
-        least: Tokens that a copy must serve.
+        copy: Tokens that take as long as a copy's travel, all those of the window.
         is_even: Whether tokens are divided evenly among copies.
         most_Y: Swaps that each layer may make.
         gain_Y: Filled with the tokens by which the fullest rank is lowered, less the price.
@@ -239,7 +242,7 @@ def plan_layers(
     """
     layers, num_ranks, _ = slots_YRS.shape
     parts_L = np.empty(load_YL.shape[1], dtype=np.int64)
-    spread_L = np.empty(load_YL.shape[1], dtype=np.int64)
+    spread_L, likely_L = np.empty_like(parts_L), np.empty_like(parts_L)
     level_R = np.empty(num_ranks, dtype=np.int64)
     weight_R = np.empty(num_ranks)
     speed = 0.0
@@ -255,9 +258,9 @@ def plan_layers(
         for expert in range(parts_L.size):
             total += parts_L[expert]
             spread = spread_YL[layer, expert]
-            spread_L[expert] = spread << shift if shift >= 0 else spread >> -shift
-            spreads += spread_L[expert]
-            spread_L[expert] = max(spread_L[expert], np.int64(LEAST_SPREAD * parts_L[expert]))
+            likely_L[expert] = spread << shift if shift >= 0 else spread >> -shift
+            spreads += likely_L[expert]
+            spread_L[expert] = max(likely_L[expert], np.int64(LEAST_SPREAD * parts_L[expert]))
         if total == 0:
             continue
         for rank in range(num_ranks):
@@ -269,15 +272,15 @@ def plan_layers(
         undone = LASTING_GAIN * spreads / num_ranks * (WITH_COPIES if has_copies else 1.0)
         least_gain = max(undone, NOISE * noise)
         costs = (max(prices[0] * token, least_gain), max(prices[1] * token, least_gain))
-        least_parts = np.int64(min(least * token, 2.0**PARTS_BITS))
+        copy_parts = min(copy * token, 2.0**PARTS_BITS)
         if is_even and has_copies:
             gain, swaps = plan_even(
-                parts_L, slots_YRS[layer], num_primaries, weight_R, node_R, costs, least_parts,
+                parts_L, likely_L, slots_YRS[layer], num_primaries, weight_R, node_R, costs, copy_parts,
                 least_gain, ENOUGH * mean, most_Y[layer],
             )  # fmt: skip
         else:
             gain, swaps = plan_level(
-                parts_L, spread_L, slots_YRS[layer], num_primaries, level_R, weight_R, node_R, costs, least_parts,
-                least_gain, ENOUGH * mean, ENOUGH_TO_STAY * mean, most_Y[layer],
+                parts_L, spread_L, likely_L, slots_YRS[layer], num_primaries, level_R, weight_R, node_R, costs,
+                copy_parts, least_gain, ENOUGH * mean, most_Y[layer],
             )  # fmt: skip
         gain_Y[layer], swaps_Y[layer] = gain / token, swaps

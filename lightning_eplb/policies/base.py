@@ -87,7 +87,7 @@ class Costs:
         token: To compute one token on one expert, forward and backward.
         row_within_node: To move one primary, with its optimizer state, to another rank of the node.
         row_between_nodes: The same to another node.
-        copy: To bring one redundant copy's weights out and its gradient home, in one step.
+        copy: To bring one redundant copy's weights out and its gradient home, in one step, while all ranks do so.
     """
 
     token: float

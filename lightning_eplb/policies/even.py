@@ -7,7 +7,8 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled
 from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
-from lightning_eplb.policies.split import fullest, fullest_rank
+from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank
+from lightning_eplb.policies.toll import EVEN, busiest, drop_copies, weigh_copies
 
 MOST_CHANGES = 1
 """Changes of copies that the search makes at most, for each redundant slot."""
@@ -48,6 +49,56 @@ def sift_up(heap, place, key):
         heap[place] = heap[parent]
         place = parent
     heap[place] = item
+
+
+@compiled
+def move_in_heap(heap, place_of, size, key, item):
+    """Restore a binary heap whose places are known, the largest ``key[item]`` on top, after the item's key changed."""
+    place = place_of[item]
+    while place > 0:
+        other = heap[(place - 1) // 2]
+        if key[other] > key[item] or (key[other] == key[item] and other < item):
+            break
+        heap[place], place_of[other] = other, place
+        place = (place - 1) // 2
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        other = heap[child]
+        if child + 1 < size:
+            right = heap[child + 1]
+            if key[right] > key[other] or (key[right] == key[other] and right < other):
+                child, other = child + 1, right
+        if key[other] < key[item] or (key[other] == key[item] and other > item):
+            break
+        heap[place], place_of[other] = other, place
+        place = child
+    heap[place], place_of[item] = item, place
+
+
+@compiled
+def top_of_heap(heap, key, most, found, places):
+    """Fill ``found`` with the items of the ``most`` largest keys, largest first, lower index first; how many there are.
+
+    Args:
+        places: Room for ``most + 1`` places of the heap.
+    """
+    places[0] = 0
+    waiting, count = 1, 0
+    while waiting > 0 and count < most:
+        best = 0
+        for index in range(1, waiting):
+            item, top = heap[places[index]], heap[places[best]]
+            if key[item] > key[top] or (key[item] == key[top] and item < top):
+                best = index
+        place = places[best]
+        found[count] = heap[place]
+        count += 1
+        waiting -= 1
+        places[best] = places[waiting]
+        for child in range(2 * place + 1, min(2 * place + 3, heap.size)):
+            places[waiting] = child
+            waiting += 1
+    return count
 
 
 @compiled
@@ -160,23 +211,22 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
     largest = np.int64(0)
     for expert in range(load_L.size):
         largest = max(largest, load_L[expert] // copies_L[expert])
+    # The ranks, the fullest on top, and the emptiest on top.
+    full_heap, empty_heap = np.arange(num_ranks), np.arange(num_ranks)
+    full_place_R, empty_place_R = np.arange(num_ranks), np.arange(num_ranks)
+    line_R, room_R = np.empty(num_ranks), np.empty(num_ranks)
+    for rank in range(num_ranks):
+        line_R[rank] = tokens_R[rank] * weight_R[rank]
+        room_R[rank] = -line_R[rank]
+        move_in_heap(full_heap, full_place_R, rank + 1, line_R, rank)
+        move_in_heap(empty_heap, empty_place_R, rank + 1, room_R, rank)
     emptiest = np.empty(EMPTIEST + FURTHER, dtype=np.int64)
+    places = np.empty(EMPTIEST + 1, dtype=np.int64)
     turn = failures = 0
     for _ in range(MOST_CHANGES * num_ranks * (num_slots - num_primaries)):
-        full = np.int64(0)
-        found = 0
-        for rank in range(num_ranks):
-            line = tokens_R[rank] * weight_R[rank]
-            if line > tokens_R[full] * weight_R[full]:
-                full = np.int64(rank)
-            if found < EMPTIEST or line < tokens_R[emptiest[found - 1]] * weight_R[emptiest[found - 1]]:
-                place = min(found, EMPTIEST - 1)
-                while place > 0 and tokens_R[emptiest[place - 1]] * weight_R[emptiest[place - 1]] > line:
-                    emptiest[place] = emptiest[place - 1]
-                    place -= 1
-                emptiest[place] = rank
-                found = min(found + 1, EMPTIEST)
-        before = tokens_R[full] * weight_R[full]
+        full = full_heap[0]
+        found = top_of_heap(empty_heap, room_R, EMPTIEST, emptiest, places)
+        before = line_R[full]
         lowest = before
         from_slot = to_rank = to_slot = np.int64(-1)
         exchange = False
@@ -253,6 +303,19 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
         next_P[place], head_L[expert] = head_L[expert], place
         slots_RS[to_rank, to_slot] = expert
         tokens_R[to_rank] += load_L[expert] // copies_L[expert]
+        # Each rank that serves other tokens now: those of both experts, and the one that lost its copy of either.
+        for part in range(4):
+            changed = expert if part == 0 else here
+            place = full * num_slots if part == 2 else to_rank * num_slots
+            if part < 2:
+                place = head_L[changed] if changed >= 0 else np.int64(-1)
+            while place >= 0:
+                rank = place // num_slots
+                line_R[rank] = tokens_R[rank] * weight_R[rank]
+                room_R[rank] = -line_R[rank]
+                move_in_heap(full_heap, full_place_R, num_ranks, line_R, rank)
+                move_in_heap(empty_heap, empty_place_R, num_ranks, room_R, rank)
+                place = next_P[place] if part < 2 else np.int64(-1)
     return fullest(tokens_R, weight_R)
 
 
@@ -280,7 +343,7 @@ def shift_tokens(load_L, expert, copies_L, change, head_L, next_P, num_slots, to
 
 
 @compiled
-def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, gain, enough, most_swaps):
+def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, prices, copy, gain, enough, most_swaps):
     """Plan a layer with redundant slots. ``slots_RS`` is changed in place, or left alone where nothing pays.
 
     The copies are chosen anew, and then pairs of primaries swapped that relieve the fullest rank, the copies improved
@@ -295,11 +358,25 @@ def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, 
     share_L = np.empty_like(load_L)
     count_tokens(load_L, slots_RS, copies_L, tokens_R)
     before = fullest(tokens_R, weight_R)
-    if before <= enough:
+    if before <= enough and copy == 0:
         return 0.0, 0
     trial_RS = slots_RS.copy()
     best_RS = slots_RS
-    lowest, best_peak, best_price, best_swaps = before - gain, before, 0.0, 0
+    best_peak, best_price, best_swaps = before, 0.0, 0
+    least, present = np.int64(copy), np.int64(0)
+    quota_RS = np.empty_like(slots_RS)
+    if copy > 0:
+        present = busiest(slots_RS, num_primaries)
+        even_quotas(load_L, slots_RS, quota_RS, tokens_R)
+        before = weigh_copies(
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, EVEN, quota_RS, tokens_R
+        )
+        best_peak = drop_copies(
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
+        )
+        if best_peak < before:
+            best_RS = trial_RS.copy()
+    lowest = best_peak - gain
     for attempt in range(3):
         if attempt > 0 and best_peak <= enough:
             break
@@ -324,6 +401,12 @@ def plan_even(load_L, slots_RS, num_primaries, weight_R, node_R, prices, least, 
                 peak = improve_copies(
                     load_L, trial_RS, num_primaries, weight_R, least, attempt == 2, copies_L, tokens_R
                 )
+            if copy > 0:
+                even_quotas(load_L, trial_RS, quota_RS, tokens_R)
+                peak = drop_copies(
+                    load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
+                )
+                count_tokens(load_L, trial_RS, copies_L, tokens_R)
             if peak + price < lowest:
                 lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
                 best_RS = trial_RS.copy()

@@ -8,12 +8,13 @@ import numpy as np
 from lightning_eplb.compiled import compiled
 from lightning_eplb.policies.spill import spill
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
+from lightning_eplb.policies.toll import LEVEL, busiest, drop_copies, weigh_copies
 
-SWEEPS = 12
+SWEEPS = np.int64(12)  # as int64, or loops are compiled for each of these numbers
 """Of the quotas, to judge a plan."""
 SLOW = 1.0 / 16
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
-FEW_SWEEPS = 2
+FEW_SWEEPS = np.int64(2)
 """Of the quotas, to see how level a layer is."""
 NEARLY_LEVEL = 1.0 + 1.0 / 16
 """A layer whose fullest rank is lower than so many times the mean after a few sweeps may be level after more."""
@@ -71,38 +72,40 @@ def best_swap(rank, tokens_R, weight_R, share_L, own_RN, node_R, price_within, p
 def plan_level(
     load_L,
     spread_L,
+    likely_L,
     slots_RS,
     num_primaries,
     level_R,
     weight_R,
     node_R,
     prices,
-    least,
+    copy,
     gain,
     enough,
-    enough_to_stay,
     most_swaps,
 ):
     """Plan a layer. ``slots_RS`` is changed in place, or left alone where nothing pays.
 
-    A layer whose ranks are level is left alone if each of them has tokens that it could leave to others, as much as
-    may come in addition. Otherwise three things are compared by their fullest rank: the placement as it is; new copies
-    for the primaries as they are; and a series of swaps that relieve the fullest rank, each with new copies, and with
-    what it costs.
+    Three things are compared by their fullest rank: the placement as it is; new copies for the primaries as they are;
+    and a series of swaps that relieve the fullest rank, each with new copies, and with what it costs. Where copies
+    cost something, each of them goes without those that are not worth it, and what the others cost counts.
+
+    Where copies cost nothing, a layer whose ranks are level is left alone if each of them has tokens that it could
+    leave to others, as much as may come in addition.
 
     Args:
         load_L: Expected parts of each expert.
-        spread_L: Standard deviation of each.
+        spread_L: Standard deviation of each, to choose copies.
+        likely_L: The same as it was forecast, to tell what copies are worth.
         slots_RS: What the slots hold.
         num_primaries: The first slots of each rank.
         level_R: What each rank should serve.
         weight_R: What a part costs on each rank, float64.
         node_R: The node of each rank.
         prices: Of a swap within a node and between nodes, in weighted parts.
-        least: Parts that a copy must serve.
+        copy: Weighted parts that take as long as a copy's travel; it must serve as many.
         gain: Weighted parts by which a plan must be better than none.
         enough: A fullest rank that need not be improved.
-        enough_to_stay: One that is not worth moving primaries for.
         most_swaps: The most that may be made.
 
     Returns:
@@ -117,74 +120,107 @@ def plan_level(
         before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     has_copies = num_slots > num_primaries
     stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS) if has_copies else 0
-    if before <= enough and stiff == 0:
+    has_toll = has_copies and copy > 0
+    if before <= enough and stiff == 0 and not has_toll:
         return 0.0, 0
     trial_RS = slots_RS.copy()
     own_RN = trial_RS[:, :num_primaries]
     best_RS = slots_RS
     best_peak, best_price, best_swaps = before, 0.0, 0
-    lowest = before - gain
     is_new = False
+    present = np.int64(0)
+    if has_toll:
+        present = busiest(slots_RS, num_primaries)
+        before = weigh_copies(
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, quota_RS, tokens_R
+        )
+        best_peak = drop_copies(
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
+        )
+        if best_peak < before:
+            best_RS = trial_RS.copy()
+            is_new = True
+    lowest = best_peak - gain
     if has_copies:
         new_quota_RS = np.empty_like(quota_RS)
         new_tokens_R = np.empty_like(tokens_R)
         peak = copy_and_level(
             load_L,
             spread_L,
+            likely_L,
             trial_RS,
             num_primaries,
             level_R,
             weight_R,
             node_R,
-            least,
+            copy,
+            present,
             enough,
             new_quota_RS,
             new_tokens_R,
         )
-        if peak > enough and before > NEARLY_LEVEL * enough:
+        if peak > enough and before > NEARLY_LEVEL * enough and not has_toll:
             before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
             best_peak, lowest = before, before - gain
         quota_RS, tokens_R = new_quota_RS, new_tokens_R
         is_looser = stiff > 0 and stiff_ranks(load_L, spread_L, trial_RS, quota_RS) < stiff
-        if peak < lowest or (peak <= max(before, enough) and is_looser):
+        if peak < lowest or (peak <= max(best_peak, enough) and is_looser):
             lowest = best_peak = peak
             best_RS = trial_RS.copy()
             is_new = True
-    price, swaps, stalled, reached = 0.0, 0, 0, best_peak
     alone_R = np.empty_like(tokens_R)
-    while best_peak > enough_to_stay and swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE):
-        if price + min(prices[0], prices[1]) + enough >= lowest:
-            break  # not even a level plan would be worth another swap
-        rank = fullest_rank(tokens_R, weight_R)
-        partner, mine, theirs = best_swap(rank, tokens_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
-        if has_copies and (partner < 0 or stalled % 2 == 1):  # where copies filled all others up: as if there were none
-            alone_R[:] = 0
-            for other in range(num_ranks):
-                for expert in own_RN[other]:
-                    alone_R[other] += load_L[expert]
-            rank = fullest_rank(alone_R, weight_R)
-            partner, mine, theirs = best_swap(rank, alone_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
-        if partner < 0:
-            break
-        given, taken = own_RN[rank, mine], own_RN[partner, theirs]
-        own_RN[rank, mine], own_RN[partner, theirs] = taken, given
-        price += prices[0] if node_R[rank] == node_R[partner] else prices[1]
-        swaps += 1
-        if has_copies:
-            peak = copy_and_level(
-                load_L, spread_L, trial_RS, num_primaries, level_R, weight_R, node_R, least, enough, quota_RS, tokens_R
-            )
-        else:
-            tokens_R[rank] -= load_L[given] - load_L[taken]
-            tokens_R[partner] += load_L[given] - load_L[taken]
-            peak = fullest(tokens_R, weight_R)
-        stalled += 1
-        if peak + price < reached:
-            reached, stalled = peak + price, 0
-        if peak + price < lowest:
-            lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
-            best_RS = trial_RS.copy()
-            is_new = True
+    for attempt in range(2 if has_toll else 1):
+        with_copies = has_copies and attempt == 0
+        price, swaps, stalled, reached = 0.0, 0, 0, best_peak
+        floor = copy if has_toll else 0.0  # a plan with copies takes at least the travel of one
+        if attempt == 1:  # as if there were no slots for copies
+            if load_L.max() * weight_R.min() >= lowest:
+                break  # the largest expert alone makes a fuller rank
+            trial_RS[:] = slots_RS
+            trial_RS[:, num_primaries:] = -1
+            even_quotas(load_L, trial_RS, quota_RS, tokens_R)
+            reached, floor = np.inf, 0.0
+        while swaps < most_swaps and stalled < max(PATIENCE // num_ranks, LEAST_PATIENCE):
+            if best_peak <= enough + floor or price + min(prices[0], prices[1]) + enough + floor >= lowest:
+                break  # not even a level plan would be worth another swap
+            rank = fullest_rank(tokens_R, weight_R)
+            partner, mine, theirs = best_swap(rank, tokens_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
+            if with_copies and (
+                partner < 0 or stalled % 2 == 1
+            ):  # where copies filled all others: as if there were none
+                alone_R[:] = 0
+                for other in range(num_ranks):
+                    for expert in own_RN[other]:
+                        alone_R[other] += load_L[expert]
+                rank = fullest_rank(alone_R, weight_R)
+                partner, mine, theirs = best_swap(rank, alone_R, weight_R, load_L, own_RN, node_R, prices[0], prices[1])
+            if partner < 0:
+                break
+            given, taken = own_RN[rank, mine], own_RN[partner, theirs]
+            own_RN[rank, mine], own_RN[partner, theirs] = taken, given
+            price += prices[0] if node_R[rank] == node_R[partner] else prices[1]
+            swaps += 1
+            if with_copies:
+                peak = copy_and_level(
+                    load_L, spread_L, likely_L, trial_RS, num_primaries, level_R, weight_R, node_R, copy, present,
+                    enough, quota_RS, tokens_R,
+                )  # fmt: skip
+            elif has_toll:
+                even_quotas(load_L, trial_RS, quota_RS, tokens_R)
+                peak = weigh_copies(
+                    load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, quota_RS, tokens_R
+                )
+            else:
+                tokens_R[rank] -= load_L[given] - load_L[taken]
+                tokens_R[partner] += load_L[given] - load_L[taken]
+                peak = fullest(tokens_R, weight_R)
+            stalled += 1
+            if peak + price < reached:
+                reached, stalled = peak + price, 0
+            if peak + price < lowest:
+                lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
+                best_RS = trial_RS.copy()
+                is_new = True
     if not is_new:
         return 0.0, 0
     keep_slots(slots_RS, best_RS, num_primaries)
@@ -220,31 +256,53 @@ def stiff_ranks(load_L, spread_L, slots_RS, quota_RS):
 
 @compiled
 def copy_and_level(
-    load_L, spread_L, slots_RS, num_primaries, level_R, weight_R, node_R, least, enough, quota_RS, tokens_R
+    load_L,
+    spread_L,
+    likely_L,
+    slots_RS,
+    num_primaries,
+    level_R,
+    weight_R,
+    node_R,
+    copy,
+    present,
+    enough,
+    quota_RS,
+    tokens_R,
 ):
     """Choose the copies for the primaries of ``slots_RS``, in place, and divide the tokens among them.
 
     Returns:
-        The weighted parts of the fullest rank.
+        The weighted parts of the fullest rank, with what :func:`weigh_copies` adds where copies cost something.
     """
     left_L = np.empty_like(load_L)
+    least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
-    lowest, best = np.inf, 0
-    for attempt in range(len(DEPTHS) + 1):
-        is_last = attempt == len(DEPTHS) or lowest <= enough
-        if is_last and best == attempt - 1:
-            break
-        depth = DEPTHS[best if is_last else attempt]
+    lowest = np.inf
+    best_RS, best_quota_RS, best_tokens_R = slots_RS, quota_RS, tokens_R
+    for attempt in range(len(DEPTHS)):
         spill(
-            load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quota_RS[:, num_primaries:],
+            load_L, spread_L, own_RN, level_R, node_R, least, DEPTHS[attempt], held_RE, quota_RS[:, num_primaries:],
             left_L, tokens_R,
         )  # fmt: skip
         for rank in range(slots_RS.shape[0]):
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
         peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
+        is_last = peak <= enough or attempt == len(DEPTHS) - 1
         if peak < lowest:
-            lowest, best = peak, attempt
+            lowest = peak
+            if is_last:
+                break
+            best_RS, best_quota_RS, best_tokens_R = slots_RS.copy(), quota_RS.copy(), tokens_R.copy()
+        elif is_last:
+            slots_RS[:] = best_RS
+            quota_RS[:] = best_quota_RS
+            tokens_R[:] = best_tokens_R
+    if copy > 0:
+        return drop_copies(
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
+        )
     return lowest
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled
 
-SPLIT_SWEEPS = 24
+SPLIT_SWEEPS = np.int64(24)  # as int64, or loops are compiled for each such number
 """Of the quotas, to divide a batch."""
 LEVEL_ENOUGH = 1.0 + 1.0 / 1024
 """A batch is divided well enough if its fullest rank is so many times the mean."""

@@ -4,22 +4,43 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.rows import Route, exchange_rows
+from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.relocation.optimizer import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
 
 
 def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gradients: bool) -> list[Tensor]:
-    """Every tensor that holds a row for each primary of a converted module, ``[n, ...]`` each."""
+    """What this rank holds of every tensor with a row for each primary of a converted module, ``[n, ...]`` each."""
+    _reshard(module)
     tensors: list[Tensor] = []
     for parameter in module.parameters(recurse=False):
         tensors += [parameter, *state_rows(optimizers, parameter)]
         if with_gradients and parameter.grad is not None:
             tensors.append(parameter.grad)
-    return tensors
+    return [local_shard(tensor) for tensor in tensors]
+
+
+def gradients_to_move(module: nn.Module) -> list[Tensor]:
+    """The gradients among those tensors."""
+    _reshard(module)
+    return [local_shard(p.grad) for p in module.parameters(recurse=False) if p.grad is not None]
+
+
+def route_of(moves: LayerMoves, groups: ExpertGroups) -> Route:
+    """How this rank's rows of a layer travel."""
+    places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
+    return Route.of_moves(*(torch.from_numpy(place) for place in places), rank=groups.rank, size=groups.size)
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return [[tensor for tensor in tensors if str(tensor.device) == device] for device in devices]
 
 
 def relocate(moves: LayerMoves, tensors: Sequence[Tensor], groups: ExpertGroups) -> int:
@@ -33,16 +54,14 @@ def relocate(moves: LayerMoves, tensors: Sequence[Tensor], groups: ExpertGroups)
         Bytes that crossed ranks, over all ranks of the EP group.
     """
     assert groups.exchange is not None
-    places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
-    route = Route.of_moves(*(torch.from_numpy(place) for place in places), rank=groups.rank, size=groups.size)
+    route = route_of(moves, groups)
     with torch.no_grad():
-        for device_tensors in _by_device(tensors):
+        for device_tensors in by_device(tensors):
             exchange_rows(device_tensors, device_tensors, route, groups.exchange)
     row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
     return row_bytes * moves.num_rows_between_ranks
 
 
-def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return [[tensor for tensor in tensors if str(tensor.device) == device] for device in devices]
+def _reshard(module: nn.Module) -> None:
+    if isinstance(module, FSDPModule):
+        module.reshard()  # what was gathered for a forward would not see its shards change

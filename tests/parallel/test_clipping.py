@@ -4,9 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_eplb.parallel.clipping import clip_grad_norm_
+from lightning_eplb import fully_shard_moe
+from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
+from tests.fidelity import whole
+from tests.models import hugging_face_model, language_loss, token_batches
 from tests.workers import Workers
 
 
@@ -52,3 +57,39 @@ def clip_where_one_has_none() -> float:
     if dist.get_rank() == 1:
         expert.grad = torch.tensor([[4.0]])
     return float(clip_grad_norm_([dense, expert], 10.0, [expert], groups))
+
+
+@pytest.mark.parametrize("sizes", [{"efsdp": 2, "ep": 2}, {"efsdp": 4, "ep": 1}, {"replicate": 2, "efsdp": 1, "ep": 2}])
+def test_parameters_of_several_meshes(sizes: dict[str, int], workers: Workers) -> None:
+    for difference in workers.run(4, clip_sharded, sizes):
+        assert difference < 1e-12
+
+
+def clip_sharded(sizes: dict[str, int]) -> float:
+    original, tokens = hugging_face_model("mixtral"), token_batches(8)
+    language_loss(original, tokens).backward()
+    model = hugging_face_model("mixtral")
+    fully_shard_moe(model, init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+    language_loss(model, tokens[2 * dist.get_rank() :][:2]).backward()
+    layers = list(expert_layers(model))
+    experts = [parameter for _, module in layers for parameter in module.parameters()]
+
+    expected = torch.nn.utils.clip_grad_norm_(original.parameters(), 0.1)
+    norm = clip_grad_norm_(model.parameters(), 0.1, experts, layers[0][0].groups)
+    differences = [abs(float(norm - expected)), largest_gradient_difference(model, original)]
+    torch.nn.utils.clip_grad_value_(original.parameters(), 1e-3)
+    clip_grad_value_(model.parameters(), 1e-3)
+    differences.append(largest_gradient_difference(model, original))
+    assert max(float(p.grad.abs().max()) for p in original.parameters() if p.grad is not None) == 1e-3
+    return max(differences)
+
+
+def largest_gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
+    expected = dict(theirs.named_parameters())
+    differences = []
+    for name, parameter in ours.named_parameters():
+        grad, reference = parameter.grad, expected[name].grad
+        assert grad is not None
+        assert reference is not None
+        differences.append(float((whole(grad) - reference).abs().max()))
+    return max(differences)

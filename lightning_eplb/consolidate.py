@@ -1,0 +1,98 @@
+"""Read a distributed checkpoint, a folder with a file from each rank, as if it were the file of a DDP run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from typing_extensions import override
+
+INDEX, REST = ".metadata", "meta.pt"
+"""What a distributed checkpoint of Lightning has beside its shards: PyTorch's index, and all that is no tensor."""
+
+
+def is_distributed_checkpoint(path: Any) -> bool:
+    """Whether ``path`` is a folder that ``save_distributed_checkpoint=True`` has written."""
+    return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
+
+
+def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """The whole checkpoint on the CPU, as ``Trainer.save_checkpoint`` writes it under DDP. Needs no communication.
+
+    Args:
+        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)``.
+        weights_only: As in ``torch.load``, for what is no tensor.
+
+    Returns:
+        With ``state_dict`` and, unless only weights were saved, ``optimizer_states``, which count parameters as
+        ``torch.optim`` does.
+    """
+    reader = FileSystemReader(folder)
+    index = reader.read_metadata()
+    flat: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+        for key, entry in index.state_dict_metadata.items()
+    }
+    load(flat, storage_reader=reader, no_dist=True)
+    nested: dict[str, Any] = {}
+    for key, path in (index.planner_data or {}).items():
+        _put(nested, path, flat[key])
+    checkpoint = torch.load(Path(folder) / REST, map_location="cpu", weights_only=weights_only)
+    checkpoint["state_dict"] = nested["state_dict"]
+    names = sorted((key for key in nested if key.startswith("optimizer_")), key=lambda key: int(key.split("_")[1]))
+    if names:
+        checkpoint["optimizer_states"] = [_counted(nested[name]) for name in names]
+    return checkpoint
+
+
+def _put(nested: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    *parents, last = path
+    for part in parents:
+        nested = nested.setdefault(part, {})
+    nested[last] = value
+
+
+def _counted(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with numbers for names: parameters are counted through all groups."""
+    groups = state["param_groups"]
+    if isinstance(groups, dict):  # a list of dictionaries, taken apart
+        groups = [groups[i] for i in range(len(groups))]
+    number: dict[str, int] = {}
+    for group in groups:
+        for name in group["params"]:
+            number[name] = len(number)
+    return {
+        "state": {number[name]: values for name, values in state.get("state", {}).items()},
+        "param_groups": [{**group, "params": [number[name] for name in group["params"]]} for group in groups],
+    }
+
+
+class ReadsDistributedCheckpoints(CheckpointIO):
+    """Lets a strategy that saves files resume from a distributed checkpoint; all else is left to its own plugin."""
+
+    def __init__(self, plugin: CheckpointIO) -> None:
+        self.plugin = plugin
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        if is_distributed_checkpoint(path):
+            return read_distributed_checkpoint(path, weights_only)
+        arguments: dict[str, Any] = {"weights_only": weights_only}
+        if map_location is not None:
+            arguments["map_location"] = map_location
+        return self.plugin.load_checkpoint(path, **arguments)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self.plugin.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self.plugin.teardown()

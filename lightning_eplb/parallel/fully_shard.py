@@ -1,0 +1,111 @@
+"""``fully_shard`` for a whole Mixture-of-Experts model, experts by the mesh that they need."""
+
+from collections.abc import Iterator
+
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from lightning_eplb.parallel.convert import expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE, check_mesh, expert_mesh, shard_dimension
+
+
+def fully_shard_moe(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    num_redundant_experts: int = 0,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Spread a model's experts over ``mesh["ep"]`` and shard everything else, in place. Every rank must call it.
+
+    Each expert is sharded over ``mesh["efsdp"]``, all other parameters over all ranks: block by block, blocks being
+    the entries of the ``nn.ModuleList`` that has the expert layers in it, and what is outside of them together. It is
+    :func:`~lightning_eplb.parallelize_experts` followed by ``fully_shard``, which one can write as well::
+
+        parallelize_experts(model, mesh, num_redundant_experts=8)
+        for block in model.model.layers:
+            experts = block.mlp.experts
+            fully_shard(experts, mesh=mesh["efsdp"], shard_placement_fn=lambda parameter: Shard(1))
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
+
+    Example::
+
+        class MyModel(LightningModule):
+            def configure_model(self):
+                if self.model is None:
+                    self.model = fully_shard_moe(build_my_model(), self.device_mesh, num_redundant_experts=8)
+
+    Args:
+        model: Any Hugging Face MoE model, or one with modules of the same protocol. As with ``fully_shard``, all ranks
+            must have the same weights, and the optimizer is made afterwards.
+        mesh: As ``ExpertParallelStrategy`` makes it, with dimensions ``efsdp`` and ``ep``, and ``replicate`` for
+            hybrid sharding: then each shard is held by as many ranks as that has.
+        num_redundant_experts: As in ``parallelize_experts``.
+        mp_policy: As in ``fully_shard``, for all modules.
+        reshard_after_forward: As in ``fully_shard``, for all modules but the root.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: The mesh has other dimensions or ranks, or an expert can't be cut into ``efsdp`` equal parts. All
+            ranks raise it, before any communication.
+    """
+    check_mesh(mesh, model, dist.get_world_size())
+    if EFSDP not in (mesh.mesh_dim_names or ()):
+        raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}; 'efsdp' must be among them, of size 1 at least")
+    size = mesh[EFSDP].size()
+    for name, module in find_experts(model):
+        _check_shapes(name, module, size)
+    parallelize_experts(model, mesh, num_redundant_experts=num_redundant_experts)
+    policy = mp_policy if mp_policy is not None else MixedPrecisionPolicy()
+    for _, experts in list(expert_layers(model)):
+        fully_shard(
+            experts,
+            mesh=expert_mesh(mesh),
+            shard_placement_fn=lambda parameter: shard_dimension(parameter.shape, size),
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+    others = _mesh_of_all_else(mesh)
+    for block in list(_blocks(model)):
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, mesh=others, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=others, mp_policy=policy)
+    return model
+
+
+def _check_shapes(name: str, experts: nn.Module, size: int) -> None:
+    for parameter_name, parameter in experts.named_parameters(recurse=False):
+        if shard_dimension(parameter.shape, size) is None:
+            raise ValueError(
+                f"mesh: efsdp={size} must divide a dimension behind the first of {name}.{parameter_name}, whose shape"
+                f" is {list(parameter.shape)}; a smaller efsdp and a larger ep would do"
+            )
+    shared = [f"{name}.{inner}" for inner, _ in experts.named_parameters() if "." in inner]
+    if shared:
+        raise ValueError(
+            f"{shared[0]}: a parameter that all experts of a module share can't be sharded, as ranks without a token"
+            " would not take part; 'ddp' would do"
+        )
+
+
+def _mesh_of_all_else(mesh: DeviceMesh) -> DeviceMesh:
+    sharded = mesh[EFSDP, EP].size()
+    if REPLICATE in (mesh.mesh_dim_names or ()):
+        shape = (mesh[REPLICATE].size(), sharded)
+        return init_device_mesh(mesh.device_type, shape, mesh_dim_names=(REPLICATE, "fsdp"))
+    return init_device_mesh(mesh.device_type, (sharded,), mesh_dim_names=("fsdp",))
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The entries of the outermost module lists that have expert layers in them, the other entries too."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and any(expert_layers(child)):
+            yield from child
+        else:
+            yield from _blocks(child)

@@ -1,0 +1,192 @@
+"""What redundant copies cost a layer, and which of them are worth it: compiled.
+
+Copies cost the time that weights and gradients travel; they save time where the fullest rank would have more to do
+without them, now or when the load changes. Both are counted in weighted parts here, as the fullest rank's tokens are.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.split import even_quotas, fullest, level_quotas
+
+CHANGE = 1.0 / 8
+"""A plan that is to pay for more copies or fewer than are paid for now must be better by so much of a copy, or layers
+would gain and lose copies in turn where both are as good."""
+DROP_SWEEPS = np.int64(12)
+"""Of the quotas, to judge what remains when copies are dropped."""
+SLOW_DROP = 1.0 / 16
+"""A sweep that lowers the fullest rank by so little of what is missing is the last one."""
+LEVEL, EVEN = np.bool_(False), np.bool_(True)
+"""How tokens are divided among copies. Variables of numpy's: for literals, all loops would be compiled twice."""
+
+
+@compiled
+def find_owners(slots_RS, num_primaries, owner_L):
+    """Fill in the place of each primary, ``rank * S + slot``."""
+    num_ranks, num_slots = slots_RS.shape
+    for rank in range(num_ranks):
+        for slot in range(num_primaries):
+            owner_L[slots_RS[rank, slot]] = rank * num_slots + slot
+
+
+@compiled
+def count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R):
+    """Fill in the copies that each rank sends and receives. Returns the most of either: the ranks wait for those."""
+    num_ranks, num_slots = slots_RS.shape
+    sent_R[:] = 0
+    received_R[:] = 0
+    for rank in range(num_ranks):
+        for slot in range(num_primaries, num_slots):
+            if slots_RS[rank, slot] >= 0:
+                received_R[rank] += 1
+                sent_R[owner_L[slots_RS[rank, slot]] // num_slots] += 1
+    return max(sent_R.max(), received_R.max())
+
+
+@compiled
+def busiest(slots_RS, num_primaries):
+    """The copies that the busiest rank sends, or receives."""
+    owner_L = np.empty(slots_RS.shape[0] * num_primaries, dtype=np.int64)
+    find_owners(slots_RS, num_primaries, owner_L)
+    sent_R, received_R = np.empty(slots_RS.shape[0], dtype=np.int64), np.empty(slots_RS.shape[0], dtype=np.int64)
+    return count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
+
+
+@compiled
+def likely_peak(load_L, likely_L, slots_RS, weight_R, is_even, quota_RS, tokens_R):
+    """The fullest rank when loads change as is likely, in weighted parts.
+
+    The largest of ``R`` draws lies about ``sqrt(log2(R))`` standard deviations out. So much may come to a rank in
+    addition; what quotas can leave to other copies of its experts does not count, as far as that goes.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    doublings = 0
+    while 1 << doublings < num_ranks:
+        doublings += 1
+    reach = np.sqrt(float(doublings))
+    copies_L = np.zeros(load_L.size, dtype=np.int64)
+    for rank in range(num_ranks):
+        for expert in slots_RS[rank]:
+            if expert >= 0:
+                copies_L[expert] += 1
+    peak = 0.0
+    for rank in range(num_ranks):
+        variance, loose = 0.0, np.int64(0)
+        for slot in range(num_slots):
+            expert = slots_RS[rank, slot]
+            if expert >= 0 and quota_RS[rank, slot] > 0:
+                spread = likely_L[expert] * (quota_RS[rank, slot] / load_L[expert])
+                variance += spread * spread
+                if copies_L[expert] > 1 and not is_even:
+                    loose += quota_RS[rank, slot]
+        growth = max(reach * np.sqrt(variance) - loose, 0.0)
+        peak = max(peak, (tokens_R[rank] + growth) * weight_R[rank])
+    return peak
+
+
+@compiled
+def weigh_copies(load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, quota_RS, tokens_R):
+    """What a step takes: the fullest rank when loads change as is likely, and the copies that it waits for.
+
+    The ranks send and receive at once, so a step waits for the rank that sends or receives most copies.
+
+    Args:
+        load_L: Expected parts of each expert.
+        likely_L: Standard deviation of each, as it was forecast.
+        slots_RS: What the slots hold.
+        num_primaries: The first slots of each rank.
+        weight_R: What a part costs on each rank.
+        copy: Weighted parts that take as long as a copy's travel.
+        present: Copies that the busiest rank sends or receives as the placement is.
+        is_even: Whether tokens are divided evenly among copies, so that none can be left to others.
+        quota_RS: Parts of each slot.
+        tokens_R: Their sum.
+
+    Returns:
+        Weighted parts.
+    """
+    most = busiest(slots_RS, num_primaries)
+    travel = copy * (most + (CHANGE if most != present else 0.0))
+    return travel + likely_peak(load_L, likely_L, slots_RS, weight_R, is_even, quota_RS, tokens_R)
+
+
+@compiled
+def drop_copies(
+    load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, enough, quota_RS, tokens_R
+):
+    """Drop the copies without which a step takes less time, in place.
+
+    The busiest ranks go without the copies that serve least, until they send and receive one copy less, and so on
+    down to none. What takes least time of all these is kept. Copies that nobody waits for stay: they cost nothing.
+
+    Args: as for :func:`weigh_copies`, and
+        enough: A fullest rank that need not be lowered further.
+        quota_RS: Parts of each slot; those of an expert sum to its load. Changed in place.
+        tokens_R: Their sum. Changed in place.
+
+    Returns:
+        As :func:`weigh_copies`, of what is left.
+    """
+    owner_L = np.empty_like(load_L)
+    find_owners(slots_RS, num_primaries, owner_L)
+    sent_R, received_R = np.empty_like(tokens_R), np.empty_like(tokens_R)
+    trial_RS, trial_quota_RS, trial_tokens_R = slots_RS.copy(), quota_RS.copy(), tokens_R.copy()
+    lowest = weigh_copies(
+        load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, quota_RS, tokens_R
+    )  # fmt: skip
+    most = count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
+    while most > 0:
+        most -= max(most // 8, 1)  # by so much at once, or a thousand copies would have to be judged one by one
+        thin_out(trial_RS, num_primaries, owner_L, most, sent_R, received_R, trial_quota_RS, trial_tokens_R)
+        if is_even:
+            even_quotas(load_L, trial_RS, trial_quota_RS, trial_tokens_R)
+            peak = fullest(trial_tokens_R, weight_R)
+        else:
+            peak = level_quotas(
+                load_L, trial_RS, weight_R, DROP_SWEEPS, enough, SLOW_DROP, trial_quota_RS, trial_tokens_R
+            )
+        if peak >= lowest and not is_even:  # as it is with fewer still
+            break
+        time = weigh_copies(
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, is_even, trial_quota_RS, trial_tokens_R
+        )
+        if time < lowest:
+            lowest = time
+            slots_RS[:] = trial_RS
+            quota_RS[:] = trial_quota_RS
+            tokens_R[:] = trial_tokens_R
+    return lowest
+
+
+@compiled
+def thin_out(slots_RS, num_primaries, owner_L, most, sent_R, received_R, quota_RS, tokens_R):
+    """Drop copies, those that serve least first, until no rank sends or receives more than ``most``. In place.
+
+    Their tokens go back to the primary.
+
+    Args:
+        sent_R, received_R: Copies that each rank sends and receives; kept up to date.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    for rank in range(num_ranks):
+        while received_R[rank] > most or sent_R[rank] > most:
+            start, end = (rank, rank + 1) if received_R[rank] > most else (0, num_ranks)
+            target = least_slot = np.int64(-1)
+            for other in range(start, end):
+                for slot in range(num_primaries, num_slots):
+                    expert = slots_RS[other, slot]
+                    if expert < 0 or (received_R[rank] <= most and owner_L[expert] // num_slots != rank):
+                        continue
+                    if target < 0 or quota_RS[other, slot] < quota_RS[target, least_slot]:
+                        target, least_slot = np.int64(other), np.int64(slot)
+            place = owner_L[slots_RS[target, least_slot]]
+            owner, own_slot = place // num_slots, place % num_slots
+            slots_RS[target, least_slot] = -1
+            received_R[target] -= 1
+            sent_R[owner] -= 1
+            quota_RS[owner, own_slot] += quota_RS[target, least_slot]
+            tokens_R[owner] += quota_RS[target, least_slot]
+            tokens_R[target] -= quota_RS[target, least_slot]
+            quota_RS[target, least_slot] = 0

@@ -1,0 +1,99 @@
+"""Primaries that move behind training: the rows of a few layers between two optimizer steps, then those of others."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.rows import RowsUnderway
+from lightning_eplb.relocation.exchange import by_device, relocate, route_of
+from lightning_eplb.relocation.plan import LayerMoves
+
+BACKGROUND_BYTES = 256 * 2**20
+"""What a rank's send buffers, and its receive buffers, hold at most; a single layer may need more."""
+
+
+class BackgroundRelocation:
+    """Moves of primaries that are under way while training goes on. All ranks of the EP group use it alike.
+
+    Weights and optimizer state stay as they are from one optimizer step to the next. So their rows can be read right
+    after a step, travel on a process group of their own behind the next forward and backward passes, and be put in
+    place before the next step; gradients, which come to be meanwhile, move then.
+
+    Args:
+        plan: The moves, layer by layer.
+        groups: Of the layers.
+        group: The same ranks as ``groups.exchange``; nothing else travels on it.
+        most_bytes: What the fullest rank sends or receives between two optimizer steps, at most; a layer at least.
+            The same on all ranks.
+    """
+
+    def __init__(
+        self, plan: Sequence[LayerMoves], groups: ExpertGroups, group: dist.ProcessGroup, most_bytes: int
+    ) -> None:
+        self.num_bytes = 0
+        """What crossed ranks so far, over all ranks of the EP group."""
+        self._waiting = deque(plan)
+        self._underway: list[tuple[LayerMoves, list[tuple[list[Tensor], RowsUnderway]]]] = []
+        self._groups, self._group = groups, group
+        self._most_bytes = most_bytes
+
+    @property
+    def is_underway(self) -> bool:
+        """Whether rows were sent that are not in place yet."""
+        return bool(self._underway)
+
+    @property
+    def layers_underway(self) -> list[int]:
+        """Those whose rows were sent and are not in place yet."""
+        return [moves.layer for moves, _ in self._underway]
+
+    @property
+    def is_done(self) -> bool:
+        return not self._underway and not self._waiting
+
+    def start(self, tensors_of: Callable[[int], list[Tensor]]) -> None:
+        """Send off the next layers. Right after an optimizer step, and none before :meth:`finish`.
+
+        Args:
+            tensors_of: A layer's weights and optimizer state, see :func:`~.exchange.tensors_to_move`.
+        """
+        assert not self._underway
+        room = self._most_bytes
+        with torch.no_grad():
+            while self._waiting:
+                moves = self._waiting[0]
+                tensors, route = tensors_of(moves.layer), route_of(moves, self._groups)
+                row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+                if self._underway and route.most_rows * row_bytes > room:
+                    return
+                room -= route.most_rows * row_bytes
+                self.num_bytes += row_bytes * moves.num_rows_between_ranks
+                self._waiting.popleft()
+                sent = []
+                for device_tensors in by_device(tensors):
+                    rows = RowsUnderway(device_tensors, route, self._group)
+                    rows.send_rest()
+                    sent.append((device_tensors, rows))
+                self._underway.append((moves, sent))
+
+    def finish(self, gradients: dict[int, list[Tensor]]) -> list[int]:
+        """Wait for the rows that were sent, and put them in place with their gradients. Before the optimizer steps.
+
+        Args:
+            gradients: Those of each layer that is under way, as many and alike on all ranks.
+
+        Returns:
+            The layers whose primaries are now where the plan wants them.
+        """
+        arrived, self._underway = self._underway, []
+        with torch.no_grad():
+            for moves, sent in arrived:
+                for tensors, rows in sent:
+                    rows.write(tensors)
+                if gradients[moves.layer]:
+                    self.num_bytes += relocate(moves, gradients[moves.layer], self._groups)
+        return [moves.layer for moves, _ in arrived]

@@ -1,0 +1,164 @@
+"""Training on GPUs with experts that move and with experts that don't: the same losses, and what copies weigh.
+
+One process a rank, as ``torchrun`` starts them, or any launcher that sets the same variables::
+
+    torchrun --nproc-per-node 4 tests/gpu/relocation.py --strategy sharded --precision bf16-mixed
+
+Trains a model of Mixtral's kind three times from the same weights on the same tokens: twice with no expert moving, for
+what two identical runs differ by, and once with all experts shuffled after every second step. Then once without
+redundant experts, for what they take: the bytes that a rank has allocated after a step, and at its peak. Ends with
+status 1 if moving experts changed the losses by more than the spread of the two identical runs (and ``--tolerance``).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy, StaticPolicy, fully_shard_moe
+from tests.fidelity import ShufflePolicy
+
+VOCABULARY, SEQUENCE = 1024, 256
+
+
+def build_model(width: int, hidden: int, experts: int, layers: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=SEQUENCE,
+        num_local_experts=experts,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+class Training(pl.LightningModule):
+    def __init__(self, model: nn.Module, is_sharded: bool, redundant: int) -> None:
+        super().__init__()
+        self.model, self.is_sharded, self.redundant = model, is_sharded, redundant
+        self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.is_sharded and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            self.model.to(self.trainer.strategy.root_device)
+            fully_shard_moe(self.model, self.device_mesh, num_redundant_experts=self.redundant)
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        logits = self.model(input_ids=batch[0], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[0][:, 1:].flatten())
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[str, Any]:
+    """One run; this rank's losses, the bytes that it has allocated after it, and its peak."""
+    world, is_sharded = int(os.environ["WORLD_SIZE"]), arguments.strategy == "sharded"
+    on_gpu = arguments.accelerator == "gpu"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = build_model(arguments.width, arguments.hidden, arguments.experts, arguments.layers)
+    module = Training(model, is_sharded, redundant)
+    strategy: Any = ExpertParallelStrategy(arguments.ep_size) if is_sharded else DDPStrategy()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    callback = EPLBCallback(
+        redundant,
+        arguments.ep_size,
+        policy=ShufflePolicy() if moves else StaticPolicy(),
+        step_interval=2 if moves else 10**6,
+    )
+    trainer = pl.Trainer(
+        accelerator=arguments.accelerator,
+        devices=per_node,
+        num_nodes=world // per_node,
+        strategy=strategy,
+        precision=arguments.precision,
+        plugins=[TorchElasticEnvironment()],
+        max_steps=arguments.steps,
+        gradient_clip_val=1.0,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    tokens = (VOCABULARY * torch.rand(arguments.steps * world * 2, SEQUENCE, generator=torch.Generator()) ** 3).long()
+    data = TensorDataset(tokens)
+    sampler = DistributedSampler(data, world, int(os.environ["RANK"]), shuffle=False)
+    trainer.fit(module, DataLoader(data, batch_size=2, sampler=sampler))
+    assert callback.balancer is not None
+    assert callback.balancer.num_rearrangements == (arguments.steps // 2 if moves else 0)
+    experts = sum(p.numel() * p.element_size() for n, p in module.named_parameters() if ".experts." in n)
+    return {
+        "losses": torch.tensor(module.losses, dtype=torch.float64),
+        "allocated": torch.cuda.memory_allocated() if on_gpu else 0,
+        "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "slot": experts / arguments.experts
+        if is_sharded
+        else experts * callback.balancer.groups.size / arguments.experts,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--strategy", choices=["ddp", "sharded"], default="ddp")
+    parser.add_argument("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed")
+    parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--ep-size", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tolerance", type=float, default=0.0, help="added to the spread of two identical runs")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    redundant = arguments.ep_size or int(os.environ["WORLD_SIZE"])
+    first, second = (train(arguments, moves=False, redundant=redundant) for _ in range(2))
+    moved, alone = train(arguments, True, redundant), train(arguments, False, 0)
+    spread = float((first["losses"] - second["losses"]).abs().max())
+    change = float((first["losses"] - moved["losses"]).abs().max())
+    rank, mib = os.environ["RANK"], 2**20
+    print(
+        f"rank {rank}: {arguments.strategy}, {arguments.precision}: identical runs differ by {spread:.3g},"
+        f" moving experts by {change:.3g}",
+        flush=True,
+    )
+    if arguments.accelerator == "gpu":
+        print(
+            f"rank {rank}: copies take {(first['allocated'] - alone['allocated']) / mib:.1f} MiB between steps and"
+            f" {(first['peak'] - alone['peak']) / mib:.1f} MiB at the peak; weights and gradients of one slot in each"
+            f" layer are {2 * first['slot'] / mib:.1f} MiB, full copies with AdamW would be"
+            f" {4 * first['slot'] / mib:.1f} MiB",
+            flush=True,
+        )
+    return int(change > spread + arguments.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Primaries that move behind training, in a plain loop, against one process and against moves between two steps."""
+
+from itertools import pairwise
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
+from lightning_eplb.steps import Rearrangement
+from tests.fidelity import TOLERANCE, ShufflePolicy
+from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
+from tests.workers import WorkerError, Workers
+
+LAYERS, STEPS, SEQUENCES = 3, 10, 2
+
+Seen = tuple[dict[str, Tensor], ExpertPlacement, Rearrangement | None]
+
+
+def train(use_async: bool, step_interval: int, most_bytes: int = 1, calls_before: bool = True) -> list[Seen]:
+    """On every worker: after each step, the weights in logical order, the placement, and what was rearranged."""
+    model = hugging_face_model("mixtral", layers=LAYERS)
+    parallelize_experts(model, num_redundant_experts=2)
+    optimizer = optimizer_of("adamw", model)
+    seen: list[Seen] = []
+    with patch("lightning_eplb.balancer.BACKGROUND_BYTES", most_bytes):
+        balancer = ExpertLoadBalancer(
+            model, [optimizer], policy=ShufflePolicy(), step_interval=step_interval, use_async=use_async
+        )
+        for batch in token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES):
+            language_loss(model, batch[dist.get_rank() :: 2]).backward()
+            experts = {id(parameter) for module in experts_of(model) for parameter in module.parameters(recurse=False)}
+            for parameter in model.parameters():
+                if id(parameter) not in experts and parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= 2
+            if calls_before:
+                balancer.before_optimizer_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            served = balancer.step(with_gradients=False)
+            assert served is not None
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            seen.append((weights, balancer.placement, served.rearrangement))
+        balancer.finish_rearrangement()
+    seen.append(({name: tensor.clone() for name, tensor in model.state_dict().items()}, balancer.placement, None))
+    return seen
+
+
+def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "expert_layer")]
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, Tensor]]:
+    """The weights of one process with the unmodified model, after each step."""
+    model = hugging_face_model("mixtral", layers=LAYERS)
+    optimizer = optimizer_of("adamw", model)
+    weights = []
+    for batch in token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES):
+        language_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return [*weights, weights[-1]]
+
+
+def changed_layers(before: ExpertPlacement, after: ExpertPlacement) -> list[int]:
+    return (before.physical_to_logical != after.physical_to_logical).any(axis=1).nonzero()[0].tolist()
+
+
+def test_one_layer_after_the_other_and_exact_in_between(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
+    """Decided after two steps, with room for a layer a step; what is saved meanwhile is what is saved without us."""
+    for seen in workers.run(2, train, True, 9):
+        placements = [placement for _, placement, _ in seen]
+        moved = [changed_layers(one, other) for one, other in pairwise(placements)]
+        assert moved == [[], [0], [1], [2], [], [], [], [], [], []]
+        for (weights, _, _), theirs in zip(seen, expected, strict=True):
+            for name, tensor in theirs.items():
+                assert float((weights[name] - tensor).abs().max()) < TOLERANCE, name
+        (done,) = (done for _, _, done in seen if done is not None)
+        assert done is seen[4][2]
+        assert (done.before, done.after) == (placements[0], placements[-1])
+
+
+def test_a_second_decision_waits_for_the_first(workers: Workers) -> None:
+    for seen in workers.run(2, train, True, 1):
+        assert [step for step, (_, _, done) in enumerate(seen, start=1) if done is not None] == [4, 8]
+
+
+def test_what_is_under_way_at_the_end_is_put_in_place(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
+    for seen in workers.run(2, train, True, 28):  # decided after seven steps
+        assert changed_layers(seen[0][1], seen[-1][1]) == [0, 1, 2]
+        assert changed_layers(seen[-2][1], seen[-1][1]) == []
+    for seen in workers.run(2, train, True, 36):  # after nine
+        assert changed_layers(seen[-2][1], seen[-1][1]) == [1]
+        for name, tensor in expected[-1].items():
+            assert float((seen[-1][0][name] - tensor).abs().max()) < TOLERANCE, name
+
+
+def train_both() -> tuple[Rearrangement, Rearrangement]:
+    sync, behind = (train(use_async, 9, 2**30) for use_async in (False, True))
+    return sync[1][2], behind[2][2]  # type: ignore[return-value]
+
+
+def test_the_same_is_moved_and_told(workers: Workers) -> None:
+    """All layers fit in one step. Gradients were zeroed where rows move between steps, and move where they do not."""
+    for sync, behind in workers.run(2, train_both):
+        assert sync.after == behind.after
+        assert (sync.num_rows, sync.num_layers, sync.num_copies) == (
+            behind.num_rows,
+            behind.num_layers,
+            behind.num_copies,
+        )
+        assert behind.num_bytes == sync.num_bytes * 4 // 3  # weights and two moments; and gradients
+
+
+def test_a_step_without_the_call_before_it_is_refused(workers: Workers) -> None:
+    with pytest.raises(WorkerError, match=r"before_optimizer_step\(\) was not called"):
+        workers.run(2, train, True, 9, 1, False)

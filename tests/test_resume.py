@@ -1,0 +1,165 @@
+"""A run goes on elsewhere: from DDP or sharded, to DDP or sharded, on other ranks and with other redundancy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_eplb import ExpertParallelStrategy
+from lightning_eplb.parallel.shards import local_shard
+from tests.fidelity import TOLERANCE, trainer_for, whole
+from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
+from tests.test_checkpoint import (
+    HALF,
+    STEPS,
+    batches,
+    callback,
+    largest_difference,
+    mean_difference,
+    uninterrupted,
+)
+from tests.workers import Workers
+
+SECONDS = 200
+KINDS = ["ddp", "sharded"]
+
+
+def run(
+    kind: str,
+    ranks: int,
+    redundant: int,
+    steps: int,
+    ckpt_path: str | None = None,
+    save_distributed: bool = True,
+    callbacks: tuple[Any, ...] = (),
+) -> tuple[LanguageModel, Any]:
+    """Train with experts that are shuffled after every step; sharded over pairs of EP ranks."""
+    model = hugging_face_model("mixtral")
+    module, strategy = LanguageModel(model, "adamw"), None
+    eplb = callback(ranks, redundant)
+    if kind == "sharded":
+        eplb.num_redundant_experts = 2 * redundant
+        module = ShardedLanguageModel(model, "adamw", 2 * redundant)
+        strategy = ExpertParallelStrategy(ep_size=2, save_distributed_checkpoint=save_distributed)
+    trainer = trainer_for(
+        ranks, strategy, max_steps=steps, callbacks=[eplb, *callbacks], enable_checkpointing=bool(callbacks)
+    )
+    trainer.fit(module, batches(ranks), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def save_halfway(kind: str, ranks: int, redundant: int, folder: str, save_distributed: bool = True) -> list[float]:
+    checkpoint = ModelCheckpoint(folder, "half", every_n_train_steps=HALF, save_top_k=1, monitor=None)
+    module, _ = run(kind, ranks, redundant, HALF, None, save_distributed, (checkpoint,))
+    return module.losses
+
+
+def resume(kind: str, ranks: int, redundant: int, path: str) -> tuple[list[float], dict[str, Tensor]]:
+    module, _ = run(kind, ranks, redundant, STEPS, path)
+    return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+
+
+@pytest.fixture(scope="module", params=["ddp", "sharded", "sharded into one file"])
+def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half")
+    kind, _, file = request.param.partition(" ")
+    ranks = 2 if kind == "ddp" else 4
+    losses = workers.run(ranks, save_halfway, kind, ranks, 1, str(folder), not file, seconds=SECONDS)
+    assert mean_difference(losses, uninterrupted()[0][:HALF]) < TOLERANCE
+    path = folder / "half.ckpt"
+    assert path.is_dir() == (request.param == "sharded")
+    return path
+
+
+@pytest.mark.parametrize("redundant", [0, 1])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_training_as_uninterrupted(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
+    losses, weights = uninterrupted()
+    resumed = workers.run(ranks, resume, kind, ranks, redundant, str(half), seconds=SECONDS)
+    assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
+    for _, weights_of_rank in resumed:
+        assert largest_difference(weights_of_rank, weights) < TOLERANCE
+
+
+class BuiltOnMeta(ShardedLanguageModel):
+    """Never has memory for more than this rank's shards."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), "adamw", 2)
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, nn.Identity):
+            with torch.device("meta"):
+                self.model = hugging_face_model("mixtral")
+            super().configure_model()
+            assert all(parameter.is_meta for parameter in self.model.parameters())
+
+
+def resume_on_meta(path: str) -> tuple[list[float], dict[str, Tensor]]:
+    eplb = callback(4, 0)
+    eplb.num_redundant_experts = 2
+    trainer = trainer_for(4, ExpertParallelStrategy(ep_size=2), max_steps=STEPS, callbacks=[eplb])
+    module = BuiltOnMeta()
+    trainer.fit(module, batches(4), ckpt_path=path)
+    return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+
+
+def test_a_model_built_on_the_meta_device(half: Path, workers: Workers) -> None:
+    losses, weights = uninterrupted()
+    resumed = workers.run(4, resume_on_meta, str(half), seconds=SECONDS)
+    assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
+    for _, weights_of_rank in resumed:
+        assert largest_difference(weights_of_rank, weights) < TOLERANCE
+
+
+def test_saving_holds_its_own_shard_twice_at_most(workers: Workers, tmp_path: Path) -> None:
+    for held, live, total in workers.run(4, bytes_while_saving, str(tmp_path / "saved"), seconds=SECONDS):
+        assert live < held <= 2 * live
+        assert live < 0.3 * total  # a quarter, beside counters and buffers
+
+
+def bytes_while_saving(path: str) -> tuple[int, int, int]:
+    """On this rank when a checkpoint is written: all that is held, what training holds anyway; and the whole."""
+    module, trainer = run("sharded", 4, 1, 2)
+    (optimizer,) = trainer.optimizers
+    kept = [*module.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    live = storages(local_shard(tensor) for tensor in kept)
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+    written = storages(local_shard(tensor) for tensor in tensors_in(checkpoint))
+    trainer.save_checkpoint(path)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in kept)
+    return sum((live | written).values()), sum(live.values()), total
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Bytes of each piece of memory once, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else []
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def test_a_file_is_loaded_into_a_model_whose_experts_have_moved(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, save_halfway, "ddp", 2, 0, str(tmp_path), seconds=SECONDS)
+    for difference in workers.run(2, load_twice, str(tmp_path / "half.ckpt"), seconds=SECONDS):
+        assert difference < TOLERANCE
+
+
+def load_twice(path: str) -> float:
+    """The second time into the model of the first, which was shuffled meanwhile."""
+    module, first = run("sharded", 2, 1, STEPS, path)
+    (eplb, *_) = (c for c in first.callbacks if type(c).__name__ == "EPLBCallback")
+    trainer = trainer_for(2, ExpertParallelStrategy(), max_steps=STEPS, callbacks=[eplb])
+    module.losses.clear()
+    trainer.fit(module, batches(2), ckpt_path=path)
+    return largest_difference(
+        {name: whole(tensor) for name, tensor in module.model.state_dict().items()}, uninterrupted()[1]
+    )
