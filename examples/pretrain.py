@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_eplb import EPLBCallback
+from lightning_eplb import EPLBCallback, fully_shard_moe
 from lightning_eplb.logging.heatmap import draw_expert_load
 
 
@@ -42,6 +42,8 @@ class MoELanguageModel(pl.LightningModule):
         learning_rate: Peak learning rate of AdamW, after a warm-up.
         warmup_steps: Optimizer steps in which it rises, from a twentieth.
         weights: A checkpoint of this model to start from, to fine-tune it; however many ranks it was trained on.
+        sharded_redundant_experts: With ``ExpertParallelStrategy``, which shards the model with FSDP2: the number that
+            ``EPLBCallback`` is given. ``None`` with other strategies.
     """
 
     def __init__(
@@ -55,25 +57,31 @@ class MoELanguageModel(pl.LightningModule):
         learning_rate: float = 3e-3,
         warmup_steps: int = 20,
         weights: str | None = None,
+        sharded_redundant_experts: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=256,
-                hidden_size=width,
-                intermediate_size=expert_width,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                num_local_experts=experts,
-                num_experts_per_tok=top_k,
-                output_router_logits=False,
-            )
+        self.config = MixtralConfig(
+            vocab_size=256,
+            hidden_size=width,
+            intermediate_size=expert_width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            num_local_experts=experts,
+            num_experts_per_tok=top_k,
+            output_router_logits=False,
         )
-        if weights is not None:
-            checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
-            self.load_state_dict(checkpoint["state_dict"])
+        self.model = self._build() if sharded_redundant_experts is None else None
+
+    def configure_model(self) -> None:
+        if self.model is None:  # it is called again for validation
+            redundant, mesh = self.hparams["sharded_redundant_experts"], self.device_mesh
+            if mesh is None:
+                raise ValueError(
+                    f"sharded_redundant_experts={redundant} needs ExpertParallelStrategy; leave it out here"
+                )
+            self.model = fully_shard_moe(self._build(), mesh, num_redundant_experts=redundant)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(tokens)
@@ -88,7 +96,15 @@ class MoELanguageModel(pl.LightningModule):
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=self.hparams["warmup_steps"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
+    def _build(self) -> MixtralForCausalLM:
+        model = MixtralForCausalLM(self.config)
+        if self.hparams["weights"] is not None:
+            checkpoint = torch.load(self.hparams["weights"], map_location="cpu", weights_only=True)
+            model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
+        return model
+
     def _loss(self, tokens: Tensor) -> Tensor:
+        assert self.model is not None
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 

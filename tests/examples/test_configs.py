@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -33,7 +34,7 @@ def train(name: str, folder: Path, *others: str, ranks: int = 2) -> str:
 
 def test_every_recipe_is_tested_and_told() -> None:
     names = {path.name for path in CONFIGS.glob("*.yaml")}
-    assert names == {"cpu.yaml", "one_node_ddp.yaml", "fine_tune.yaml", "monitor.yaml"}
+    assert names == {"cpu.yaml", "one_node_ddp.yaml", "multi_node_fsdp2.yaml", "fine_tune.yaml", "monitor.yaml"}
     readme = (REPOSITORY / "README.md").read_text()
     for name in names:
         assert f"examples/configs/{name}" in readme
@@ -61,3 +62,13 @@ def test_monitor_and_then_a_report(tmp_path: Path) -> None:
     assert read_trace(trace).shape == (6, 2, 16)
     assert main(["report", str(trace), "-o", str(tmp_path / "report.html"), "--step-interval", "4"]) == 0
     assert (tmp_path / "report.html").exists()
+
+
+def test_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_node = ["--trainer.num_nodes=1", "--trainer.strategy.init_args.ep_size=2"]
+    output = train("multi_node_fsdp2.yaml", tmp_path, *one_node)
+    assert "6 steps on 2 ranks" in output
+    assert read_trace(tmp_path / "multi_node/trace.npy").shape == (6, 2, 16)
+    assert (tmp_path / "multi_node/checkpoints/last.ckpt").is_dir()
+    assert main(["inspect", str(tmp_path / "multi_node/checkpoints/last.ckpt")]) == 0
+    assert "optimizer step 6" in capsys.readouterr().out
