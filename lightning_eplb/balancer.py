@@ -1,10 +1,9 @@
 """Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb.agreement import check_successor, decided_by_rank_zero
 from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
@@ -22,8 +22,8 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import level_tokens, rank_weights, split_tokens
-from lightning_eplb.relocation.background import BACKGROUND_BYTES, BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.background import BACKGROUND_BYTES
+from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
@@ -89,7 +89,6 @@ class ExpertLoadBalancer:
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
         self.model = model
-        self.optimizers = list(optimizers)
         self.policy = policy if policy is not None else BalancedPolicy()
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
@@ -99,13 +98,9 @@ class ExpertLoadBalancer:
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
         first_layer, _ = self._modules[0]
         self.groups = first_layer.groups
-        self.placement = ExpertPlacement(
-            np.stack([layer.physical_to_logical for layer, _ in self._modules]),
-            first_layer.num_logical_experts,
-            self.groups.size,
-        )
+        self._mover = ExpertMover(self._modules, optimizers, use_async)
         if self._copies_by_batch:
-            self.placement = self.placement.without_copies()
+            self._mover.placement = self._mover.placement.without_copies()
         self.load = ExpertLoad(
             len(self._modules),
             first_layer.num_logical_experts,
@@ -136,8 +131,7 @@ class ExpertLoadBalancer:
         """How far off the forecast of the last whole interval was; 0 is exact."""
         self.predicted_balancedness: float | None = None
         """What the latest decision expects of the steps that follow it; ``None`` before the first."""
-        self._background = self.groups.background() if use_async and self.groups.size > 1 else None
-        self._under_way: _UnderWay | None = None
+        self._under_way: Rearrangement | None = None
         self._is_due = False
         self._capacity_agreed: tuple[float, ...] | None = None
         self._last_step_at: float | None = None
@@ -149,6 +143,20 @@ class ExpertLoadBalancer:
         self._first_step_is_done = False
         self._warm_up()
         self.record(True)
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where experts are."""
+        return self._mover.placement
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Those whose state moves with the experts."""
+        return self._mover.optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
+        self._mover.optimizers = list(optimizers)
 
     def record(self, on: bool) -> None:
         """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
@@ -185,7 +193,8 @@ class ExpertLoadBalancer:
             self._set_floor(self._measured_costs(with_gradients=False))
         self._first_step_is_done = True
         served = self._take_load()
-        done = self._go_on()
+        self._mover.go_on()
+        done = self._close_rearrangement()
         if not served.load.any():
             return None
         self.load.update(served.load)
@@ -194,7 +203,7 @@ class ExpertLoadBalancer:
         self._is_due |= self._schedule.step(served.balancedness)
         if self._is_due and self._under_way is None and done is None:
             self._is_due = False
-            done = self._decide(None, with_gradients, self._background is not None)
+            done = self._decide(None, with_gradients, self._mover.goes_behind)
         self.last_step = replace(served, rearrangement=done)
         return self.last_step
 
@@ -206,22 +215,18 @@ class ExpertLoadBalancer:
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
         """
-        if self._under_way is None or not self._under_way.relocation.is_underway:
-            return
-        start = time.perf_counter()
-        relocation, after = self._under_way.relocation, self._under_way.done.after
-        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
-        self._compare_digests(after, gradients)
-        self._adopt(after, relocation.finish(gradients))
-        self._under_way.seconds += time.perf_counter() - start
+        if self._mover.is_moving:
+            self._mover.put_in_place()
+            self.load.placement = self.placement
 
     def finish_rearrangement(self) -> None:
         """Put in place what is under way, and forget the rest. Every rank must call it, after an optimizer step.
 
         At the end of training; a rearrangement that was told does it, too.
         """
-        if self._under_way is not None:
-            self.before_optimizer_step()
+        if self._mover.is_moving:
+            self._mover.stop()
+            self.load.placement = self.placement
             self._under_way = None
 
     def rearrange(
@@ -260,10 +265,7 @@ class ExpertLoadBalancer:
         after, self._capacity_agreed, most_bytes = self._agree(placement, outlook)
         decided = time.perf_counter()
         plan = plan_relocation(before, after)
-        moved = {moves.layer: self._tensors(moves.layer, with_gradients and not in_background) for moves in plan}
-        self._compare_digests(after, moved)
-        agreed = time.perf_counter()
-        done = Rearrangement(
+        begun = Rearrangement(
             before=before,
             after=after,
             load=load_YL,
@@ -273,47 +275,25 @@ class ExpertLoadBalancer:
             plan_seconds=decided - start,
             predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
         )
-        if in_background and plan:
-            assert self._background is not None
-            moving = [moves.layer for moves in plan]
-            self._adopt(after, [layer for layer in range(before.num_layers) if layer not in moving])
-            relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
-            self._under_way = _UnderWay(relocation, done, time.perf_counter() - start)
-            self._go_on()
-            return None
-        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
-        exchanged = time.perf_counter()
-        self._adopt(after, range(after.num_layers))
-        return self._done(done, num_bytes, exchanged - agreed, time.perf_counter() - start)
+        if in_background:
+            self._mover.begin(after, self._capacity_agreed, most_bytes)
+        else:
+            self._mover.move(after, self._capacity_agreed, with_gradients)
+        self.load.placement = self.placement
+        self._under_way = begun
+        return self._close_rearrangement()
 
-    def _go_on(self) -> Rearrangement | None:
-        """After an optimizer step: send the next layers off; what was done, once all have arrived."""
-        if self._under_way is None:
+    def _close_rearrangement(self) -> Rearrangement | None:
+        """What was done, once all experts have arrived."""
+        if self._under_way is None or self._mover.is_moving:
             return None
-        start = time.perf_counter()
-        relocation = self._under_way.relocation
-        if relocation.is_underway:
-            raise RuntimeError(
-                "use_async=True, and before_optimizer_step() was not called before the optimizer's step: the rows that"
-                " were under way are older than the weights; call it right before optimizer.step()"
-            )
-        if relocation.is_done:
-            under_way, self._under_way = self._under_way, None
-            exposed = under_way.seconds - under_way.done.plan_seconds
-            return self._done(under_way.done, relocation.num_bytes, exposed, under_way.seconds)
-        relocation.start(lambda layer: self._tensors(layer, with_gradients=False))
-        self._under_way.seconds += time.perf_counter() - start
-        return None
-
-    def _done(
-        self, rearrangement: Rearrangement, num_bytes: int, exchange_seconds: float, seconds: float
-    ) -> Rearrangement:
         done = replace(
-            rearrangement,
-            num_bytes=num_bytes * self.groups.num_replicas,
-            exchange_seconds=exchange_seconds,
-            seconds=seconds,
+            self._under_way,
+            num_bytes=self._mover.num_bytes,
+            exchange_seconds=self._mover.seconds,
+            seconds=self._under_way.plan_seconds + self._mover.seconds,
         )
+        self._under_way = None
         self.predicted_balancedness = done.predicted_balancedness
         self.rearrange_seconds += done.seconds
         if done.before != done.after:
@@ -406,10 +386,6 @@ class ExpertLoadBalancer:
             for name, parameter in module.named_parameters(recurse=False)
         }
 
-    def _tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
-        _, module = self._modules[layer_index]
-        return tensors_to_move(module, self.optimizers, with_gradients)
-
     def _take_load(self) -> StepLoad:
         """What all layers served since the last step."""
         taken = [layer.take_load() for layer, _ in self._modules]
@@ -468,39 +444,25 @@ class ExpertLoadBalancer:
     def _measured_costs(self, with_gradients: bool) -> Costs | None:
         if self._speed is None:
             return None
-        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._tensors(0, with_gradients))
+        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._mover.tensors(0, with_gradients))
         weights = [math.prod(p.shape[1:]) * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
-        has_nodes = len(set(self.groups.node_of_rank)) > 1
-        within, between = self._speed.bytes_per_second_within_node, self._speed.bytes_per_second_between_nodes
-        return Costs(
-            token=self._speed.seconds_per_token,
-            row_within_node=row_bytes / within,
-            row_between_nodes=row_bytes / between,
-            copy=2 * sum(weights) / (between if has_nodes else within),
-        )
+        return self._speed.costs(row_bytes, sum(weights), self.groups.node_of_rank)
 
     def _agree(
         self, placement: ExpertPlacement | None, outlook: Outlook | None
     ) -> tuple[ExpertPlacement, tuple[float, ...] | None, int]:
-        """Rank 0's decision, its capacities and the bytes that may travel behind a step, or its failure; every rank."""
-        decision: list[Any] = [None, None, None, None]
-        failure: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                topology = Topology(self.groups.node_of_rank, self.capacity)
-                decided = self._ask_policy(outlook, topology) if outlook is not None else placement
-                decided = self._checked(decided)
-                if self._copies_by_batch:
-                    decided = decided.without_copies()  # a plan's are those of a mean batch
-                decision = [decided.physical_to_logical.tolist(), topology.capacity, self._bytes_behind_a_step(), None]
-            except Exception as error:  # the other ranks are waiting: they must hear of it
-                failure = error
-                source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
-                decision = [None, None, None, f"{source} failed: {type(error).__name__}: {error}"]
-        dist.broadcast_object_list(decision, src=0, group=self.groups.control)
-        slots_YP, capacity, most_bytes, error_text = decision
-        if error_text is not None:
-            raise ValueError(error_text) from failure
+        """Rank 0's decision, its capacities and the bytes that may travel behind a step, on every rank."""
+
+        def decide() -> tuple[list[list[int]], tuple[float, ...] | None, int]:
+            topology = Topology(self.groups.node_of_rank, self.capacity)
+            decided = self._ask_policy(outlook, topology) if outlook is not None else placement
+            decided = check_successor(decided, self.placement)
+            if self._copies_by_batch:
+                decided = decided.without_copies()  # a plan's are those of a mean batch
+            return decided.physical_to_logical.tolist(), topology.capacity, self._bytes_behind_a_step()
+
+        source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
+        slots_YP, capacity, most_bytes = decided_by_rank_zero(decide, source, self.groups)
         after = ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
         return after, capacity, most_bytes
 
@@ -508,54 +470,11 @@ class ExpertLoadBalancer:
         """As many as travel in half the time between two steps, if the staging buffers hold them."""
         if self._speed is None or self._seconds_between_steps is None:
             return BACKGROUND_BYTES
-        has_nodes = len(set(self.groups.node_of_rank)) > 1
-        speed = self._speed
-        bandwidth = speed.bytes_per_second_between_nodes if has_nodes else speed.bytes_per_second_within_node
-        return max(1, min(int(self._seconds_between_steps / 2 * bandwidth), BACKGROUND_BYTES))
+        per_second = self._speed.bytes_per_second(self.groups.node_of_rank)
+        return max(1, min(int(self._seconds_between_steps / 2 * per_second), BACKGROUND_BYTES))
 
     def _ask_policy(self, outlook: Outlook, topology: Topology) -> ExpertPlacement:
         return self.policy.look_ahead(outlook, self.placement, topology)
-
-    def _checked(self, decided: Any) -> ExpertPlacement:
-        if not isinstance(decided, ExpertPlacement):
-            raise ValueError(f"it returned a {type(decided).__name__}, not an ExpertPlacement")
-        if decided.physical_to_logical.shape != self.placement.physical_to_logical.shape or (
-            (decided.num_logical_experts, decided.num_ranks)
-            != (self.placement.num_logical_experts, self.placement.num_ranks)
-        ):
-            raise ValueError(f"it returned {decided!r}, which can't follow {self.placement!r}")
-        return decided
-
-    def _compare_digests(self, after: ExpertPlacement, moved: dict[int, list[Tensor]]) -> None:
-        signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
-        mine = hashlib.sha256(self.placement.digest() + after.digest() + repr(signature).encode()).digest()
-        digest = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-        digests = [torch.empty_like(digest) for _ in range(self.groups.world_size)]
-        dist.all_gather(digests, digest, group=self.groups.control)
-        odd = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
-        if odd:
-            raise RuntimeError(
-                f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
-                " nothing was moved"
-            )
-
-    def _adopt(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
-        """Follow ``after`` in some layers, from the next forward on."""
-        layers = list(layers)
-        slots_YP = self.placement.physical_to_logical.copy()
-        slots_YP[layers] = after.physical_to_logical[layers]
-        self.placement = self.load.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
-        for index in layers:
-            self._modules[index][0].set_placement(self.placement, self._capacity_agreed)
-
-
-@dataclass
-class _UnderWay:
-    """A rearrangement that goes on behind training, and the seconds that training waited for it so far."""
-
-    relocation: BackgroundRelocation
-    done: Rearrangement
-    seconds: float
 
 
 def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:

@@ -5,9 +5,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
 INDEX, REST = ".metadata", "meta.pt"
@@ -30,6 +27,11 @@ def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = 
         With ``state_dict`` and, unless only weights were saved, ``optimizer_states``, which count parameters as
         ``torch.optim`` does.
     """
+    # Here, as every process that imports the package would load much that few need.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     reader = FileSystemReader(folder)
     index = reader.read_metadata()
     flat: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.policies import Costs
 
 REPEATS = 3
 PROBE_BYTES = 4 << 20
@@ -30,6 +31,25 @@ class Speed:
     seconds_per_token: float
     bytes_per_second_within_node: float
     bytes_per_second_between_nodes: float
+
+    def bytes_per_second(self, node_of_rank: Sequence[int]) -> float:
+        """Where the slowest of the ranks' exchanges is that between nodes, if they are on several."""
+        return self.bytes_per_second_between_nodes if len(set(node_of_rank)) > 1 else self.bytes_per_second_within_node
+
+    def costs(self, row_bytes: int, weight_bytes: int, node_of_rank: Sequence[int]) -> Costs:
+        """What a policy is told, in seconds.
+
+        Args:
+            row_bytes: Of one primary, with all that moves with it.
+            weight_bytes: Of its weights alone.
+            node_of_rank: The node of each EP rank.
+        """
+        return Costs(
+            token=self.seconds_per_token,
+            row_within_node=row_bytes / self.bytes_per_second_within_node,
+            row_between_nodes=row_bytes / self.bytes_per_second_between_nodes,
+            copy=2 * weight_bytes / self.bytes_per_second(node_of_rank),
+        )
 
 
 def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:

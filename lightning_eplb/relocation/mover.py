@@ -1,0 +1,152 @@
+"""Brings the experts of all layers to where a placement wants them: at once, or behind the steps that follow."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_eplb.agreement import compare_digests
+from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.relocation.background import BackgroundRelocation
+from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.plan import plan_relocation
+
+
+class ExpertMover:
+    """Moves primaries between ranks and switches the layers' maps. All ranks use it alike.
+
+    Args:
+        modules: The converted modules, in the order of layers, each with what it knows.
+        optimizers: Those that hold expert parameters: their state moves with the experts.
+        use_async: Rows may move behind steps: the ranks get a process group for that.
+    """
+
+    def __init__(
+        self, modules: Sequence[tuple[ExpertLayer, nn.Module]], optimizers: Iterable[Optimizer], use_async: bool
+    ) -> None:
+        self._modules = modules
+        self.optimizers = list(optimizers)
+        first_layer, _ = modules[0]
+        self.groups: ExpertGroups = first_layer.groups
+        self.placement = ExpertPlacement(
+            np.stack([layer.physical_to_logical for layer, _ in modules]),
+            first_layer.num_logical_experts,
+            self.groups.size,
+        )
+        """Where experts are."""
+        self.num_bytes = 0
+        """What crossed ranks since the last start, over all ranks."""
+        self.seconds = 0.0
+        """What training waited for that, on this rank."""
+        self._background = self.groups.background() if use_async and self.groups.size > 1 else None
+        self._relocation: BackgroundRelocation | None = None
+        self._goal = self.placement
+        self._capacity: tuple[float, ...] | None = None
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether experts are still on their way, behind the steps."""
+        return self._relocation is not None
+
+    @property
+    def goes_behind(self) -> bool:
+        """Whether rows can move behind steps."""
+        return self._background is not None
+
+    def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
+        """What moves with a layer's primaries, ``[n, ...]`` each."""
+        return tensors_to_move(self._modules[layer_index][1], self.optimizers, with_gradients)
+
+    def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
+        """Go to ``after`` now. Before the first row moves, all ranks compare what they are about to do.
+
+        Args:
+            capacity: How much work each EP rank gets from then on.
+            with_gradients: Gradients move, too.
+
+        Raises:
+            RuntimeError: Ranks disagree. All raise it, and nothing was moved.
+        """
+        plan = plan_relocation(self.placement, after)
+        moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
+        compare_digests(self.placement, after, moved, self.groups)
+        start = time.perf_counter()
+        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
+        self.num_bytes = num_bytes * self.groups.num_replicas
+        self.seconds = time.perf_counter() - start
+        self._capacity = capacity
+        self._switch(after, range(after.num_layers))
+
+    def begin(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, most_bytes: int) -> None:
+        """Go to ``after`` behind the steps that follow. Layers whose primaries stay follow it at once.
+
+        Args:
+            most_bytes: See :class:`~lightning_eplb.relocation.background.BackgroundRelocation`.
+
+        Raises:
+            RuntimeError: Ranks disagree. All raise it, and nothing was moved.
+        """
+        assert self._background is not None
+        plan = plan_relocation(self.placement, after)
+        moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
+        compare_digests(self.placement, after, moved, self.groups)
+        self.num_bytes, self.seconds = 0, 0.0
+        self._goal, self._capacity = after, capacity
+        self._switch(after, [layer for layer in range(after.num_layers) if layer not in moved])
+        if plan:
+            self._relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Right after an optimizer step: send the next layers off.
+
+        Raises:
+            RuntimeError: Those that were sent before are not in place.
+        """
+        if self._relocation is None:
+            return
+        start = time.perf_counter()
+        if self._relocation.is_underway:
+            raise RuntimeError(
+                "use_async=True, and before_optimizer_step() was not called before the optimizer's step: the rows that"
+                " were under way are older than the weights; call it right before optimizer.step()"
+            )
+        if self._relocation.is_done:
+            self._relocation = None
+        else:
+            self._relocation.start(lambda layer: self.tensors(layer, with_gradients=False))
+        self.seconds += time.perf_counter() - start
+
+    def put_in_place(self) -> None:
+        """Right before an optimizer step: finish those that are under way, with the gradients that came to be.
+
+        Raises:
+            RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
+        """
+        if self._relocation is None or not self._relocation.is_underway:
+            return
+        start = time.perf_counter()
+        layers = self._relocation.layers_underway
+        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in layers}
+        compare_digests(self.placement, self._goal, gradients, self.groups)
+        self._switch(self._goal, self._relocation.finish(gradients))
+        self.num_bytes = self._relocation.num_bytes * self.groups.num_replicas
+        self.seconds += time.perf_counter() - start
+
+    def stop(self) -> None:
+        """Put in place what is under way, and forget the rest."""
+        self.put_in_place()
+        self._relocation = None
+
+    def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
+        """Follow ``after`` in some layers, from the next forward on."""
+        layers = list(layers)
+        slots_YP = self.placement.physical_to_logical.copy()
+        slots_YP[layers] = after.physical_to_logical[layers]
+        self.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
+        for index in layers:
+            self._modules[index][0].set_placement(self.placement, self._capacity)
