@@ -92,7 +92,7 @@ def test_csv(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     assert last["eplb/max_over_mean"] == pytest.approx(1 / last["eplb/balancedness"])
     assert last["eplb/balancedness"] == pytest.approx(last["eplb/avg_tokens"] / last["eplb/max_tokens"])
     parts = last["eplb/rearrange_plan_seconds"] + last["eplb/rearrange_exchange_seconds"]
-    assert 0 < parts <= last["eplb/rearrange_seconds"]
+    assert 0 < parts <= last["eplb/rearrange_seconds"] * (1 + 1e-6)  # Lightning keeps them in float32
     assert 0 < last["eplb/entropy"] < 1 < last["eplb/hottest_expert"] <= 8
 
 
