@@ -370,7 +370,7 @@ class ExpertLoadBalancer:
             self.load.update(load_YL)
         self.num_steps = state["num_steps"]
         self.num_rearrangements = state["num_rearrangements"]
-        self.rearranged_rows = state.get("rearranged_rows", 0)  # states of version 0.1 may lack it
+        self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it
         self.rearranged_bytes = state["rearranged_bytes"]
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
 

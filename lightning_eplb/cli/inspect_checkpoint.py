@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = _layer_by_layer(load_YL, placement)
     else:
         if placement is None:
-            raise ValueError(f"{arguments.checkpoint} holds no placement, as those of version 0.1 did not")
+            raise ValueError(f"{arguments.checkpoint} holds no placement: an earlier version saved it")
         rows = _rank_by_rank(load_YL[arguments.layer], placement, arguments.layer)
     for line in aligned(rows):
         print(line)
