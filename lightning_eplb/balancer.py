@@ -200,7 +200,7 @@ class ExpertLoadBalancer:
         self.load.update(served.load)
         self.num_steps += 1
         self._load_since_forecast += served.load
-        self._is_due |= self._schedule.step(served.balancedness)
+        self._is_due |= self._schedule.step(served.balancedness) and self.groups.size > 1
         if self._is_due and self._under_way is None and done is None:
             self._is_due = False
             done = self._decide(None, with_gradients, self._mover.goes_behind)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -98,12 +99,9 @@ class _Made:
         background: The same of those that move rows behind training.
     """
 
-    latest: "_Made | None" = None
-
-    def __init__(self, default: dist.ProcessGroup) -> None:
+    def __init__(self) -> None:
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
-        self.default = default
         self.control = control
         self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
         self.background: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
@@ -112,9 +110,13 @@ class _Made:
     def under_default_group(cls) -> "_Made":
         default = dist.group.WORLD
         assert default is not None
-        if cls.latest is None or cls.latest.default is not default:
-            cls.latest = cls(default)
-        return cls.latest
+        if default not in _MADE:
+            _MADE[default] = cls()
+        return _MADE[default]
+
+
+_MADE: WeakKeyDictionary[dist.ProcessGroup, _Made] = WeakKeyDictionary()
+"""By the default group. What was made under one goes with it, or its threads would outlive the interpreter's."""
 
 
 def check_nodes(ep_size: int, ranks_a_node: int) -> None:

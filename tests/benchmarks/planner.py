@@ -15,6 +15,7 @@ tokens. So a cell counts as behind only by as much as its difference exceeds two
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -47,6 +48,12 @@ TRACE_SHAPES = [(0, 16, 0, 4, 1, 1), (0, 16, 4, 4, 1, 1), (0, 16, 8, 8, 1, 1)]
 STEPS, WINDOW, INTERVAL, JUDGED_EVERY = 325, 100, 100, 10
 TOKENS_PER_RANK = 65_536
 SPLITS = ("even", "level")
+TIMED = {
+    "even split": ("even", DEFAULT_COSTS),
+    "levelled": ("level", DEFAULT_COSTS),
+    "levelled, a copy costs 2,000 tokens": ("level", replace(DEFAULT_COSTS, copy=2000.0)),
+}
+"""How tokens are divided, and what is told of costs; in the others copies are free, as they are to the baseline."""
 SWEEPS = 60
 
 
@@ -102,41 +109,41 @@ def timing(shapes, quick):
     rows, bars, figures = [], [], {}
     for layers, experts, redundant, ranks, nodes, groups in shapes:
         random = np.random.default_rng(ranks)
-        placements = {split: ExpertPlacement.initial(layers, experts, ranks, redundant) for split in SPLITS}
-        policies = {split: BalancedPolicy(split=split) for split in SPLITS}
+        placements = {lane: ExpertPlacement.initial(layers, experts, ranks, redundant) for lane in TIMED}
         topology = Topology.even(ranks, nodes)
         weight_YL = random.lognormal(0.0, 1.2, (layers, experts))
-        seconds = {"baseline": [], **{split: [] for split in SPLITS}}
+        seconds = {"baseline": [], **{lane: [] for lane in TIMED}}
         for _ in range(4 if quick else 9):
             load_YL = np.round(weight_YL / weight_YL.sum(axis=1, keepdims=True) * ranks * TOKENS_PER_RANK * WINDOW)
             load_YL = load_YL.astype(np.int64)
-            ahead = Outlook(load_YL, WINDOW, plain_mean(load_YL), INTERVAL, DEFAULT_COSTS)
             start = time.perf_counter()
             rebalance_experts(load_YL, experts + redundant, groups, nodes, ranks)
             seconds["baseline"].append(time.perf_counter() - start)
-            for split in SPLITS:
+            for lane, (split, costs) in TIMED.items():
+                policy = BalancedPolicy(split=split)
+                ahead = Outlook(load_YL, WINDOW, plain_mean(load_YL), INTERVAL, costs)
                 start = time.perf_counter()
-                placements[split] = policies[split].look_ahead(ahead, placements[split], topology)
-                seconds[split].append(time.perf_counter() - start)
+                placements[lane] = policy.look_ahead(ahead, placements[lane], topology)
+                seconds[lane].append(time.perf_counter() - start)
             weight_YL = weight_YL * random.lognormal(0.0, 0.1, weight_YL.shape)
         name = f"{experts}+{redundant} @ {ranks}"
         baseline = float(np.median(seconds["baseline"]))
         row, figures[name] = [name, f"{1e3 * baseline:.2f}"], {"baseline": seconds["baseline"]}
-        for split in SPLITS:
-            first, later = seconds[split][0], seconds[split][1:]
+        for lane in TIMED:
+            first, later = seconds[lane][0], seconds[lane][1:]
             ratios = np.array(later) / seconds["baseline"][1:]
             row += [f"{1e3 * first:.2f}", f"{1e3 * np.median(later):.2f}"]
             row.append(f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
-            figures[name][split] = seconds[split]
+            figures[name][lane] = seconds[lane]
             if ranks == 64 and not quick:  # with all layers
-                bars.append(Bar(f"time over the baseline's, {name}, {split} split", float(np.median(ratios)), 0.1))
+                bars.append(Bar(f"time over the baseline's, {name}, {lane}", float(np.median(ratios)), 0.1))
             if ranks == 1024:
-                bars.append(Bar(f"milliseconds, {name}, {split} split", 1e3 * float(np.median(later)), 50.0))
+                bars.append(Bar(f"milliseconds, {name}, {lane}", 1e3 * float(np.median(later)), 50.0))
         rows.append(row)
     print("Time of a plan for all layers, drift of 10 % from plan to plan: milliseconds\n")
     header = ["experts", "baseline"]
-    for split in SPLITS:
-        header += [f"{split}: first", "later", "over the baseline's"]
+    for lane in TIMED:
+        header += [f"{lane}: first", "later", "over the baseline's"]
     print_table(header, rows)
     return bars, figures
 

@@ -1,10 +1,12 @@
 """The groups of expert parallelism: made once for the same ranks, and by all of them."""
 
+import gc
 import threading
 
 import torch
 import torch.distributed as dist
 
+from lightning_eplb.parallel import groups
 from lightning_eplb.parallel.groups import ExpertGroups
 from tests.workers import Workers
 
@@ -26,10 +28,10 @@ def native_threads() -> int:
 
 def sum_over(ranks: int) -> float:
     """On every worker."""
-    groups = ExpertGroups.create()
-    assert groups.size == ranks
+    made = ExpertGroups.create()
+    assert made.size == ranks
     ones = torch.ones(1)
-    dist.all_reduce(ones, group=groups.exchange)
+    dist.all_reduce(ones, group=made.exchange)
     return float(ones)
 
 
@@ -37,6 +39,18 @@ def test_models_on_the_same_ranks_share_groups(workers: Workers) -> None:
     for before, after, told_apart in workers.run(4, make_many):
         assert after == before
         assert told_apart
+
+
+def left_behind() -> int:
+    """On every worker: how many of the groups of former default groups are still kept."""
+    ExpertGroups.create()
+    gc.collect()
+    return len(groups._MADE)
+
+
+def test_groups_go_with_the_default_group(workers: Workers) -> None:
+    for ranks in (2, 4, 2):
+        assert workers.run(ranks, left_behind) == [1] * ranks
 
 
 def test_a_new_default_group_means_new_groups(workers: Workers) -> None:
