@@ -132,6 +132,7 @@ class ExpertLoadBalancer:
         self.predicted_balancedness: float | None = None
         """What the latest decision expects of the steps that follow it; ``None`` before the first."""
         self._under_way: Rearrangement | None = None
+        self._untold: Rearrangement | None = None
         self._is_due = False
         self._capacity_agreed: tuple[float, ...] | None = None
         self._last_step_at: float | None = None
@@ -156,7 +157,7 @@ class ExpertLoadBalancer:
 
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        self._mover.optimizers = list(optimizers)
+        self._mover.watch(optimizers)
 
     def record(self, on: bool) -> None:
         """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
@@ -194,7 +195,8 @@ class ExpertLoadBalancer:
         self._first_step_is_done = True
         served = self._take_load()
         self._mover.go_on()
-        done = self._close_rearrangement()
+        done = self._close_rearrangement() or self._untold
+        self._untold = done if not served.load.any() else None
         if not served.load.any():
             return None
         self.load.update(served.load)
@@ -207,27 +209,45 @@ class ExpertLoadBalancer:
         self.last_step = replace(served, rearrangement=done)
         return self.last_step
 
-    def before_optimizer_step(self) -> None:
+    def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
         """Put in place what moved behind this step. Every rank must call it, right before ``optimizer.step()``.
 
         Only with ``use_async`` there is something to do. Gradients move here, those of the experts that arrive.
 
+        Args:
+            optimizer: That is about to step; nothing happens before the step of one that holds no experts. ``None``:
+                it holds some.
+
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
         """
-        if self._mover.is_moving:
+        if self._mover.is_moving and (optimizer is None or self._holds_experts(optimizer)):
             self._mover.put_in_place()
             self.load.placement = self.placement
 
-    def finish_rearrangement(self) -> None:
-        """Put in place what is under way, and forget the rest. Every rank must call it, after an optimizer step.
+    def finish_rearrangement(self) -> Rearrangement | None:
+        """Put in place what is under way, and leave it at that. Every rank must call it, after an optimizer step.
 
         At the end of training; a rearrangement that was told does it, too.
+
+        Returns:
+            What was done of the rearrangement that was under way; ``None`` if none was.
         """
-        if self._mover.is_moving:
-            self._mover.stop()
-            self.load.placement = self.placement
-            self._under_way = None
+        if not self._mover.is_moving:
+            return None
+        self._mover.stop()
+        self.load.placement = self.placement
+        assert self._under_way is not None
+        self._under_way = replace(self._under_way, **_extent(self._under_way.before, self.placement))
+        return self._close_rearrangement()
+
+    def abandon_rearrangement(self) -> None:
+        """Forget what is under way: experts stay where they are. Before weights change otherwise than by a step.
+
+        It communicates with nobody, so that it will do after a failure, too.
+        """
+        self._mover.abandon()
+        self._under_way = None
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -250,6 +270,8 @@ class ExpertLoadBalancer:
         """
         if self.groups.size == 1:
             return None
+        if placement is not None:
+            self._agree(placement, None)  # or raise, before anything is put in place
         self.finish_rearrangement()
         return self._decide(placement, with_gradients, in_background=False)
 
@@ -264,14 +286,10 @@ class ExpertLoadBalancer:
         outlook = self._outlook(with_gradients) if placement is None else None
         after, self._capacity_agreed, most_bytes = self._agree(placement, outlook)
         decided = time.perf_counter()
-        plan = plan_relocation(before, after)
         begun = Rearrangement(
             before=before,
-            after=after,
             load=load_YL,
-            num_layers=len(plan),
-            num_rows=sum(moves.num_rows_between_ranks for moves in plan),
-            num_copies=_changed_copies(before, after),
+            **_extent(before, after),
             plan_seconds=decided - start,
             predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
         )
@@ -349,6 +367,7 @@ class ExpertLoadBalancer:
             "num_rearrangements": self.num_rearrangements,
             "rearranged_rows": self.rearranged_rows,
             "rearranged_bytes": self.rearranged_bytes,
+            "is_rearranging": self._mover.is_moving,
             "num_ranks": self.groups.size,
             "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
         }
@@ -378,6 +397,10 @@ class ExpertLoadBalancer:
         if self.min_tokens_per_copy is None and costs is not None:
             for layer, _ in self._modules:
                 layer.min_tokens_per_copy = max(1, math.ceil(costs.copy / costs.token))
+
+    def _holds_experts(self, optimizer: Optimizer) -> bool:
+        experts = {id(parameter) for parameter in self._named_parameters().values()}
+        return any(id(parameter) in experts for group in optimizer.param_groups for parameter in group["params"])
 
     def _named_parameters(self) -> dict[str, Tensor]:
         return {
@@ -481,10 +504,18 @@ def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:
     """Raise ``ValueError`` for arguments of :class:`ExpertLoadBalancer` that do not fit by themselves."""
     if redundancy not in ("window", "batch"):
         raise ValueError(f"redundancy={redundancy!r} must be 'window' or 'batch'")
-    if min_tokens_per_copy is not None and min_tokens_per_copy < 1:
-        raise ValueError(f"min_tokens_per_copy={min_tokens_per_copy} must be at least 1; None to measure it")
+    if min_tokens_per_copy is not None and (type(min_tokens_per_copy) is not int or min_tokens_per_copy < 1):
+        raise ValueError(
+            f"min_tokens_per_copy={min_tokens_per_copy!r} must be a whole number from 1 up; None to measure it"
+        )
 
 
-def _changed_copies(before: ExpertPlacement, after: ExpertPlacement) -> int:
-    n = before.primaries_per_rank
-    return int((before.by_rank[:, :, n:] != after.by_rank[:, :, n:]).sum())
+def _extent(before: ExpertPlacement, after: ExpertPlacement) -> dict[str, Any]:
+    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.steps.Rearrangement`."""
+    plan, n = plan_relocation(before, after), before.primaries_per_rank
+    return {
+        "after": after,
+        "num_layers": len(plan),
+        "num_rows": sum(moves.num_rows_between_ranks for moves in plan),
+        "num_copies": int((before.by_rank[:, :, n:] != after.by_rank[:, :, n:]).sum()),
+    }

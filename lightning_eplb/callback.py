@@ -182,6 +182,7 @@ class EPLBCallback(Callback):
                 use_async=self.use_async,
             )
             self.balancer.record(False)  # until training starts: the sanity check is no load
+        self.balancer.abandon_rearrangement()  # of a fit that failed: its weights may have been loaded anew
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
@@ -199,8 +200,9 @@ class EPLBCallback(Callback):
             self._trace_writer = TraceWriter(self.trace, append=bool(self._saved_state))
         if self._saved_state:
             self.balancer.load_state_dict(self._saved_state)
+            was_rearranging = self._saved_state.get("is_rearranging", False)
             self._saved_state = {}
-            if self.balancer.num_rearrangements:
+            if self.balancer.num_rearrangements or was_rearranging:
                 # A resumed run starts from the initial placement: level it by the window that it brought along.
                 self.balancer.rearrange()
 
@@ -218,7 +220,7 @@ class EPLBCallback(Callback):
         assert self.balancer is not None
         if (scaler := self._scaler(trainer)) is not None:
             share_overflow(scaler, optimizer, self.balancer.groups)
-        self.balancer.before_optimizer_step()
+        self.balancer.before_optimizer_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -229,8 +231,7 @@ class EPLBCallback(Callback):
         if trainer.global_step == self._last_global_step:
             return
         self._last_global_step = trainer.global_step
-        # Under automatic optimization gradients are zeroed before the next backward pass: they need not move.
-        load = self.balancer.step(with_gradients=not pl_module.automatic_optimization)
+        load = self.balancer.step(with_gradients=_keeps_gradients(pl_module))
         if load is None:
             return
         self._summary.add(load)
@@ -250,7 +251,8 @@ class EPLBCallback(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
-        self.balancer.finish_rearrangement()
+        if (done := self.balancer.finish_rearrangement()) is not None:
+            self._report(trainer, done)
         if self._summary.last and self.balancer.groups.size > 1:
             load_YL = self.balancer.load.compute()["load"].cpu().numpy()
             log_placement(trainer.loggers, trainer.global_step - 1, self.balancer.placement, load_YL)
@@ -382,6 +384,12 @@ class EPLBCallback(Callback):
                 RANK_LOAD: draw_before_after(before_YR, after_YR),
             }
             log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+def _keeps_gradients(module: "pl.LightningModule") -> bool:
+    """Whether gradients may be used again after an optimizer step: Lightning's own loop zeroes them before."""
+    overridden = (is_overridden(name, module) for name in ("optimizer_step", "optimizer_zero_grad"))
+    return not module.automatic_optimization or any(overridden)
 
 
 class _IgnoredByDDP:

@@ -9,7 +9,10 @@ SCALARS: dict[str, tuple[str, str]] = {
         "ratio",
         "mean over ranks of the tokens that they served, divided by the fullest rank's; 1 is perfect",
     ),
-    "eplb/window_balancedness": ("ratio", "the same of the window's load, had the present placement served it at once"),
+    "eplb/window_balancedness": (
+        "ratio",
+        "the same of the window's load, had the present placement served it at once; without the copies of batches",
+    ),
     "eplb/balancedness_layers/A-B": ("ratio", "the same as the first, of layers A to B: up to four groups of layers"),
     "eplb/predicted_balancedness": ("ratio", "what the latest decision expected it to be from then on"),
     "eplb/forecast_error": (
@@ -41,7 +44,10 @@ SCALARS: dict[str, tuple[str, str]] = {
     ),
     "eplb/rearrangements": ("count", "how many there were that changed the placement"),
     "eplb/rearranged_rows": ("experts", "primaries that changed ranks in the latest, over layers, in one EP group"),
-    "eplb/rearranged_bytes": ("bytes", "weights and optimizer state that crossed ranks in the latest, over all ranks"),
+    "eplb/rearranged_bytes": (
+        "bytes",
+        "weights, optimizer state and, where they move too, gradients that crossed ranks in the latest, over all ranks",
+    ),
     "eplb/rearrange_seconds": ("seconds", "what training waited for the latest, on rank 0"),
     "eplb/rearrange_plan_seconds": ("seconds", "of these, until all ranks knew what was decided"),
     "eplb/rearrange_exchange_seconds": ("seconds", "of these, while rows moved"),

@@ -11,25 +11,29 @@ class FitSummary:
     """Remembers the first and the latest steps of a ``fit``, to compare them.
 
     Args:
-        num_steps: How many optimizer steps are "first" and "last".
+        num_steps: How many optimizer steps are "first" and "last" at most; no step is both.
     """
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
+        self.total = 0
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=num_steps)
 
     def add(self, step: StepLoad) -> None:
         level = step.balancedness
+        self.total += 1
         if len(self.first) < self.num_steps:
             self.first.append(level)
         self.last.append(level)
 
     def rows(self, balancer: ExpertLoadBalancer) -> list[tuple[str, str, str]]:
         """The table, its first row the heads of the columns."""
-        levels = [sum(part) / len(part) for part in (self.first, self.last)]
+        most = max(1, min(self.num_steps, self.total // 2))
+        first, last = self.first[:most], list(self.last)[-most:]
+        levels = [sum(part) / len(part) for part in (first, last)]
         return [
-            ("", f"first {len(self.first)} steps", f"last {len(self.last)} steps"),
+            ("", f"first {len(first)} steps", f"last {len(last)} steps"),
             ("balancedness", *(f"{level:.3f}" for level in levels)),  # type: ignore[list-item]
             ("fullest rank / mean rank", *(f"{1 / level:.2f}" for level in levels)),  # type: ignore[list-item]
             ("rearrangements", "", str(balancer.num_rearrangements)),

@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     file = path / "meta.pt" if path.is_dir() else path  # what Lightning calls it beside the shards
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; name a checkpoint, such as runs/pretrain/checkpoints/last.ckpt")
     try:
         # Nothing of the file is run, and the weights stay on disk.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -72,7 +72,9 @@ class ExpertGroups:
         It is made when it is first asked for.
         """
         made = _Made.under_default_group()
-        key = next(key for key, groups in made.of_ranks.items() if groups is self)
+        key = next((key for key, groups in made.of_ranks.items() if groups is self), None)
+        if key is None:
+            raise RuntimeError("the model was converted under a process group that is gone; build and convert it anew")
         if key not in made.background:
             group = _own_group(key)
             assert group is not None

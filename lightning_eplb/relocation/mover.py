@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_eplb.agreement import compare_digests
 from lightning_eplb.parallel.experts import ExpertLayer
@@ -29,7 +31,6 @@ class ExpertMover:
         self, modules: Sequence[tuple[ExpertLayer, nn.Module]], optimizers: Iterable[Optimizer], use_async: bool
     ) -> None:
         self._modules = modules
-        self.optimizers = list(optimizers)
         first_layer, _ = modules[0]
         self.groups: ExpertGroups = first_layer.groups
         self.placement = ExpertPlacement(
@@ -45,7 +46,22 @@ class ExpertMover:
         self._background = self.groups.background() if use_async and self.groups.size > 1 else None
         self._relocation: BackgroundRelocation | None = None
         self._goal = self.placement
+        self._has_stepped = False
+        self._hooks: list[RemovableHandle] = []
+        self.optimizers: list[Optimizer] = []
+        self.watch(optimizers)
         self._capacity: tuple[float, ...] | None = None
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Move the state of these optimizers from now on, and note when one of them steps."""
+        for hook in self._hooks:
+            hook.remove()
+        self.optimizers = list(optimizers)
+        watched = self.optimizers if self.goes_behind else []
+        self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped = True
 
     @property
     def is_moving(self) -> bool:
@@ -102,12 +118,12 @@ class ExpertMover:
             self.go_on()
 
     def go_on(self) -> None:
-        """Right after an optimizer step: send the next layers off.
+        """Right after an optimizer step: send the next layers off. Where no optimizer stepped, rows go on travelling.
 
         Raises:
-            RuntimeError: Those that were sent before are not in place.
+            RuntimeError: An optimizer stepped, and those that were sent before are not in place.
         """
-        if self._relocation is None:
+        if self._relocation is None or (self._relocation.is_underway and not self._has_stepped):
             return
         start = time.perf_counter()
         if self._relocation.is_underway:
@@ -118,6 +134,7 @@ class ExpertMover:
         if self._relocation.is_done:
             self._relocation = None
         else:
+            self._has_stepped = False
             self._relocation.start(lambda layer: self.tensors(layer, with_gradients=False))
         self.seconds += time.perf_counter() - start
 
@@ -140,6 +157,10 @@ class ExpertMover:
     def stop(self) -> None:
         """Put in place what is under way, and forget the rest."""
         self.put_in_place()
+        self._relocation = None
+
+    def abandon(self) -> None:
+        """Forget all that is not in place. Communicates with nobody."""
         self._relocation = None
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:

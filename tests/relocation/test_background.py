@@ -44,8 +44,9 @@ def train(use_async: bool, step_interval: int, most_bytes: int = 1, calls_before
             assert served is not None
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             seen.append((weights, balancer.placement, served.rearrangement))
-        balancer.finish_rearrangement()
-    seen.append(({name: tensor.clone() for name, tensor in model.state_dict().items()}, balancer.placement, None))
+        done = balancer.finish_rearrangement()
+    assert balancer.num_rearrangements == sum(told is not None for *_, told in [*seen, (done,)])
+    seen.append(({name: tensor.clone() for name, tensor in model.state_dict().items()}, balancer.placement, done))
     return seen
 
 
@@ -87,14 +88,18 @@ def test_one_layer_after_the_other_and_exact_in_between(workers: Workers, expect
 
 def test_a_second_decision_waits_for_the_first(workers: Workers) -> None:
     for seen in workers.run(2, train, True, 1):
-        assert [step for step, (_, _, done) in enumerate(seen, start=1) if done is not None] == [4, 8]
+        assert [step for step, (_, _, done) in enumerate(seen[:-1], start=1) if done is not None] == [4, 8]
 
 
 def test_what_is_under_way_at_the_end_is_put_in_place(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
     for seen in workers.run(2, train, True, 28):  # decided after seven steps
         assert changed_layers(seen[0][1], seen[-1][1]) == [0, 1, 2]
         assert changed_layers(seen[-2][1], seen[-1][1]) == []
+        assert seen[-1][2] is None
     for seen in workers.run(2, train, True, 36):  # after nine
+        done = seen[-1][2]
+        assert done is not None
+        assert (done.num_layers, done.after) == (2, seen[-1][1])
         assert changed_layers(seen[-2][1], seen[-1][1]) == [1]
         for name, tensor in expected[-1].items():
             assert float((seen[-1][0][name] - tensor).abs().max()) < TOLERANCE, name
