@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_eplb import EPLBCallback
 from lightning_eplb.cli import COMMANDS, main
@@ -17,6 +19,7 @@ from lightning_eplb.trace import TraceWriter
 from tests.fidelity import SEQUENCES
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_cli import callback_from
+from tests.workers import Workers
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -65,6 +68,40 @@ def test_a_model_that_is_built_in_configure_model() -> None:
     model = names["MyModel"]()
     model.configure_model()
     assert len(list(expert_layers(model))) == 2
+
+
+def train_sharded() -> tuple[int, int, bool]:
+    """On every worker: the README's sharded model, with something to train added to it."""
+    (source,) = [block for block in blocks("python") if "class MyShardedModel" in block]
+    eight_gpus = "strategy=strategy, devices=8"
+    assert eight_gpus in source
+    here = (
+        'strategy=strategy, accelerator="cpu", devices=2, plugins=[TorchElasticEnvironment()], max_epochs=1,'
+        " logger=False, enable_checkpointing=False, enable_progress_bar=False"
+    )
+    source = source.replace(eight_gpus, here).replace("ep_size=8", "ep_size=2").replace("experts=8", "experts=2")
+    names: dict = {
+        "build_my_model": lambda: hugging_face_model("mixtral"),
+        "TorchElasticEnvironment": TorchElasticEnvironment,
+    }
+    exec(source, names)
+
+    class Trained(names["MyShardedModel"]):
+        training_step, configure_optimizers = LanguageModel.training_step, LanguageModel.configure_optimizers
+        optimizer_name = "adamw"
+
+    model = Trained()
+    model.losses = []
+    names["trainer"].fit(model, loader(token_batches(8), SEQUENCES))
+    return (
+        len(model.losses),
+        names["trainer"].callbacks[0].balancer.groups.size,
+        isinstance(model.model, FSDPModule),
+    )
+
+
+def test_a_model_that_is_sharded_trains(workers: Workers) -> None:
+    assert workers.run(2, train_sharded) == [(2, 2, True)] * 2
 
 
 def commands() -> list[str]:
