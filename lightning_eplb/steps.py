@@ -74,7 +74,7 @@ class Rearrangement:
         num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
         seconds: What training waited for it, on this rank: all of it, or what was not behind the steps that followed.
         plan_seconds: What of these went by until all ranks knew the decision.
-        exchange_seconds: What of these went by while rows were sent or waited for.
+        exchange_seconds: What of these went by while rows were compared, sent or waited for, and maps switched.
         predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
             nothing was.
     """

@@ -4,7 +4,8 @@ from collections import deque
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_eplb.balancer import ExpertLoadBalancer, StepLoad
+from lightning_eplb.balancer import ExpertLoadBalancer
+from lightning_eplb.steps import StepLoad
 
 
 class FitSummary:

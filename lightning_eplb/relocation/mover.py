@@ -87,15 +87,15 @@ class ExpertMover:
         Raises:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
+        start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
         compare_digests(self.placement, after, moved, self.groups)
-        start = time.perf_counter()
         num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
         self.num_bytes = num_bytes * self.groups.num_replicas
-        self.seconds = time.perf_counter() - start
         self._capacity = capacity
         self._switch(after, range(after.num_layers))
+        self.seconds = time.perf_counter() - start
 
     def begin(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, most_bytes: int) -> None:
         """Go to ``after`` behind the steps that follow. Layers whose primaries stay follow it at once.
@@ -107,12 +107,14 @@ class ExpertMover:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
         assert self._background is not None
+        start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         compare_digests(self.placement, after, moved, self.groups)
-        self.num_bytes, self.seconds = 0, 0.0
+        self.num_bytes = 0
         self._goal, self._capacity = after, capacity
         self._switch(after, [layer for layer in range(after.num_layers) if layer not in moved])
+        self.seconds = time.perf_counter() - start
         if plan:
             self._relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
             self.go_on()
