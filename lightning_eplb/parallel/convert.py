@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.replicas import ReplicaAverage
@@ -22,7 +23,11 @@ PROTOCOL = (
 
 
 def parallelize_experts(
-    model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None = None, *, num_redundant_experts: int = 0
+    model: nn.Module,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    *,
+    num_redundant_experts: int = 0,
+    dispatcher: type[TokenDispatcher] = TokenDispatcher,
 ) -> nn.Module:
     """Spread the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
@@ -69,6 +74,8 @@ def parallelize_experts(
             must then average their gradients over the other ranks (see
             :func:`~lightning_eplb.parallel.fully_shard.fully_shard_moe`).
         num_redundant_experts: Redundant slots of a layer over all ranks of the group; a multiple of its size.
+        dispatcher: What exchanges the tokens, one for each layer: a subclass of
+            :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher` for a library or a network of your own.
 
     Returns:
         ``model``.
@@ -92,7 +99,7 @@ def parallelize_experts(
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
     average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups, average), placement)
+        _convert(module, ExpertLayer(index, name, module, groups, average, dispatcher), placement)
         if mesh is not None and size > 1:
             spread_rows(module, mesh)
     return model

@@ -1,7 +1,7 @@
 """Tokens out to the ranks of their experts, and home again.
 
-Shape suffixes: ``N`` token-expert pairs of this rank (tokens times top-k), ``M`` pairs that this rank serves, ``L``
-logical experts, ``P`` slots, ``R`` ranks, ``S`` slots of a rank, ``D`` model width.
+Shape suffixes: ``N`` token-expert pairs of this rank (tokens times top-k), ``M`` pairs that this rank serves, ``T``
+tokens, ``K`` top-k, ``L`` logical experts, ``P`` slots, ``R`` ranks, ``S`` slots of a rank, ``D`` model width.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import all_gather_single
+from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, put_together, take_apart
+from lightning_eplb.parallel.rows import all_gather_single, to_device
 from lightning_eplb.policies.split import split_tokens
 
 
@@ -38,29 +39,94 @@ class Dispatch:
 
     Attributes:
         pairs: This rank's token-expert pairs in the order in which they are sent, by slot: indices into ``[T, K]``
-            flattened, ``[N]``. A pair is sent to the same slot whenever the same counts are dispatched, so that
+            flattened, ``[N]`` int64. A pair is sent to the same slot whenever the same counts are dispatched, so that
             recomputation in the backward pass repeats the forward pass.
+        sent: How many of them are for each slot of all ranks, ``[P]`` int64, on the host.
         send_counts: Pairs for each rank, ``[R]``.
         recv_counts: Pairs from each rank, ``[R]``.
-        slots: The slot on this rank that each received pair is for, ``[M]`` int64.
-        tokens: Pairs that each rank serves, ``[R]``.
-        by_slot: The received pairs in the order of their slots, primaries first, indices ``[M]``.
+        by_slot: The received pairs in the order in which they are served: the primaries' by slot, then the redundant
+            experts', these in the order in which their weights arrive. Indices ``[M]`` int64.
+        served: How many pairs each of these experts serves, in the same order, on the host; and what they add up to
+            so far, int32 on the device.
+        served_ends: See ``served``.
         num_primary: How many of the received pairs are for primaries.
+        tokens: Pairs that each rank serves, ``[R]``.
     """
 
     pairs: Tensor
+    sent: np.ndarray
     send_counts: list[int]
     recv_counts: list[int]
-    slots: Tensor
-    tokens: np.ndarray
     by_slot: Tensor
+    served: np.ndarray
+    served_ends: Tensor
     num_primary: int
+    tokens: np.ndarray
 
 
-def count_tokens(sorted_experts_N: Tensor, num_logical_experts: int) -> Tensor:
+class TokenDispatcher:
+    """The seam for another way to exchange tokens: subclass it, and name it as ``parallelize_experts(dispatcher=...)``.
+
+    A converted layer calls :meth:`dispatch`, computes, and calls :meth:`combine`, on all ranks of its EP group, also
+    on those that have no token or serve none; in the backward pass autograd does the same the other way round. Who
+    serves which pair is decided before, and is alike on all ranks: ``plan``. ``plan.pairs`` and ``plan.sent`` say
+    which slot each pair goes to, ``plan.recv_counts`` and ``plan.by_slot`` what arrives here. Both methods must be
+    differentiable in what they are given, the routing weights included, and may not wait for the device.
+
+    This one packs the pairs into one ``all_to_all_single`` out and one home.
+
+    Args:
+        groups: The ranks that share the layer's experts; ``groups.exchange`` is their process group.
+    """
+
+    def __init__(self, groups: ExpertGroups) -> None:
+        self.groups = groups
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> tuple[Tensor, Tensor]:
+        """Bring this rank the tokens that it serves.
+
+        Returns:
+            Rows for the primaries, in the order of their slots, and for the redundant experts, in the order of
+            ``plan.served``; within an expert in any order that is the same whenever the same counts are dispatched.
+        """
+        sent_ND = copy_to_pairs(hidden_TD, plan.pairs, top_k)
+        received_MD = exchange_tokens(sent_ND, plan.send_counts, plan.recv_counts, self.groups)
+        return take_apart(received_MD, *plan.by_slot.tensor_split((plan.num_primary,)))
+
+    def combine(self, primaries_MD: Tensor, copies_MD: Tensor, weights_TK: Tensor, plan: Dispatch) -> Tensor:
+        """Bring the experts' outputs home, and add up each token's, weighted.
+
+        Args:
+            primaries_MD: Outputs, in the order of the rows that :meth:`dispatch` returned first.
+            copies_MD: The same for the others.
+            weights_TK: The router's, in any floating dtype.
+            plan: As in :meth:`dispatch`.
+
+        Returns:
+            ``[T, D]``, in the outputs' dtype.
+        """
+        output_MD = put_together(primaries_MD, copies_MD, *plan.by_slot.tensor_split((plan.num_primary,)))
+        home_ND = exchange_tokens(output_MD, plan.recv_counts, plan.send_counts, self.groups)
+        return combine_pairs(home_ND, weights_TK, plan.pairs)
+
+
+def count_tokens(index_TK: Tensor, num_logical_experts: int) -> Tensor:
     """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; ids from ``L`` up are no expert's."""
-    experts = torch.arange(num_logical_experts + 1, device=sorted_experts_N.device, dtype=sorted_experts_N.dtype)
-    return torch.searchsorted(sorted_experts_N, experts).diff()
+    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    counts = torch.zeros(num_logical_experts + 1, dtype=torch.int64, device=experts_N.device)
+    return counts.scatter_add_(0, experts_N.to(torch.int64), torch.ones_like(experts_N, dtype=torch.int64))[:-1]
+
+
+def sort_pairs(index_TK: Tensor, num_logical_experts: int) -> tuple[Tensor, Tensor]:
+    """This rank's pairs by logical expert, stable: indices into ``[T, K]`` flattened ``[N]``; and counts ``[L]`` int64.
+
+    Neither waits for a device. Ids are compared as int16 where they fit: a radix sort's passes are the key's bytes.
+    """
+    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    small = torch.int16 if num_logical_experts < 2**15 else torch.int32
+    sorted_N, order_N = torch.sort(experts_N.to(small), stable=True)
+    experts = torch.arange(num_logical_experts + 1, device=sorted_N.device, dtype=sorted_N.dtype)
+    return order_N, torch.searchsorted(sorted_N, experts).diff()
 
 
 def gather_counts(counts_L: Tensor, groups: ExpertGroups) -> np.ndarray:
@@ -72,7 +138,7 @@ def gather_counts(counts_L: Tensor, groups: ExpertGroups) -> np.ndarray:
 
 
 def plan_dispatch(
-    order_N: Tensor, counts_RL: np.ndarray, slot_map: SlotMap, rank: int, num_primary_slots: int
+    order_N: Tensor, counts_RL: np.ndarray, slot_map: SlotMap, rank: int, serving_order: np.ndarray, num_primaries: int
 ) -> Dispatch:
     """Decide which slot serves which of this rank's pairs, from the counts of all ranks. Needs no communication.
 
@@ -81,9 +147,9 @@ def plan_dispatch(
         counts_RL: Pairs of each rank and logical expert.
         slot_map: What the layer's slots hold.
         rank: This EP rank.
-        num_primary_slots: ``n``, the primaries of a rank.
+        serving_order: This rank's filled slots in the order in which they are served, primaries first.
+        num_primaries: ``n``, how many of these are primaries.
     """
-    size, device = len(counts_RL), order_N.device
     sent_RS, recv_RS, tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank)
     sent_P = sent_RS.ravel()
 
@@ -91,22 +157,40 @@ def plan_dispatch(
     by_expert_P = np.argsort(slot_map.slots.ravel(), kind="stable")
     first_P = np.empty_like(sent_P)
     first_P[by_expert_P] = np.cumsum(sent_P[by_expert_P]) - sent_P[by_expert_P]
-    pairs = order_N[_runs(first_P, sent_P, device)]
-
-    recv_counts = recv_RS.sum(axis=1)
-    slot_ids = np.tile(np.arange(recv_RS.shape[1]), size)
-    total = int(recv_counts.sum())
-    slots = torch.repeat_interleave(_tensor(slot_ids, device), _tensor(recv_RS.ravel(), device), output_size=total)
+    # Received rank by rank, and within a rank slot by slot, they are served slot by slot.
     first_RS = (np.cumsum(recv_RS.ravel()) - recv_RS.ravel()).reshape(recv_RS.shape)
+    first_SR, recv_SR = (array_RS.T[serving_order] for array_RS in (first_RS, recv_RS))
+    served = recv_SR.sum(axis=1)
+
+    shifts, lengths, (num_sent, num_served) = _runs((first_P, sent_P), (first_SR.ravel(), recv_SR.ravel()))
+    on_device = to_device(np.concatenate((shifts, lengths, np.cumsum(served))), order_N.device)
+    shifts, lengths, ends = on_device.split((len(shifts), len(lengths), len(served)))
+    index = torch.repeat_interleave(shifts, lengths, output_size=num_sent + num_served)
+    index += torch.arange(num_sent + num_served, device=index.device)
     return Dispatch(
-        pairs=pairs,
+        pairs=order_N[index[:num_sent]],
+        sent=sent_P,
         send_counts=sent_RS.sum(axis=1).tolist(),
-        recv_counts=recv_counts.tolist(),
-        slots=slots,
+        recv_counts=recv_RS.sum(axis=1).tolist(),
+        by_slot=index[num_sent:],
+        served=served,
+        served_ends=ends.to(torch.int32),
+        num_primary=int(served[:num_primaries].sum()),
         tokens=tokens_R,
-        by_slot=_runs(first_RS.T.ravel(), recv_RS.T.ravel(), device),
-        num_primary=int(recv_RS[:, :num_primary_slots].sum()),
     )
+
+
+def _runs(*lists: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Lists of runs as one. Of a run, its first index and its length become a shift from its place, and its length.
+
+    So ``shifts`` repeated ``lengths`` times, plus ``0, 1, 2 ...``, are all lists' indices one after the other.
+
+    Returns:
+        Shifts and lengths of all runs, and how many indices each list has.
+    """
+    lengths = np.concatenate([length for _, length in lists])
+    shifts = np.concatenate([first for first, _ in lists]) - (np.cumsum(lengths) - lengths)
+    return shifts, lengths, [int(length.sum()) for _, length in lists]
 
 
 def exchange_tokens(rows: Tensor, send_counts: list[int], recv_counts: list[int], groups: ExpertGroups) -> Tensor:
@@ -138,53 +222,3 @@ class _AllToAll(torch.autograd.Function):
         home = grad.new_empty(sum(ctx.send_counts), *grad.shape[1:])
         dist.all_to_all_single(home, grad.contiguous(), ctx.send_counts, ctx.recv_counts, group=ctx.group)
         return home, None, None, None
-
-
-def take_apart(rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows at the indices ``first`` and those at ``second``, which together are all rows, each once."""
-    return _TakeApart.apply(rows, first, second)
-
-
-def put_together(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Undo :func:`take_apart`."""
-    return _PutTogether.apply(first_rows, second_rows, first, second)
-
-
-class _TakeApart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(first, second)
-        return rows.index_select(0, first), rows.index_select(0, second)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _interleaved(*grads, *ctx.saved_tensors), None, None
-
-
-class _PutTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
-        return _interleaved(first_rows, second_rows, first, second)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (first, second) = grads, ctx.saved_tensors
-        return grad.index_select(0, first), grad.index_select(0, second), None, None
-
-
-def _interleaved(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    rows = first_rows.new_empty(len(first) + len(second), *first_rows.shape[1:])
-    return rows.index_copy_(0, first, first_rows).index_copy_(0, second, second_rows)
-
-
-def _runs(first: np.ndarray, length: np.ndarray, device: torch.device) -> Tensor:
-    """The indices of runs, one run after the other: ``first[i], first[i] + 1, ... first[i] + length[i] - 1``."""
-    total = int(length.sum())
-    shift = first - (np.cumsum(length) - length)
-    shifts = torch.repeat_interleave(_tensor(shift, device), _tensor(length, device), output_size=total)
-    return shifts + torch.arange(total, device=device)
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel import dispatch
+from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
@@ -48,15 +48,23 @@ class ExpertLayer:
         module: The module before its class is swapped and its parameters are cut.
         groups: The ranks that share its experts.
         average: Averages gradients over the EP groups, where there are several and nobody else does.
+        dispatcher: Exchanges the tokens.
     """
 
     def __init__(
-        self, index: int, name: str, module: nn.Module, groups: ExpertGroups, average: ReplicaAverage | None = None
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        groups: ExpertGroups,
+        average: ReplicaAverage | None = None,
+        dispatcher: type[dispatch.TokenDispatcher] = dispatch.TokenDispatcher,
     ) -> None:
         self.index = index
         self.name = name
         self.groups = groups
         self.average = average
+        self.dispatcher = dispatcher(groups)
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
@@ -165,65 +173,60 @@ class ParallelExperts(nn.Module):
     def _count_alone(self, index_TK: Tensor) -> None:
         layer = self.expert_layer
         if layer.records_load and not _is_recomputing():
-            sorted_N, _ = torch.sort(index_TK.detach().reshape(-1))
-            layer.record(LayerLoad(dispatch.count_tokens(sorted_N, layer.num_logical_experts)))
+            layer.record(LayerLoad(dispatch.count_tokens(index_TK, layer.num_logical_experts)))
 
     def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         if layer.average is not None:
             layer.average.watch(layer.index, list(self.parameters(recurse=False)))
-        tokens, top_k = index_TK.shape
-        sorted_N, order_N = torch.sort(index_TK.detach().reshape(-1), stable=True)
-        counts_RL = dispatch.gather_counts(dispatch.count_tokens(sorted_N, layer.num_logical_experts), groups)
+        order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
+        counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
         start = time.perf_counter()
-        slot_map, copy_routes = layer.slots_for(counts_RL)
-        plan = dispatch.plan_dispatch(order_N, counts_RL, slot_map, groups.rank, layer.num_primaries)
+        slot_map, routes = layer.slots_for(counts_RL)
+        plan = dispatch.plan_dispatch(
+            order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries
+        )
         seconds = time.perf_counter() - start
-        copies = CopiesUnderway(self._local_parameters(), copy_routes, groups)
+        copies = CopiesUnderway(self._local_parameters(), routes, groups)
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
-        layer.record(LayerLoad(load_L, int(plan.tokens.max()), copy_routes.num_copies, copies.num_bytes, seconds))
+        layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
         primaries, ticket = copies.attach()
-        sent = hidden_TD[torch.div(plan.pairs, top_k, rounding_mode="floor")]
-        received_MD = dispatch.exchange_tokens(sent, plan.send_counts, plan.recv_counts, groups)
-        if copy_routes.num_copies:
+        own_MD, others_MD = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
+        if routes.num_copies:
             copies.send()
-            output_MD = self._serve_both(primaries, copies, ticket, received_MD, plan, weights_TK.dtype)
-        else:
-            output_MD = self._serve(primaries, received_MD, plan.slots, weights_TK.dtype)
+        own_MD = self._serve(primaries, own_MD, plan, slice(0, layer.num_primaries), weights_TK.dtype)
+        if routes.num_copies:  # their weights travelled meanwhile
+            weights, served = copies.receive(ticket), slice(layer.num_primaries, None)
+            others_MD = self._serve(weights, others_MD, plan, served, weights_TK.dtype)
+        return layer.dispatcher.combine(own_MD, others_MD, weights_TK, plan)
 
-        home_ND = dispatch.exchange_tokens(output_MD, plan.recv_counts, plan.send_counts, groups)
-        width = home_ND.shape[-1]
-        output_ND = home_ND.new_zeros(tokens * top_k, width).index_copy(0, plan.pairs, home_ND)
-        weighted_TKD = output_ND.view(tokens, top_k, width) * weights_TK.unsqueeze(-1)
-        return weighted_TKD.sum(dim=1).to(home_ND.dtype)
-
-    def _serve_both(
+    def _serve(
         self,
-        primaries: list[Tensor],
-        copies: CopiesUnderway,
-        ticket: Tensor,
-        received_MD: Tensor,
+        weights: list[Tensor],
+        hidden_MD: Tensor,
         plan: dispatch.Dispatch,
+        served: slice,
         weights_dtype: torch.dtype,
     ) -> Tensor:
-        """The primaries' tokens while the copies' weights travel, then the copies'; in the order of arrival."""
-        own, others = plan.by_slot[: plan.num_primary], plan.by_slot[plan.num_primary :]
-        own_MD, others_MD = dispatch.take_apart(received_MD, own, others)
-        served_MD = self._serve(primaries, own_MD, plan.slots[own], weights_dtype)
-        weights = copies.receive(ticket)
-        row_of_slot = copies.routes.row_of_slot.to(plan.slots.device)
-        rows = row_of_slot[plan.slots[others] - self.expert_layer.num_primaries]
-        return dispatch.put_together(served_MD, self._serve(weights, others_MD, rows, weights_dtype), own, others)
+        """Run the original forward on the tokens of the experts ``served`` of the plan; ``weights`` are theirs.
 
-    def _serve(self, weights: list[Tensor], hidden_MD: Tensor, slots_M: Tensor, weights_dtype: torch.dtype) -> Tensor:
-        """Run the original forward on these weights. Every tensor that was exchanged is tied into the output."""
-        forward = self.expert_layer.original_class.forward
+        Every tensor that was exchanged is tied into the output.
+        """
+        forward, device = self.expert_layer.original_class.forward, hidden_MD.device
         if len(hidden_MD):
-            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=hidden_MD.device)
-            return forward(self._original_with(weights), hidden_MD, slots_M.unsqueeze(-1), ones)
+            local = self._original_with(weights)
+            ends_S = plan.served_ends[served]
+            if served.start:
+                ends_S = ends_S - plan.num_primary
+            if grouped.takes_sorted_rows(local):
+                grouped.let_take_sorted_rows(local, ends_S)
+            rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=device)
+            slots_M = torch.searchsorted(ends_S, rows, right=True)
+            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=device)
+            return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
-            one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_MD.device)
+            one = torch.ones(1, 1, dtype=weights_dtype, device=device)
             primaries = self._original_with(self._local_parameters())
             sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         shared = [parameter for child in self.children() for parameter in child.parameters()]

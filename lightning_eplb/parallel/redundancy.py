@@ -7,11 +7,12 @@ gradients are sent home, the primaries' tokens, the tokens' way home, the gradie
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import Route, RowsUnderway
+from lightning_eplb.parallel.rows import Route, RowsUnderway, to_device
 from lightning_eplb.placement import EMPTY
 
 COPY_STAGING_BYTES = 256 * 2**20
@@ -28,8 +29,7 @@ class CopyRoutes:
     """
 
     def __init__(self, physical_to_logical_RS: Tensor, primaries_per_rank: int, rank: int) -> None:
-        size, slots = physical_to_logical_RS.shape
-        n = primaries_per_rank
+        size, n = len(physical_to_logical_RS), primaries_per_rank
         primary_L = torch.empty(size * n, dtype=torch.int64)
         primary_L[physical_to_logical_RS[:, :n].reshape(-1)] = torch.arange(size * n)
         target_rank, slot = torch.nonzero(physical_to_logical_RS[:, n:] != EMPTY, as_tuple=True)
@@ -38,11 +38,18 @@ class CopyRoutes:
         """Redundant slots that are filled, over all ranks."""
         self.out = Route.of_moves(primary // n, primary % n, target_rank, slot, rank, size)
         """From primary rows to redundant slots."""
-        self.row_of_slot = torch.full((slots - n,), EMPTY)
-        """The row of each redundant slot among those that arrive here, ``-1`` where it is empty, ``[e]`` int64."""
-        self.row_of_slot[self.out.recv_rows] = torch.arange(len(self.out.recv_rows))
+        self.serving_order = np.concatenate((np.arange(n), n + self.out.recv_rows.numpy()))
+        """This rank's filled slots: the primaries, then the redundant ones in the order in which weights arrive."""
         self.rounds = _rounds_of_unique_rows(self.out.send_rows)
         """Positions among the gradients that come home, in rounds that hit every primary once at most."""
+        self._device: torch.device | None = None
+
+    def put_on(self, device: torch.device) -> None:
+        """Have the indices of rows on ``device``, once: a forward that follows has nothing to bring there."""
+        if device != self._device:
+            self.out = self.out.to(device)
+            self.rounds = [to_device(positions.numpy(), device) for positions in self.rounds]
+            self._device = device
 
 
 def _rounds_of_unique_rows(rows: Tensor) -> list[Tensor]:
@@ -70,6 +77,7 @@ class CopiesUnderway:
         self.parameters = parameters
         self.routes = routes
         self.groups = groups
+        routes.put_on(parameters[0].device)
         self.trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
         self.underway: RowsUnderway | None = None
 
@@ -105,11 +113,9 @@ class CopiesUnderway:
         assert self.underway is not None
         arrived, self.underway = self.underway.take(), None
         for i, rows in zip(self.trained, arrived, strict=True):
-            primary_rows = self.routes.out.send_rows.to(rows.device)
             for positions in self.routes.rounds:
-                at = positions.to(rows.device)
-                added = rows if len(at) == len(rows) else rows[at]
-                grad_of[i].index_add_(0, primary_rows[at], added, alpha=1 / self.groups.size)
+                added = rows if len(positions) == len(rows) else rows[positions]
+                grad_of[i].index_add_(0, self.routes.out.send_rows[positions], added, alpha=1 / self.groups.size)
 
 
 class _Attach(torch.autograd.Function):

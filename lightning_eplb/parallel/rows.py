@@ -3,9 +3,10 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,6 +61,11 @@ class Route:
             most_rows=int(torch.maximum(out_counts, in_counts).max()),
         )
 
+    def to(self, device: torch.device) -> "Route":
+        """The same route with its rows' indices on ``device``, so that no exchange has to bring them there."""
+        send_rows, recv_rows = (to_device(rows.numpy(), device) for rows in (self.send_rows, self.recv_rows))
+        return replace(self, send_rows=send_rows, recv_rows=recv_rows)
+
     @property
     def reverse(self) -> "Route":
         """The same rows on their way back."""
@@ -68,8 +74,14 @@ class Route:
     @property
     def arriving_in_order(self) -> "Route":
         """The same route into a tensor that holds just the received rows, in the order in which they arrive."""
-        order = torch.arange(len(self.recv_rows))
+        order = torch.arange(len(self.recv_rows), device=self.recv_rows.device)
         return Route(self.send_rows, self.send_counts, order, self.recv_counts, self.most_rows)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of ``array`` on ``device``, without waiting for it: through pinned memory where it is a GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class RowsUnderway:

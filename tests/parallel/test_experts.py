@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.dispatch import Dispatch, TokenDispatcher
 from tests.fidelity import ShufflePolicy
 from tests.models import hugging_face_model
 from tests.workers import Workers
@@ -50,11 +51,12 @@ def compare(
     run: Callable[..., Tensor] = lambda module, *args: module(*args),
     ep_group: Any = None,
     redundancy: Any = "window",
+    dispatcher: type[TokenDispatcher] = TokenDispatcher,
 ) -> float:
     """The largest difference of outputs and of all gradients between a converted layer and the original."""
     original, converted = layer(name), layer(name)
     holder = nn.ModuleDict({"experts": converted})
-    parallelize_experts(holder, ep_group, num_redundant_experts=redundant)
+    parallelize_experts(holder, ep_group, num_redundant_experts=redundant, dispatcher=dispatcher)
     (expert_layer, _), *_ = expert_layers(holder)
     balancer = ExpertLoadBalancer(
         holder, policy=ShufflePolicy(), step_interval=1, redundancy=redundancy, min_tokens_per_copy=1
@@ -190,6 +192,70 @@ def by_keyword() -> float:
     hidden, index, weights = routing(6, 2)
     ours = converted(hidden, routing_weights=weights, router_indices=index)
     return largest(ours, original(hidden, index, weights))
+
+
+@BOTH
+def test_grouped_kernels_in_float32(redundancy: str, workers: Workers) -> None:
+    """The rows come sorted to transformers' grouped products, of the primaries and of the copies."""
+    assert max(workers.run(2, grouped_kernels, redundancy)) < 1e-4
+
+
+def grouped_kernels(redundancy: Any) -> float:
+    original, converted = (layer("gpt_oss").float() for _ in range(2))
+    for module in (original, converted):
+        module.config._experts_implementation = "grouped_mm"
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder, num_redundant_experts=4)
+    ExpertLoadBalancer(holder, redundancy=redundancy, min_tokens_per_copy=1)
+    hidden, index, weights = (x.float() if x.is_floating_point() else x for x in routing(40, 2))
+    index[:30, 0] = 0  # a hot expert, which the batch's copies serve
+    index[:30, 1] = 1
+    outputs = [module(hidden, index, weights) for module in (original, converted)]
+    for output in outputs:
+        (output * torch.arange(WIDTH)).sum().backward()
+    expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
+    (expert_layer, _), *_ = expert_layers(holder)
+    grads = [largest(p.grad, expected[n][expert_layer.local_experts]) for n, p in converted.named_parameters()]
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    return max(largest(*outputs), max(grads) / scale)
+
+
+class GatheringDispatcher(TokenDispatcher):
+    """Another way to exchange tokens: every rank gathers all tokens of all ranks, and picks those that it serves."""
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> tuple[Tensor, Tensor]:
+        sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.groups.size)]
+        dist.all_gather(sizes, torch.tensor(len(hidden_TD)), group=self.groups.exchange)
+        tokens = [hidden_TD.new_zeros(int(size), hidden_TD.shape[1]) for size in sizes]
+        gathered = torch.cat(list(_gather(hidden_TD, tokens, self.groups.exchange)))
+        wanted = [torch.zeros(0)] * self.groups.size
+        dist.all_gather_object(wanted, plan.pairs // top_k, group=self.groups.exchange)
+        sent = [[0] * self.groups.size for _ in range(self.groups.size)]
+        dist.all_gather_object(sent, plan.send_counts, group=self.groups.exchange)
+        rank, rows, first = self.groups.rank, [], 0
+        for source, size in enumerate(sizes):
+            start = sum(sent[source][:rank])
+            rows.append(first + wanted[source][start : start + sent[source][rank]])
+            first += int(size)
+        served = gathered[torch.cat(rows)][plan.by_slot]
+        return served[: plan.num_primary], served[plan.num_primary :]
+
+
+def _gather(hidden: Tensor, tokens: list[Tensor], group: Any) -> Any:
+    from torch.distributed.nn.functional import all_gather
+
+    width = max(len(t) for t in tokens)
+    padded = torch.cat((hidden, hidden.new_zeros(width - len(hidden), hidden.shape[1])))
+    return [part[: len(t)] for part, t in zip(all_gather(padded, group=group), tokens, strict=True)]
+
+
+@BOTH
+def test_another_dispatcher(redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, with_another_dispatcher, redundancy)) < 1e-12
+
+
+def with_another_dispatcher(redundancy: str) -> float:
+    return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=GatheringDispatcher)
 
 
 def test_one_rank_runs_the_module_as_it_was() -> None:

@@ -1,0 +1,67 @@
+"""Hugging Face's grouped experts on rows that are in the experts' order already.
+
+transformers' ``grouped_mm`` sorts its tokens by expert, computes, and puts them back. Behind the dispatch of expert
+parallelism the rows are sorted, and how many each expert has is known: two products and an activation are left. They
+are registered with transformers as one more implementation of experts, and chosen on a copy of the module's config.
+
+Shape suffixes: ``M`` rows, ``D`` model width, ``S`` experts.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+NAME = "grouped_mm_of_sorted_rows"
+
+
+def takes_sorted_rows(experts: nn.Module) -> bool:
+    """Whether ``experts`` computes with transformers' ``grouped_mm``, and transformers has what ours needs."""
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return implementation == "grouped_mm" and _is_registered()
+
+
+def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
+    """Have the forward of ``experts`` compute rows that are in the order of its experts, each with a weight of one.
+
+    Args:
+        experts: A module that :func:`takes_sorted_rows`, whose attributes are its own to change.
+        ends_S: Where each expert's rows end, int32.
+    """
+    config = copy.copy(experts.config)
+    config._experts_implementation = NAME
+    experts.__dict__.update(config=config, row_ends=ends_S)
+
+
+@functools.cache
+def _is_registered() -> bool:
+    """Register :func:`_forward`. Whoever has such experts has imported transformers."""
+    moe = sys.modules.get("transformers.integrations.moe")
+    if not all(hasattr(moe, name) for name in ("ALL_EXPERTS_FUNCTIONS", "_grouped_linear")):
+        return False
+    assert moe is not None
+    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, functools.partial(_forward, moe._grouped_linear))
+    return True
+
+
+def _forward(
+    grouped_linear: Callable[..., Tensor], experts: Any, hidden_MD: Tensor, slots_M1: Tensor, weights_M1: Tensor
+) -> Tensor:
+    del weights_M1  # all are one
+    slots_M = slots_M1.squeeze(-1)
+
+    def linear(name: str, rows: Tensor) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[slots_M] if experts.has_bias else None
+        return grouped_linear(rows, getattr(experts, name), experts.row_ends, bias, experts.is_transposed)
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear("gate_up_proj", hidden_MD))
+    else:
+        inner = experts.act_fn(linear("up_proj", hidden_MD))
+    output_MD = linear("down_proj", inner)
+    if getattr(experts, "has_post_expert_norm", False):
+        output_MD = experts.post_expert_norm(output_MD)
+    return output_MD.to(hidden_MD.dtype)

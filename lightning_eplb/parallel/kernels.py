@@ -1,0 +1,107 @@
+"""Triton kernels: the sum of a token's rows, weighted or not, and its gradient.
+
+One program a token: it reads the token's ``K`` rows wherever they lie and writes one. Sums are in float32 (float64 for
+float64 rows), in the order of ``K``: the same on every run.
+
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``N`` rows, ``D`` model width.
+"""
+
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_COLUMNS = 2048
+"""Columns of a row that a program holds at a time."""
+
+
+def sum_pairs(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Of each token the sum of its rows, times ``weights_TK`` if given, ``[T, D]`` in the rows' dtype.
+
+    Args:
+        rows_ND: Contiguous.
+        place_TK: The row of each pair, int64 contiguous, ``-1`` for none.
+        weights_TK: Contiguous, any floating dtype.
+    """
+    (tokens, top_k), width = place_TK.shape, rows_ND.shape[-1]
+    summed = rows_ND.new_empty(tokens, width)
+    if summed.numel():
+        block = min(triton.next_power_of_2(width), MOST_COLUMNS)
+        weights = rows_ND if weights_TK is None else weights_TK
+        _sum[(tokens, triton.cdiv(width, block))](
+            rows_ND, place_TK, weights, summed, width, top_k, weights_TK is not None, _sum_dtype(rows_ND), block
+        )
+    return summed
+
+
+def sum_pairs_backward(grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`sum_pairs` with weights: of the rows and of the weights. All tensors are contiguous."""
+    (tokens, top_k), width = place_TK.shape, rows_ND.shape[-1]
+    grad_rows_ND, grad_weights_TK = torch.empty_like(rows_ND), torch.empty_like(weights_TK)
+    if grad_TD.numel():
+        block = min(triton.next_power_of_2(width), MOST_COLUMNS)
+        _sum_backward[(tokens, top_k)](
+            grad_TD, rows_ND, weights_TK, place_TK, grad_rows_ND, grad_weights_TK, width, _sum_dtype(rows_ND), block
+        )
+    return grad_rows_ND, grad_weights_TK
+
+
+def _sum_dtype(rows: Tensor) -> tl.dtype:
+    return tl.float64 if rows.dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def _sum(
+    rows,
+    places,
+    weights,
+    summed,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    IS_WEIGHTED: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    total = tl.zeros((BLOCK,), dtype=SUM_DTYPE)
+    for k in range(TOP_K):
+        place = tl.load(places + token * TOP_K + k)
+        if place >= 0:
+            row = tl.load(rows + place * WIDTH + columns, mask=is_inside, other=0.0).to(SUM_DTYPE)
+            if IS_WEIGHTED:
+                row *= tl.load(weights + token * TOP_K + k).to(SUM_DTYPE)
+            total += row
+    tl.store(summed + token * WIDTH + columns, total.to(summed.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def _sum_backward(
+    grad,
+    rows,
+    weights,
+    places,
+    grad_rows,
+    grad_weights,
+    WIDTH: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token, k, top_k = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    pair = token * top_k + k
+    place = tl.load(places + pair)
+    products = tl.zeros((BLOCK,), dtype=SUM_DTYPE)
+    if place >= 0:
+        weight = tl.load(weights + pair).to(SUM_DTYPE)
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            is_inside = columns < WIDTH
+            incoming = tl.load(grad + token * WIDTH + columns, mask=is_inside, other=0.0).to(SUM_DTYPE)
+            row = tl.load(rows + place * WIDTH + columns, mask=is_inside, other=0.0).to(SUM_DTYPE)
+            products += incoming * row
+            outgoing = (incoming * weight).to(grad_rows.dtype.element_ty)
+            tl.store(grad_rows + place * WIDTH + columns, outgoing, mask=is_inside)
+    tl.store(grad_weights + pair, tl.sum(products, axis=0).to(grad_weights.dtype.element_ty))

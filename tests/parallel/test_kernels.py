@@ -1,0 +1,69 @@
+"""The Triton kernels against tensor operations: on a GPU, or with ``TRITON_INTERPRET=1`` on the CPU."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are Triton's, which CPU builds of torch come without")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not IS_INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
+
+from lightning_eplb.parallel.kernels import sum_pairs, sum_pairs_backward  # noqa: E402
+
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+
+def pairs(tokens: int, top_k: int, width: int, dtype: torch.dtype, without: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of all pairs but the last ``without``, in a random order, the place of each pair, and weights."""
+    generator = torch.Generator().manual_seed(tokens + top_k + width)
+    number = tokens * top_k
+    order = torch.randperm(number, generator=generator)[: number - without]
+    place = torch.full((number,), -1)
+    place[order] = torch.arange(len(order))
+    rows = torch.randn(len(order), width, generator=generator, dtype=torch.float64).to(dtype)
+    weights = torch.rand(tokens, top_k, generator=generator, dtype=torch.float64).to(dtype)
+    return rows.to(DEVICE), place.view(tokens, top_k).to(DEVICE), weights.to(DEVICE)
+
+
+def expected(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+    padded = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))[place]  # place -1 is the zeros
+    return (padded if weights is None else padded * weights.unsqueeze(-1)).sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "width", "without"), [(5, 2, 16, 0), (7, 3, 24, 4), (3, 8, 2050, 1), (4, 1, 4100, 0)]
+)
+def test_sums_and_their_gradients_are_those_of_tensor_operations(tokens: int, top_k: int, width: int, without: int):
+    rows, place, weights = pairs(tokens, top_k, width, torch.float64, without)
+    torch.testing.assert_close(sum_pairs(rows, place, None), expected(rows, place, None), rtol=1e-13, atol=1e-13)
+    rows.requires_grad_()
+    weights.requires_grad_()
+    output = expected(rows, place, weights)
+    torch.testing.assert_close(sum_pairs(rows.detach(), place, weights.detach()), output, rtol=1e-13, atol=1e-13)
+    grad = torch.randn_like(output)
+    found = sum_pairs_backward(grad, rows.detach(), weights.detach(), place)
+    for ours, theirs in zip(found, torch.autograd.grad(output, (rows, weights), grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lower_precision_is_summed_in_float32(dtype: torch.dtype):
+    rows, place, weights = pairs(9, 8, 64, dtype, 0)
+    exact = expected(rows.double(), place, weights.double())
+    found = sum_pairs(rows, place, weights)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, exact.to(dtype), rtol=2 * EPS[dtype], atol=8 * EPS[dtype])
+    grad = torch.ones_like(found)
+    grad_rows, grad_weights = sum_pairs_backward(grad, rows, weights, place)
+    assert grad_rows.dtype == grad_weights.dtype == dtype
+    by_pair = rows.double()[place].sum(dim=-1).to(dtype)
+    torch.testing.assert_close(grad_weights, by_pair, rtol=2 * EPS[dtype], atol=64 * EPS[dtype])
+
+
+def test_no_token_needs_no_program():
+    rows, place = torch.empty(0, 8, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    assert sum_pairs(rows, place, None).shape == (0, 8)
