@@ -1,0 +1,175 @@
+"""Moving primaries with their Adam state: against one bare collective, and behind training.
+
+First a tenth and half of the primaries change ranks, time and again, and in turn with it one ``all_to_all_single``
+sends the same bytes between the same ranks from a buffer to a buffer. Then three lanes of a model take turns in training: no
+expert moves; every ``INTERVAL`` steps a tenth moves at once; the same behind the steps (``use_async=True``).
+
+On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` and
+``LOCAL_RANK`` set, as ``torchrun`` does. Without ``RANK`` it starts two processes of one thread each on the CPU.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightning_eplb import ExpertPlacement, Policy
+from lightning_eplb.policies import Topology
+from lightning_eplb.relocation.plan import plan_relocation
+from tests.benchmarks.lanes import Lane, make_lane, on_all_ranks, slowest_rank, take_turns, wait_for_all
+from tests.benchmarks.models import CPU, GPU, Size
+from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
+
+FRACTIONS = (0.1, 0.5)
+INTERVAL = 10
+BANDWIDTH_BAR, EXPOSED_BAR = 0.8, 0.15
+
+
+def some_moved(placement: ExpertPlacement, fraction: float, turn: int) -> ExpertPlacement:
+    """In every layer so many of the primaries change places with those of other ranks, other ones each turn."""
+    generator = np.random.default_rng(turn)
+    slots_YRS = placement.by_rank.copy()
+    size, n = placement.num_ranks, placement.primaries_per_rank
+    per_rank = max(1, round(fraction * n))
+    for slots_RS in slots_YRS:
+        chosen_RC = np.stack([generator.permutation(n)[:per_rank] for _ in range(size)])
+        moving_RC = np.take_along_axis(slots_RS, chosen_RC, axis=1)
+        for column in range(per_rank):  # each rank's go to some other rank, one from each
+            moving_RC[:, column] = np.roll(moving_RC[:, column], 1 + column % (size - 1))
+        np.put_along_axis(slots_RS, chosen_RC, moving_RC, axis=1)
+    return ExpertPlacement(slots_YRS.reshape(len(slots_YRS), -1), placement.num_logical_experts, size)
+
+
+class MoveSome(Policy):
+    """A tenth of the primaries with every decision."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Whatever the load is."""
+        self.turn += 1
+        return some_moved(placement, FRACTIONS[0], self.turn)
+
+
+def main() -> int:
+    """Time both parts, print their tables and then the bars."""
+    arguments = parse_arguments(__doc__)
+    size = GPU if "RANK" in os.environ and torch.cuda.is_available() else CPU
+    found = on_all_ranks(run, size, 8 if arguments.quick else 20, 2 if arguments.quick else 10)
+    return report(found, size, arguments.json) if found is not None else 0
+
+
+def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[str, Any]:
+    """On every rank; seconds are the slowest rank's."""
+    even_YL = torch.ones(size.layers, size.experts)
+    lane = make_lane(size, device)
+    take_turns({"": lane}, size, device, range(2), lambda *_: even_YL)
+    found: dict[str, Any] = {str(fraction): move(lane, fraction, turns, device) for fraction in FRACTIONS}
+    if dist.get_rank() == 0:
+        print_moves(found, size)
+    del lane
+    lanes = {
+        "still": make_lane(size, device, step_interval=10**6),
+        "at once": make_lane(size, device, step_interval=INTERVAL, policy=MoveSome()),
+        "behind steps": make_lane(size, device, step_interval=INTERVAL, policy=MoveSome(), use_async=True),
+    }
+    take_turns(lanes, size, device, range(2 * INTERVAL), lambda *_: even_YL)
+    steps = range(2 * INTERVAL, (2 + intervals) * INTERVAL)
+    take_turns(lanes, size, device, steps, lambda *_: even_YL)
+    found["steps"] = {name: slowest_rank(each.seconds[2 * INTERVAL :], device) for name, each in lanes.items()}
+    found["rearrangements"] = [each.balancer.num_rearrangements for each in lanes.values() if each.balancer]
+    return found
+
+
+def move(lane: Lane, fraction: float, turns: int, device: torch.device) -> dict[str, Any]:
+    """Move so many of the primaries in turn with a bare collective of as many bytes."""
+    balancer = lane.balancer
+    assert balancer is not None
+    assert balancer.groups.exchange is not None
+    moved, bare = [], []
+    num_bytes = 0
+    for turn in range(turns + 2):
+        after = some_moved(balancer.placement, fraction, turn)
+        sent, received = bytes_between(balancer.placement, after, row_bytes(lane), balancer.groups.rank)
+        source = torch.zeros(sum(sent), dtype=torch.uint8, device=device)
+        target = torch.empty(sum(received), dtype=torch.uint8, device=device)
+        wait_for_all(device)
+        start = time.perf_counter()
+        dist.all_to_all_single(target, source, received, sent, group=balancer.groups.exchange)
+        wait_for_all(device)
+        bare.append(time.perf_counter() - start)
+        del source, target
+        start = time.perf_counter()
+        done = balancer.rearrange(after, with_gradients=False)
+        wait_for_all(device)
+        moved.append(time.perf_counter() - start)
+        assert done is not None
+        num_bytes = done.num_bytes
+    return {
+        "bytes": num_bytes,
+        "moved": slowest_rank(moved[2:], device),
+        "bare": slowest_rank(bare[2:], device),
+    }
+
+
+def row_bytes(lane: Lane) -> int:
+    """Of one primary's weights and optimizer state."""
+    assert lane.balancer is not None
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in lane.balancer._mover.tensors(0, False))
+
+
+def bytes_between(before: ExpertPlacement, after: ExpertPlacement, row: int, rank: int) -> tuple[list[int], list[int]]:
+    """What this rank sends to each, and gets from each."""
+    size = before.num_ranks
+    sent_RR = np.zeros((size, size), dtype=np.int64)
+    for moves in plan_relocation(before, after):
+        np.add.at(sent_RR, (moves.source_rank, moves.target_rank), row)
+    np.fill_diagonal(sent_RR, 0)
+    return sent_RR[rank].tolist(), sent_RR[:, rank].tolist()
+
+
+def print_moves(found: dict[str, Any], size: Size) -> None:
+    rows = []
+    for fraction, each in found.items():
+        moved, bare = np.array(each["moved"]), np.array(each["bare"])
+        low, middle, high = np.percentile(bare / moved, [10, 50, 90])
+        row = [f"{100 * float(fraction):.0f} %", f"{each['bytes'] / 2**20:,.0f}", f"{1e3 * np.median(moved):.1f}"]
+        rows.append([*row, f"{1e3 * np.median(bare):.1f}", f"{middle:.3f} ({low:.3f}-{high:.3f})"])
+    print(f"primaries of {size} with Adam's state, {dist.get_world_size()} ranks\n")
+    print_table(["moved", "MiB", "ms", "ms bare", "bandwidth over the bare one's (10th-90th)"], rows)
+    sys.stdout.flush()
+
+
+def report(found: dict[str, Any], size: Size, json_file: Path | None) -> int:
+    per_interval = {name: np.array(taken).reshape(-1, INTERVAL).sum(axis=1) for name, taken in found["steps"].items()}
+    at_once, behind = (per_interval[name] - per_interval["still"] for name in ("at once", "behind steps"))
+    rows = [
+        [name, f"{1e3 * np.median(taken):.1f}", f"{1e3 * np.median(taken - per_interval['still']):.1f}"]
+        for name, taken in per_interval.items()
+    ]
+    print(f"training, {100 * FRACTIONS[0]:.0f} % of the primaries move every {INTERVAL} steps\n")
+    print_table(["lane", f"ms for {INTERVAL} steps", "more than still"], rows)
+    bars = [
+        Bar(
+            f"bandwidth over that of a bare all_to_all_single, {100 * fraction:.0f} % of the primaries",
+            float(np.median(np.array(found[str(fraction)]["bare"]) / np.array(found[str(fraction)]["moved"]))),
+            BANDWIDTH_BAR,
+            at_least=True,
+        )
+        for fraction in FRACTIONS
+    ]
+    exposed = float(np.median(behind) / np.median(at_once))
+    bars.append(Bar("exposed behind steps over what moving at once takes", exposed, EXPOSED_BAR))
+    return finish(bars, found, json_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
