@@ -1,7 +1,9 @@
-"""Triton kernels: the sum of a token's rows, weighted or not, and its gradient.
+"""Triton kernels: the sum of a token's rows, weighted or not, and its gradient; and rows put where they belong.
 
 One program a token: it reads the token's ``K`` rows wherever they lie and writes one. Sums are in float32 (float64 for
-float64 rows), in the order of ``K``: the same on every run.
+float64 rows), in the order of ``K``: the same on every run. Rows that are put somewhere have kernels of their own
+because ``index_copy_`` takes three times as long as reading and writing them (0.67 and 0.20 ms for 32,768 rows of
+1,536 bfloat16, on a quarter of an H100).
 
 Shape suffixes: ``T`` tokens, ``K`` top-k, ``N`` rows, ``D`` model width.
 """
@@ -46,6 +48,14 @@ def sum_pairs_backward(grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, pla
             grad_TD, rows_ND, weights_TK, place_TK, grad_rows_ND, grad_weights_TK, width, _sum_dtype(rows_ND), block
         )
     return grad_rows_ND, grad_weights_TK
+
+
+def put_rows(rows_ND: Tensor, places_N: Tensor, target_MD: Tensor) -> None:
+    """``target_MD[places_N] = rows_ND``, in place; each place at most once. Tensors are contiguous, of one dtype."""
+    width = rows_ND.shape[-1]
+    if rows_ND.numel():
+        block = min(triton.next_power_of_2(width), MOST_COLUMNS)
+        _put[(len(rows_ND), triton.cdiv(width, block))](rows_ND, places_N, target_MD, width, block)
 
 
 def _sum_dtype(rows: Tensor) -> tl.dtype:
@@ -105,3 +115,13 @@ def _sum_backward(
             outgoing = (incoming * weight).to(grad_rows.dtype.element_ty)
             tl.store(grad_rows + place * WIDTH + columns, outgoing, mask=is_inside)
     tl.store(grad_weights + pair, tl.sum(products, axis=0).to(grad_weights.dtype.element_ty))
+
+
+@triton.jit
+def _put(rows, places, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < WIDTH
+    place = tl.load(places + row)
+    moved = tl.load(rows + row * WIDTH + columns, mask=is_inside)
+    tl.store(target + place * WIDTH + columns, moved, mask=is_inside)

@@ -62,8 +62,6 @@ def _place_of_pair(pairs_N: Tensor, num_pairs: int) -> Tensor:
 
 
 def _put_among_zeros(rows_ND: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
-    if len(places_N) == num_rows:  # no place is left
-        return torch.empty_like(rows_ND).index_copy_(0, places_N, rows_ND)
     return rows_ND.new_zeros(num_rows, *rows_ND.shape[1:]).index_copy_(0, places_N, rows_ND)
 
 
@@ -150,4 +148,11 @@ class _PutTogether(torch.autograd.Function):
 
 def _interleaved(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
     rows = first_rows.new_empty(len(first) + len(second), *first_rows.shape[1:])
-    return rows.index_copy_(0, first, first_rows).index_copy_(0, second, second_rows)
+    for part, places in ((first_rows, first), (second_rows, second)):
+        if has_kernels(rows):
+            from lightning_eplb.parallel.kernels import put_rows
+
+            put_rows(part.contiguous(), places, rows)
+        else:
+            rows.index_copy_(0, places, part)
+    return rows

@@ -1,8 +1,9 @@
 """Moving primaries with their Adam state: against one bare collective, and behind training.
 
-First a tenth and half of the primaries change ranks, time and again, and in turn with it one ``all_to_all_single``
-sends the same bytes between the same ranks from a buffer to a buffer. Then three lanes of a model take turns in training: no
-expert moves; every ``INTERVAL`` steps a tenth moves at once; the same behind the steps (``use_async=True``).
+First a tenth and half of the primaries change ranks, time and again. In turn are timed: one ``all_to_all_single`` of
+the same bytes between the same ranks, from a buffer to a buffer; the rows' way from their places to their places; and
+the whole rearrangement, with the ranks' agreement on it. Then three lanes of a model take turns in training: no expert
+moves; every ``INTERVAL`` steps a tenth moves at once; the same behind the steps (``use_async=True``).
 
 On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` and
 ``LOCAL_RANK`` set, as ``torchrun`` does. Without ``RANK`` it starts two processes of one thread each on the CPU.
@@ -11,6 +12,9 @@ On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE`
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,15 @@ import torch.distributed as dist
 
 from lightning_eplb import ExpertPlacement, Policy
 from lightning_eplb.policies import Topology
+from lightning_eplb.relocation.exchange import relocate
 from lightning_eplb.relocation.plan import plan_relocation
 from tests.benchmarks.lanes import Lane, make_lane, on_all_ranks, slowest_rank, take_turns, wait_for_all
 from tests.benchmarks.models import CPU, GPU, Size
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 
 FRACTIONS = (0.1, 0.5)
+LAYERS = 8
+"""Of the model whose rows move without training."""
 INTERVAL = 10
 BANDWIDTH_BAR, EXPOSED_BAR = 0.8, 0.15
 
@@ -69,13 +76,14 @@ def main() -> int:
 
 def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[str, Any]:
     """On every rank; seconds are the slowest rank's."""
-    even_YL = torch.ones(size.layers, size.experts)
-    lane = make_lane(size, device)
+    even_YL = torch.ones(LAYERS, size.experts)
+    lane = make_lane(replace(size, layers=LAYERS), device)
     take_turns({"": lane}, size, device, range(2), lambda *_: even_YL)
     found: dict[str, Any] = {str(fraction): move(lane, fraction, turns, device) for fraction in FRACTIONS}
     if dist.get_rank() == 0:
-        print_moves(found, size)
+        print_moves(found, replace(size, layers=LAYERS))
     del lane
+    even_YL = even_YL[: size.layers]
     lanes = {
         "still": make_lane(size, device, step_interval=10**6),
         "at once": make_lane(size, device, step_interval=INTERVAL, policy=MoveSome()),
@@ -94,30 +102,40 @@ def move(lane: Lane, fraction: float, turns: int, device: torch.device) -> dict[
     balancer = lane.balancer
     assert balancer is not None
     assert balancer.groups.exchange is not None
-    moved, bare = [], []
+    seconds: dict[str, list[float]] = {"bare": [], "rows": [], "whole": []}
     num_bytes = 0
     for turn in range(turns + 2):
-        after = some_moved(balancer.placement, fraction, turn)
-        sent, received = bytes_between(balancer.placement, after, row_bytes(lane), balancer.groups.rank)
+        before, after = balancer.placement, some_moved(balancer.placement, fraction, turn)
+        sent, received = bytes_between(before, after, row_bytes(lane), balancer.groups.rank)
         source = torch.zeros(sum(sent), dtype=torch.uint8, device=device)
         target = torch.empty(sum(received), dtype=torch.uint8, device=device)
-        wait_for_all(device)
-        start = time.perf_counter()
-        dist.all_to_all_single(target, source, received, sent, group=balancer.groups.exchange)
-        wait_for_all(device)
-        bare.append(time.perf_counter() - start)
+        with timed(seconds["bare"], device):
+            dist.all_to_all_single(target, source, received, sent, group=balancer.groups.exchange)
         del source, target
-        start = time.perf_counter()
-        done = balancer.rearrange(after, with_gradients=False)
-        wait_for_all(device)
-        moved.append(time.perf_counter() - start)
+        with timed(seconds["rows"], device):
+            move_rows(lane, before, after)
+        move_rows(lane, after, before)  # the layers' maps are as before
+        with timed(seconds["whole"], device):
+            done = balancer.rearrange(after, with_gradients=False)
         assert done is not None
         num_bytes = done.num_bytes
-    return {
-        "bytes": num_bytes,
-        "moved": slowest_rank(moved[2:], device),
-        "bare": slowest_rank(bare[2:], device),
-    }
+    return {"bytes": num_bytes} | {name: slowest_rank(taken[2:], device) for name, taken in seconds.items()}
+
+
+@contextmanager
+def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
+    wait_for_all(device)
+    start = time.perf_counter()
+    yield
+    wait_for_all(device)
+    seconds.append(time.perf_counter() - start)
+
+
+def move_rows(lane: Lane, before: ExpertPlacement, after: ExpertPlacement) -> None:
+    """As a rearrangement does, without what surrounds it."""
+    assert lane.balancer is not None
+    for moves in plan_relocation(before, after):
+        relocate(moves, lane.balancer._mover.tensors(moves.layer, False), lane.balancer.groups)
 
 
 def row_bytes(lane: Lane) -> int:
@@ -139,12 +157,13 @@ def bytes_between(before: ExpertPlacement, after: ExpertPlacement, row: int, ran
 def print_moves(found: dict[str, Any], size: Size) -> None:
     rows = []
     for fraction, each in found.items():
-        moved, bare = np.array(each["moved"]), np.array(each["bare"])
-        low, middle, high = np.percentile(bare / moved, [10, 50, 90])
-        row = [f"{100 * float(fraction):.0f} %", f"{each['bytes'] / 2**20:,.0f}", f"{1e3 * np.median(moved):.1f}"]
-        rows.append([*row, f"{1e3 * np.median(bare):.1f}", f"{middle:.3f} ({low:.3f}-{high:.3f})"])
+        bare, by_row, whole = (np.array(each[name]) for name in ("bare", "rows", "whole"))
+        low, middle, high = np.percentile(bare / by_row, [10, 50, 90])
+        row = [f"{100 * float(fraction):.0f} %", f"{each['bytes'] / 2**20:,.0f}"]
+        row += [f"{1e3 * np.median(taken):.1f}" for taken in (bare, by_row, whole)]
+        rows.append([*row, f"{middle:.3f} ({low:.3f}-{high:.3f})"])
     print(f"primaries of {size} with Adam's state, {dist.get_world_size()} ranks\n")
-    print_table(["moved", "MiB", "ms", "ms bare", "bandwidth over the bare one's (10th-90th)"], rows)
+    print_table(["moved", "MiB", "ms bare", "ms rows", "ms whole", "rows' bandwidth over bare (10th-90th)"], rows)
     sys.stdout.flush()
 
 
@@ -160,7 +179,7 @@ def report(found: dict[str, Any], size: Size, json_file: Path | None) -> int:
     bars = [
         Bar(
             f"bandwidth over that of a bare all_to_all_single, {100 * fraction:.0f} % of the primaries",
-            float(np.median(np.array(found[str(fraction)]["bare"]) / np.array(found[str(fraction)]["moved"]))),
+            float(np.median(np.array(found[str(fraction)]["bare"]) / np.array(found[str(fraction)]["rows"]))),
             BANDWIDTH_BAR,
             at_least=True,
         )

@@ -5,7 +5,7 @@ One process a rank, as ``torchrun`` starts them, or any launcher that sets the s
     torchrun --nproc-per-node 4 tests/gpu/relocation.py --strategy sharded --precision bf16-mixed
 
 Trains a model of Mixtral's kind from the same weights on the same tokens: twice with no expert moving, for what two
-identical runs differ by; with all experts shuffled after every second step; and with a redundant expert on each rank as
+identical runs differ by; with all experts shuffled after every second step (``--every``); and with a redundant expert on each rank as
 well, for what it takes: the bytes that a rank has allocated after a step, and at its peak. A copied expert's gradient
 is a sum of two, which rounds otherwise, as a grouped kernel may when an expert has another place among others; with
 ``eager`` kernels an expert that only moves computes the same. Ends with status 1 if moving
@@ -92,7 +92,8 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
         redundant,
         arguments.ep_size,
         policy=ShufflePolicy() if moves else StaticPolicy(),
-        step_interval=2 if moves else 10**6,
+        step_interval=arguments.every if moves else 10**6,
+        use_async=arguments.use_async,
     )
     trainer = pl.Trainer(
         accelerator=arguments.accelerator,
@@ -114,7 +115,7 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
     sampler = DistributedSampler(data, world, int(os.environ["RANK"]), shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=2, sampler=sampler))
     assert callback.balancer is not None
-    assert callback.balancer.num_rearrangements == (arguments.steps // 2 if moves else 0)
+    assert (callback.balancer.num_rearrangements > 0) == moves
     experts = sum(p.numel() * p.element_size() for n, p in module.named_parameters() if ".experts." in n)
     return {
         "losses": torch.tensor(module.losses, dtype=torch.float64),
@@ -133,6 +134,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--kernel", choices=["eager", "grouped_mm"], default="eager", help="of the experts")
     parser.add_argument("--ep-size", type=int, default=None)
+    parser.add_argument("--every", type=int, default=2, help="steps between relocations")
+    parser.add_argument("--use-async", action="store_true", help="experts move behind the steps")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)

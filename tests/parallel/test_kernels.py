@@ -11,7 +11,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not IS_INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
 
-from lightning_eplb.parallel.kernels import sum_pairs, sum_pairs_backward  # noqa: E402
+from lightning_eplb.parallel.kernels import put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -67,3 +67,12 @@ def test_lower_precision_is_summed_in_float32(dtype: torch.dtype):
 def test_no_token_needs_no_program():
     rows, place = torch.empty(0, 8, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
     assert sum_pairs(rows, place, None).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("number", "width"), [(0, 4), (5, 24), (3, 2050)])
+def test_rows_are_put_where_they_belong(number: int, width: int):
+    rows = torch.randn(number, width, device=DEVICE)
+    places = torch.randperm(2 * number, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
+    target = torch.zeros(2 * number, width, device=DEVICE)
+    put_rows(rows, places, target)
+    assert torch.equal(target, torch.zeros_like(target).index_copy_(0, places, rows))
