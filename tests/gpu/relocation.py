@@ -5,11 +5,11 @@ One process a rank, as ``torchrun`` starts them, or any launcher that sets the s
     torchrun --nproc-per-node 4 tests/gpu/relocation.py --strategy sharded --precision bf16-mixed
 
 Trains a model of Mixtral's kind from the same weights on the same tokens: twice with no expert moving, for what two
-identical runs differ by; with all experts shuffled after every second step (``--every``); and with a redundant expert on each rank as
-well, for what it takes: the bytes that a rank has allocated after a step, and at its peak. A copied expert's gradient
-is a sum of two, which rounds otherwise, as a grouped kernel may when an expert has another place among others; with
-``eager`` kernels an expert that only moves computes the same. Ends with status 1 if moving
-experts changed the losses by more than the spread of the two identical runs (and ``--tolerance``).
+identical runs differ by; with all experts shuffled after every second step (``--every``); and with a redundant expert
+on each rank as well, for what it takes: the bytes that a rank has allocated after a step, and at its peak. A copied
+expert's gradient is a sum of two, which rounds otherwise, as a grouped kernel may when an expert has another place
+among others; with ``eager`` kernels an expert that only moves computes the same. Ends with status 1 if moving experts
+changed the losses by more than the spread of the two identical runs (and ``--tolerance``).
 """
 
 import argparse
