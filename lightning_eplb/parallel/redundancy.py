@@ -96,7 +96,9 @@ class CopiesUnderway:
     def send(self) -> None:
         """Send the weights off."""
         assert self.groups.exchange is not None
-        self.underway = RowsUnderway(self.parameters, self.routes.out, self.groups.exchange, COPY_STAGING_BYTES)
+        self.underway = RowsUnderway(
+            self.parameters, self.routes.out, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True
+        )
 
     def receive(self, ticket: Tensor) -> list[Tensor]:
         """Wait for the weights: for each parameter those of this rank's copies, in the order of arrival."""
@@ -106,7 +108,7 @@ class CopiesUnderway:
         """Send the copies' gradients off, those of trained parameters, rows in the order of arrival."""
         assert self.groups.exchange is not None
         home = self.routes.out.arriving_in_order.reverse
-        self.underway = RowsUnderway(grads, home, self.groups.exchange, COPY_STAGING_BYTES)
+        self.underway = RowsUnderway(grads, home, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True)
 
     def add_home(self, grad_of: dict[int, Tensor]) -> None:
         """Wait for the copies' gradients and add each to its primary's, in place."""

@@ -18,12 +18,15 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 """The collective under its newer name, where torch has it (2.13); the older name warns there."""
 
 LEAST_ALONE_BYTES = 256 * 2**10
-"""A tensor whose rows are so wide, those of the fullest rank together, is not packed with others."""
+"""Rows of a tensor that are so wide, those of the fullest rank together, can travel by themselves."""
+
+MOST_PIECES = 256
+"""So many pieces of a buffer are copied one by one in a single call; more are gathered and scattered by index."""
 
 _WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
 
 _Window: TypeAlias = "list[tuple[int, int, int]]"
-"""Columns that travel together: tensor, first column, last + 1."""
+"""Columns that travel together: tensor, first column, last + 1 of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 class RowsUnderway:
     """Rows that were sent off when this was made. All ranks of ``group`` make it, and then ask once, by a method.
 
-    Wide rows travel in chunks of columns, two of which are under way at most; small tensors share one.
+    Wide rows travel in chunks of columns, two of which are under way at most; tensors share one.
 
     Args:
         sources: Tensors of one length in dimension 0; the same number, shapes beyond it and dtypes on every rank. They
@@ -95,10 +98,18 @@ class RowsUnderway:
         route: What goes where.
         group: The ranks of the route.
         max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk.
+        is_taken: The rows will be asked for by :meth:`take`. Then wide ones travel alone: the buffer that they arrive
+            in is what is returned.
     """
 
     def __init__(
-        self, sources: Sequence[Tensor], route: Route, group: dist.ProcessGroup, max_bytes: int = MAX_STAGING_BYTES
+        self,
+        sources: Sequence[Tensor],
+        route: Route,
+        group: dist.ProcessGroup,
+        max_bytes: int = MAX_STAGING_BYTES,
+        *,
+        is_taken: bool = False,
     ) -> None:
         self._sources = [source.detach() for source in sources]
         self._route, self._group = route, group
@@ -108,11 +119,11 @@ class RowsUnderway:
         self._windows: deque[_Window] = deque()
         if route.most_rows and any(row_bytes):
             self._words = [_as_words(source, self._word) for source in self._sources]
-            self._send_rows = route.send_rows.to(self._sources[0].device)
             columns, alone = (
                 max(1, size // self._word // route.most_rows) for size in (max_bytes // 2, LEAST_ALONE_BYTES)
             )
-            self._windows.extend(_column_windows([width // self._word for width in row_bytes], columns, alone))
+            widths = [width // self._word for width in row_bytes]
+            self._windows.extend(_column_windows(widths, columns, alone if is_taken else max(widths) + 1))
         self._send_next()
         self._send_next()
 
@@ -133,10 +144,13 @@ class RowsUnderway:
         """
         targets = [target.detach() for target in targets]
         words: dict[int, Tensor] = {}
-        for i, start, stop, arrived in self._arrivals():
-            if i not in words:
-                words[i] = _as_words(targets[i], self._word)
-            words[i][:, start:stop].index_copy_(0, self._route.recv_rows.to(arrived.device), arrived)
+        for chunk in self._arrivals():
+            pieces = []
+            for i, start, stop, columns in chunk.pieces():
+                if i not in words:
+                    words[i] = _as_words(targets[i], self._word)
+                pieces.append((words[i][:, start:stop], columns))
+            _scatter(chunk.received, self._route.recv_rows, pieces)
         for i, written in words.items():
             if written.data_ptr() != targets[i].data_ptr():
                 targets[i].copy_(written.view(targets[i].dtype).view(targets[i].shape))
@@ -145,15 +159,16 @@ class RowsUnderway:
         """Wait for the rows and return them, for each of the sources, in the order in which they arrived."""
         rows = len(self._route.recv_rows)
         taken = [source.new_empty(0) for source in self._sources]
-        for i, start, stop, arrived in self._arrivals():
-            source = self._sources[i]
-            is_whole = arrived.shape[1] == self._words[i].shape[1]
-            if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
-                taken[i] = arrived.view(source.dtype).view(rows, *source.shape[1:])
-                continue
-            if start == 0:
-                taken[i] = source.new_empty(rows, *source.shape[1:])
-            _as_words(taken[i], self._word)[:, start:stop] = arrived
+        for chunk in self._arrivals():
+            for i, start, stop, columns in chunk.pieces():
+                source, arrived = self._sources[i], chunk.received[:, columns]
+                is_whole = arrived.shape[1] == self._words[i].shape[1]
+                if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
+                    taken[i] = arrived.view(source.dtype).view(rows, *source.shape[1:])
+                    continue
+                if start == 0:
+                    taken[i] = source.new_empty(rows, *source.shape[1:])
+                _as_words(taken[i], self._word)[:, start:stop] = arrived
         return [
             tensor if tensor.ndim == source.ndim else source.new_empty(rows, *source.shape[1:])
             for tensor, source in zip(taken, self._sources, strict=True)
@@ -163,8 +178,7 @@ class RowsUnderway:
         if not self._windows:
             return
         window = self._windows.popleft()
-        packed = [self._words[i][:, start:stop].index_select(0, self._send_rows) for i, start, stop in window]
-        sent = torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
+        sent = _gather([self._words[i][:, start:stop] for i, start, stop in window], self._route.send_rows)
         received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
@@ -172,16 +186,12 @@ class RowsUnderway:
         assert work is not None
         self._chunks.append(_Chunk(window, sent, received, work))
 
-    def _arrivals(self) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Of each chunk and tensor in turn: the tensor, first column, last + 1, and the rows' words."""
+    def _arrivals(self) -> "Iterator[_Chunk]":
         while self._chunks:
             chunk = self._chunks.popleft()
             chunk.work.wait()
             self._send_next()
-            column = 0
-            for i, start, stop in chunk.window:
-                yield i, start, stop, chunk.received[:, column : column + stop - start]
-                column += stop - start
+            yield chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +202,45 @@ class _Chunk:
     sent: Tensor
     received: Tensor
     work: dist.Work
+
+    def pieces(self) -> "Iterator[tuple[int, int, int, slice]]":
+        """Of each tensor in turn: which it is, its first column, last + 1, and these columns in the buffer."""
+        column = 0
+        for i, start, stop in self.window:
+            yield i, start, stop, slice(column, column + stop - start)
+            column += stop - start
+
+
+def _gather(columns: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """The ``rows`` of tensors, side by side in a new buffer.
+
+    Without an index on the device and without a wait, as long as these are few pieces of memory.
+    """
+    if rows.is_cuda or len(rows) * len(columns) > MOST_PIECES:
+        rows = to_device(rows.numpy(), columns[0].device) if not rows.is_cuda else rows
+        packed = [each.index_select(0, rows) for each in columns]
+        return torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
+    buffer = columns[0].new_empty(len(rows), sum(each.shape[1] for each in columns))
+    parts = buffer.split([each.shape[1] for each in columns], dim=1)
+    _copy_rows([(part, range(len(rows)), each, rows.tolist()) for part, each in zip(parts, columns, strict=True)])
+    return buffer
+
+
+def _scatter(buffer: Tensor, rows: Tensor, pieces: "Sequence[tuple[Tensor, slice]]") -> None:
+    """Undo :func:`_gather`: the rows of some columns of ``buffer`` become the ``rows`` of a tensor each."""
+    if rows.is_cuda or len(rows) * len(pieces) > MOST_PIECES:
+        rows = to_device(rows.numpy(), buffer.device) if not rows.is_cuda else rows
+        for target, columns in pieces:
+            target.index_copy_(0, rows, buffer[:, columns])
+        return
+    _copy_rows([(target, rows.tolist(), buffer[:, columns], range(len(rows))) for target, columns in pieces])
+
+
+def _copy_rows(copies: "Sequence[tuple[Tensor, Sequence[int], Tensor, Sequence[int]]]") -> None:
+    """Of each copy: the target, its rows, the source, its rows."""
+    to = [target[row] for target, rows, _, _ in copies for row in rows]
+    if to:
+        torch.ops.aten._foreach_copy_(to, [source[row] for _, _, source, rows in copies for row in rows])
 
 
 def exchange_rows(

@@ -91,9 +91,9 @@ class BackgroundRelocation:
         """
         arrived, self._underway = self._underway, []
         with torch.no_grad():
-            for moves, sent in arrived:
+            for _, sent in arrived:
                 for tensors, rows in sent:
                     rows.write(tensors)
-                if gradients[moves.layer]:
-                    self.num_bytes += relocate(moves, gradients[moves.layer], self._groups)
+            with_gradients = [moves for moves, _ in arrived if gradients[moves.layer]]
+            self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
         return [moves.layer for moves, _ in arrived]

@@ -1,6 +1,6 @@
 """Move primaries between ranks as planned: weights, optimizer state and, where they are still wanted, gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import Route, exchange_rows
+from lightning_eplb.parallel.rows import Route, RowsUnderway
 from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.relocation.optimizer import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
@@ -43,23 +43,34 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [[tensor for tensor in tensors if str(tensor.device) == device] for device in devices]
 
 
-def relocate(moves: LayerMoves, tensors: Sequence[Tensor], groups: ExpertGroups) -> int:
-    """Move the rows of one layer's primaries, in place. All ranks of the EP group call it with the same moves.
+def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Tensor]], groups: ExpertGroups) -> int:
+    """Move the rows of primaries, in place. All ranks of the EP group call it with the same plan.
+
+    While a layer's last rows are put in place, the first of the next layer travel: the buffers of two layers are held.
 
     Args:
-        moves: The layer's part of the plan.
-        tensors: As ``tensors_to_move`` gives them: the same shapes and dtypes on every rank.
+        plan: What moves, layer by layer.
+        tensors_of: Of a layer, its tensors as ``tensors_to_move`` gives them: of the same shapes and dtypes on every
+            rank.
 
     Returns:
         Bytes that crossed ranks, over all ranks of the EP group.
     """
     assert groups.exchange is not None
-    route = route_of(moves, groups)
+    num_bytes = 0
+    sent: list[tuple[list[Tensor], RowsUnderway]] = []
     with torch.no_grad():
-        for device_tensors in by_device(tensors):
-            exchange_rows(device_tensors, device_tensors, route, groups.exchange)
-    row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
-    return row_bytes * moves.num_rows_between_ranks
+        for moves in plan:
+            tensors, route = tensors_of(moves.layer), route_of(moves, groups)
+            before, sent = sent, []
+            for device_tensors in by_device(tensors):
+                sent.append((device_tensors, RowsUnderway(device_tensors, route, groups.exchange)))
+            for device_tensors, rows in before:
+                rows.write(device_tensors)
+            num_bytes += sum(t[0].numel() * t.element_size() for t in tensors) * moves.num_rows_between_ranks
+        for device_tensors, rows in sent:
+            rows.write(device_tensors)
+    return num_bytes
 
 
 def _reshard(module: nn.Module) -> None:

@@ -91,7 +91,7 @@ class ExpertMover:
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
         compare_digests(self.placement, after, moved, self.groups)
-        num_bytes = sum(relocate(moves, moved[moves.layer], self.groups) for moves in plan)
+        num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_replicas
         self._capacity = capacity
         self._switch(after, range(after.num_layers))

@@ -134,8 +134,8 @@ def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
 def move_rows(lane: Lane, before: ExpertPlacement, after: ExpertPlacement) -> None:
     """As a rearrangement does, without what surrounds it."""
     assert lane.balancer is not None
-    for moves in plan_relocation(before, after):
-        relocate(moves, lane.balancer._mover.tensors(moves.layer, False), lane.balancer.groups)
+    mover = lane.balancer._mover
+    relocate(plan_relocation(before, after), lambda layer: mover.tensors(layer, False), mover.groups)
 
 
 def row_bytes(lane: Lane) -> int:

@@ -69,9 +69,9 @@ def order_of_events() -> tuple[list[str], list[str]]:
     experts, _ = converted()
     start, take = RowsUnderway.__init__, RowsUnderway.take
 
-    def noted_start(self: RowsUnderway, *args: Any) -> None:
+    def noted_start(self: RowsUnderway, *args: Any, **kwargs: Any) -> None:
         log.append("send")
-        start(self, *args)
+        start(self, *args, **kwargs)
 
     def noted_take(self: RowsUnderway) -> list[Tensor]:
         log.append("wait")

@@ -21,11 +21,18 @@ def permutation_moves(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
-def test_a_permutation_in_place(max_bytes: int, workers: Workers) -> None:
-    workers.run(3, permute_in_place, max_bytes)
+@pytest.mark.parametrize("most_pieces", [0, 10**6])
+def test_a_permutation_in_place(max_bytes: int, most_pieces: int, workers: Workers) -> None:
+    workers.run(3, permute_in_place, max_bytes, most_pieces)
 
 
-def permute_in_place(max_bytes: int) -> None:
+def permute_in_place(max_bytes: int, most_pieces: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "MOST_PIECES", most_pieces)
+        check_permutation(max_bytes)
+
+
+def check_permutation(max_bytes: int) -> None:
     n, rank, size = 4, dist.get_rank(), dist.get_world_size()
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.uint8, torch.int64]
     shapes = [(5, 3), (7,), (), (2, 1, 3), (0,)]
