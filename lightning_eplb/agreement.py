@@ -52,24 +52,33 @@ def check_successor(decided: Any, before: ExpertPlacement) -> ExpertPlacement:
 
 
 def compare_digests(
-    before: ExpertPlacement, after: ExpertPlacement, moved: Mapping[int, Sequence[Tensor]], groups: ExpertGroups
-) -> None:
+    before: ExpertPlacement,
+    after: ExpertPlacement,
+    moved: Mapping[int, Sequence[Tensor]],
+    groups: ExpertGroups,
+    agrees: bool = True,
+) -> bool:
     """Make sure that all ranks would move the same rows. All ranks of the default group must call this.
 
     Args:
         moved: The tensors that are to move, by layer.
+        agrees: This rank's word on something else.
+
+    Returns:
+        Whether all ranks agree to that.
 
     Raises:
         RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes.
     """
     signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
     mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
-    digest = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    digest = torch.frombuffer(bytearray([*mine, agrees]), dtype=torch.uint8)
     digests = [torch.empty_like(digest) for _ in range(groups.world_size)]
     dist.all_gather(digests, digest, group=groups.control)
-    odd = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    odd = [rank for rank, other in enumerate(digests) if not torch.equal(other[:-1], digests[0][:-1])]
     if odd:
         raise RuntimeError(
             f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
             " nothing was moved"
         )
+    return all(bool(other[-1]) for other in digests)

@@ -98,8 +98,7 @@ class ExpertLayer:
             np.array(self.groups.node_of_rank),
             rank_weights(np.ones(placement.num_ranks) if capacity is None else np.array(capacity)),
         )
-        p2l_RS = torch.from_numpy(self.physical_to_logical).view(placement.num_ranks, placement.slots_per_rank)
-        self.copy_routes = CopyRoutes(p2l_RS, self.num_primaries, self.groups.rank)
+        self.copy_routes = CopyRoutes(self.slot_map.slots, self.num_primaries, self.groups.rank)
 
     def slots_for(self, counts_RL: np.ndarray) -> tuple[dispatch.SlotMap, CopyRoutes]:
         """What the slots hold in this forward, and how the weights of its copies travel.
@@ -117,7 +116,7 @@ class ExpertLayer:
             self.min_tokens_per_copy,
         )
         if (key := slots_RS.tobytes()) != self._batch_slots:
-            self._batch_routes = CopyRoutes(torch.from_numpy(slots_RS), self.num_primaries, self.groups.rank)
+            self._batch_routes = CopyRoutes(slots_RS, self.num_primaries, self.groups.rank)
             self._batch_slots = key
         return replace(self.slot_map, slots=slots_RS), self._batch_routes
 

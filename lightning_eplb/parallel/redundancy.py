@@ -28,11 +28,11 @@ class CopyRoutes:
         rank: This EP rank.
     """
 
-    def __init__(self, physical_to_logical_RS: Tensor, primaries_per_rank: int, rank: int) -> None:
+    def __init__(self, physical_to_logical_RS: np.ndarray, primaries_per_rank: int, rank: int) -> None:
         size, n = len(physical_to_logical_RS), primaries_per_rank
-        primary_L = torch.empty(size * n, dtype=torch.int64)
-        primary_L[physical_to_logical_RS[:, :n].reshape(-1)] = torch.arange(size * n)
-        target_rank, slot = torch.nonzero(physical_to_logical_RS[:, n:] != EMPTY, as_tuple=True)
+        primary_L = np.empty(size * n, dtype=np.int64)
+        primary_L[physical_to_logical_RS[:, :n].ravel()] = np.arange(size * n)
+        target_rank, slot = np.nonzero(physical_to_logical_RS[:, n:] != EMPTY)
         primary = primary_L[physical_to_logical_RS[target_rank, slot + n]]
         self.num_copies = len(slot)
         """Redundant slots that are filled, over all ranks."""
@@ -40,7 +40,7 @@ class CopyRoutes:
         """From primary rows to redundant slots."""
         self.serving_order = np.concatenate((np.arange(n), n + self.out.recv_rows.numpy()))
         """This rank's filled slots: the primaries, then the redundant ones in the order in which weights arrive."""
-        self.rounds = _rounds_of_unique_rows(self.out.send_rows)
+        self.rounds = [torch.from_numpy(positions) for positions in _rounds_of_unique_rows(self.out.send_rows.numpy())]
         """Positions among the gradients that come home, in rounds that hit every primary once at most."""
         self._device: torch.device | None = None
 
@@ -52,12 +52,13 @@ class CopyRoutes:
             self._device = device
 
 
-def _rounds_of_unique_rows(rows: Tensor) -> list[Tensor]:
-    _, expert, times = torch.unique(rows, return_inverse=True, return_counts=True)
-    grouped = torch.argsort(expert, stable=True)
-    turn = torch.empty_like(rows)
-    turn[grouped] = torch.arange(len(rows)) - torch.repeat_interleave(torch.cumsum(times, 0) - times, times)
-    return [torch.nonzero(turn == t).flatten() for t in range(int(times.max()) if len(rows) else 0)]
+def _rounds_of_unique_rows(rows: np.ndarray) -> list[np.ndarray]:
+    order = np.argsort(rows, kind="stable")
+    places = np.arange(len(rows))
+    is_first = np.diff(rows[order], prepend=-1) != 0
+    turn = np.empty_like(places)
+    turn[order] = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    return [np.flatnonzero(turn == t) for t in range(int(turn.max()) + 1 if len(rows) else 0)]
 
 
 class CopiesUnderway:
@@ -116,8 +117,10 @@ class CopiesUnderway:
         arrived, self.underway = self.underway.take(), None
         for i, rows in zip(self.trained, arrived, strict=True):
             for positions in self.routes.rounds:
-                added = rows if len(positions) == len(rows) else rows[positions]
-                grad_of[i].index_add_(0, self.routes.out.send_rows[positions], added, alpha=1 / self.groups.size)
+                primary_rows, added = self.routes.out.send_rows, rows
+                if len(self.routes.rounds) > 1:
+                    primary_rows, added = primary_rows[positions], rows[positions]
+                grad_of[i].index_add_(0, primary_rows, added, alpha=1 / self.groups.size)
 
 
 class _Attach(torch.autograd.Function):

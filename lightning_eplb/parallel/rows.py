@@ -49,19 +49,25 @@ class Route:
 
     @classmethod
     def of_moves(
-        cls, source_rank: Tensor, source_row: Tensor, target_rank: Tensor, target_row: Tensor, rank: int, size: int
+        cls,
+        source_rank: np.ndarray,
+        source_row: np.ndarray,
+        target_rank: np.ndarray,
+        target_row: np.ndarray,
+        rank: int,
+        size: int,
     ) -> "Route":
-        """This rank's route in a list of moves that all ranks share; four int64 tensors of equal length."""
-        sent, received = source_rank == rank, target_rank == rank
-        by_target = torch.argsort(target_rank[sent], stable=True)
-        by_source = torch.argsort(source_rank[received], stable=True)
-        out_counts, in_counts = (torch.bincount(ranks, minlength=size) for ranks in (source_rank, target_rank))
+        """This rank's route in a list of moves that all ranks share; four int64 arrays of equal length."""
+        sent, received = np.flatnonzero(source_rank == rank), np.flatnonzero(target_rank == rank)
+        by_target = sent[np.argsort(target_rank[sent], kind="stable")]
+        by_source = received[np.argsort(source_rank[received], kind="stable")]
+        out_counts, in_counts = (np.bincount(ranks, minlength=size) for ranks in (source_rank, target_rank))
         return cls(
-            send_rows=source_row[sent][by_target],
-            send_counts=torch.bincount(target_rank[sent], minlength=size).tolist(),
-            recv_rows=target_row[received][by_source],
-            recv_counts=torch.bincount(source_rank[received], minlength=size).tolist(),
-            most_rows=int(torch.maximum(out_counts, in_counts).max()),
+            send_rows=torch.from_numpy(source_row[by_target]),
+            send_counts=np.bincount(target_rank[sent], minlength=size).tolist(),
+            recv_rows=torch.from_numpy(target_row[by_source]),
+            recv_counts=np.bincount(source_rank[received], minlength=size).tolist(),
+            most_rows=int(np.maximum(out_counts, in_counts).max()),
         )
 
     def to(self, device: torch.device) -> "Route":
@@ -132,6 +138,12 @@ class RowsUnderway:
         while self._windows:
             self._send_next()
 
+    def discard(self) -> None:
+        """Let what is under way arrive, and drop it."""
+        self._windows.clear()
+        while self._chunks:
+            self._chunks.popleft().work.wait()
+
     def write(self, targets: Sequence[Tensor]) -> None:
         """Wait for the rows and put each where the route says, in place.
 
@@ -144,6 +156,9 @@ class RowsUnderway:
         """
         targets = [target.detach() for target in targets]
         words: dict[int, Tensor] = {}
+        for i, (target, source) in enumerate(zip(targets, self._sources, strict=True)):
+            if self._chunks and target.data_ptr() == source.data_ptr() == self._words[i].data_ptr():
+                words[i] = self._words[i]
         for chunk in self._arrivals():
             pieces = []
             for i, start, stop, columns in chunk.pieces():

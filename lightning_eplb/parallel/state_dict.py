@@ -65,7 +65,8 @@ def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
         return rows
     assert groups.exchange is not None
     n = layer.num_primaries
-    route = Route.of_moves(places // n, places % n, order // n, order % n, groups.rank, groups.size)
+    moves = (place.numpy() for place in (places // n, places % n, order // n, order % n))
+    route = Route.of_moves(*moves, rank=groups.rank, size=groups.size)
     mine = local_shard(rows)
     sent = mine.to("cpu" if dist.get_backend(groups.exchange) == "gloo" else "cuda")
     received = torch.empty_like(sent)

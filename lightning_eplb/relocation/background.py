@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.rows import RowsUnderway
 from lightning_eplb.relocation.exchange import by_device, relocate, route_of
+from lightning_eplb.relocation.gradients import GradientsUnderway
 from lightning_eplb.relocation.plan import LayerMoves
 
 BACKGROUND_BYTES = 256 * 2**20
@@ -21,7 +22,8 @@ class BackgroundRelocation:
 
     Weights and optimizer state stay as they are from one optimizer step to the next. So their rows can be read right
     after a step, travel on a process group of their own behind the next forward and backward passes, and be put in
-    place before the next step; gradients, which come to be meanwhile, move then.
+    place before the next step. Gradients come to be meanwhile: they follow as soon as the backward pass has them, and
+    once more before the step where something has changed them since.
 
     Args:
         plan: The moves, layer by layer.
@@ -38,6 +40,7 @@ class BackgroundRelocation:
         """What crossed ranks so far, over all ranks of the EP group."""
         self._waiting = deque(plan)
         self._underway: list[tuple[LayerMoves, list[tuple[list[Tensor], RowsUnderway]]]] = []
+        self._gradients: dict[int, GradientsUnderway] = {}
         self._groups, self._group = groups, group
         self._most_bytes = most_bytes
 
@@ -55,11 +58,21 @@ class BackgroundRelocation:
     def is_done(self) -> bool:
         return not self._underway and not self._waiting
 
-    def start(self, tensors_of: Callable[[int], list[Tensor]]) -> None:
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the gradients that were sent are those that this rank has now."""
+        return bool(self._underway) and all(
+            moves.layer in self._gradients and self._gradients[moves.layer].is_current for moves, _ in self._underway
+        )
+
+    def start(
+        self, tensors_of: Callable[[int], list[Tensor]], parameters_of: Callable[[int], list[nn.Parameter]]
+    ) -> None:
         """Send off the next layers. Right after an optimizer step, and none before :meth:`finish`.
 
         Args:
             tensors_of: A layer's weights and optimizer state, see :func:`~.exchange.tensors_to_move`.
+            parameters_of: A layer's parameters whose gradients autograd accumulates; none where FSDP does.
         """
         assert not self._underway
         room = self._most_bytes
@@ -79,21 +92,38 @@ class BackgroundRelocation:
                     rows.send_rest()
                     sent.append((device_tensors, rows))
                 self._underway.append((moves, sent))
+                if parameters := parameters_of(moves.layer):
+                    self._gradients[moves.layer] = GradientsUnderway(parameters, route, self._group)
 
-    def finish(self, gradients: dict[int, list[Tensor]]) -> list[int]:
+    def finish(self, gradients: dict[int, list[Tensor]], have_arrived: bool) -> list[int]:
         """Wait for the rows that were sent, and put them in place with their gradients. Before the optimizer steps.
 
         Args:
             gradients: Those of each layer that is under way, as many and alike on all ranks.
+            have_arrived: All ranks' :attr:`has_gradients`: no gradient has to travel now.
 
         Returns:
             The layers whose primaries are now where the plan wants them.
         """
         arrived, self._underway = self._underway, []
         with torch.no_grad():
-            for _, sent in arrived:
+            for moves, sent in arrived:
                 for tensors, rows in sent:
                     rows.write(tensors)
-            with_gradients = [moves for moves, _ in arrived if gradients[moves.layer]]
-            self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
+                if have_arrived:
+                    self._gradients.pop(moves.layer).write(gradients[moves.layer])
+                    row_bytes = sum(
+                        gradient[0].numel() * gradient.element_size() for gradient in gradients[moves.layer]
+                    )
+                    self.num_bytes += row_bytes * moves.num_rows_between_ranks
+            self.forget_gradients()
+            if not have_arrived:
+                with_gradients = [moves for moves, _ in arrived if gradients[moves.layer]]
+                self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
         return [moves.layer for moves, _ in arrived]
+
+    def forget_gradients(self) -> None:
+        """Send no more gradients, and drop those that are under way."""
+        for sent in self._gradients.values():
+            sent.close()
+        self._gradients.clear()

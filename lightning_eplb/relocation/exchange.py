@@ -31,10 +31,15 @@ def gradients_to_move(module: nn.Module) -> list[Tensor]:
     return [local_shard(p.grad) for p in module.parameters(recurse=False) if p.grad is not None]
 
 
+def parameters_of_autograd(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose gradients autograd accumulates: all, or none where FSDP reduces them."""
+    return [] if isinstance(module, FSDPModule) else list(module.parameters(recurse=False))
+
+
 def route_of(moves: LayerMoves, groups: ExpertGroups) -> Route:
     """How this rank's rows of a layer travel."""
     places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
-    return Route.of_moves(*(torch.from_numpy(place) for place in places), rank=groups.rank, size=groups.size)
+    return Route.of_moves(*places, rank=groups.rank, size=groups.size)
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -14,7 +14,7 @@ from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
 from lightning_eplb.relocation.plan import plan_relocation
 
 
@@ -137,7 +137,10 @@ class ExpertMover:
             self._relocation = None
         else:
             self._has_stepped = False
-            self._relocation.start(lambda layer: self.tensors(layer, with_gradients=False))
+            self._relocation.start(
+                lambda layer: self.tensors(layer, with_gradients=False),
+                lambda layer: parameters_of_autograd(self._modules[layer][1]),
+            )
         self.seconds += time.perf_counter() - start
 
     def put_in_place(self) -> None:
@@ -151,8 +154,10 @@ class ExpertMover:
         start = time.perf_counter()
         layers = self._relocation.layers_underway
         gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in layers}
-        compare_digests(self.placement, self._goal, gradients, self.groups)
-        self._switch(self._goal, self._relocation.finish(gradients))
+        have_arrived = compare_digests(
+            self.placement, self._goal, gradients, self.groups, self._relocation.has_gradients
+        )
+        self._switch(self._goal, self._relocation.finish(gradients, have_arrived))
         self.num_bytes = self._relocation.num_bytes * self.groups.num_replicas
         self.seconds += time.perf_counter() - start
 
@@ -163,6 +168,8 @@ class ExpertMover:
 
     def abandon(self) -> None:
         """Forget all that is not in place. Communicates with nobody."""
+        if self._relocation is not None:
+            self._relocation.forget_gradients()
         self._relocation = None
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:

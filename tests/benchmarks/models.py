@@ -88,7 +88,11 @@ def routers(model: nn.Module) -> list[SteeredRouter]:
 
 
 def join_from_environment() -> torch.device:
-    """Join the group of ranks that the environment tells of (``RANK`` ...): NCCL where there is a GPU."""
+    """Join the group of ranks that the environment tells of (``RANK`` ...): NCCL where there is a GPU.
+
+    A rank's host gets one thread, as ``torchrun`` and Lightning have it: more would be in each other's way.
+    """
+    torch.set_num_threads(1)
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return torch.device("cpu")

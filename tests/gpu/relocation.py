@@ -147,6 +147,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    torch.set_num_threads(1)
     redundant = arguments.ep_size or int(os.environ["WORLD_SIZE"])
     first, second = (train(arguments, moves=False, redundant=0) for _ in range(2))
     moved, copied = train(arguments, True, 0), train(arguments, True, redundant)

@@ -1,5 +1,7 @@
 """Rows travel between ranks: any shapes and dtypes, in place, within a bounded buffer."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,10 @@ def permutation_moves(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     target = torch.randperm(size * n, generator=torch.Generator().manual_seed(seed))
     source = torch.arange(size * n)
     return source // n, source % n, target // n, target % n
+
+
+def route_of(moves: Iterable[Tensor], rank: int, size: int) -> Route:
+    return Route.of_moves(*(each.numpy() for each in moves), rank, size)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
@@ -42,7 +48,7 @@ def check_permutation(max_bytes: int) -> None:
     ]
     mine = [tensor[rank * n : rank * n + n].clone() for tensor in everything]
     moves = permutation_moves(n, seed=3)
-    exchange_rows(mine, mine, Route.of_moves(*moves, rank, size), dist.group.WORLD, max_bytes)
+    exchange_rows(mine, mine, route_of(moves, rank, size), dist.group.WORLD, max_bytes)
     source_rank, source_row, target_rank, target_row = moves
     for tensor, before in zip(mine, everything, strict=True):
         expected = torch.empty_like(before)
@@ -66,7 +72,7 @@ def largest_buffer() -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module.dist, "all_to_all_single", watched)
         tensors = [torch.zeros(4, 100, dtype=torch.float64), torch.zeros(4, 50)]
-        route = Route.of_moves(*permutation_moves(4, seed=1), dist.get_rank(), 2)
+        route = route_of(permutation_moves(4, seed=1), dist.get_rank(), 2)
         exchange_rows(tensors, tensors, route, dist.group.WORLD, 1000)
     assert len(sizes) > 4
     return max(sizes)
@@ -83,7 +89,7 @@ def move_transposed() -> None:
     before = tensor.clone()
     one = torch.tensor([1])
     moves = (torch.tensor([0, 1]), torch.cat([one, one]), torch.tensor([1, 0]), torch.cat([one, one]))
-    exchange_rows([tensor], [tensor], Route.of_moves(*moves, rank, 2), dist.group.WORLD)
+    exchange_rows([tensor], [tensor], route_of(moves, rank, 2), dist.group.WORLD)
     before[1] += 100 - 200 * rank
     assert torch.equal(tensor, before)
 
@@ -126,7 +132,7 @@ def take_rows(max_bytes: int, alone: int) -> None:
     moves = torch.tensor([[2, 0, 1, 0], [1, 0, 0, 1], [1, 1, 2, 1], [0, 1, 0, 2]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "LEAST_ALONE_BYTES", alone)
-        underway = RowsUnderway(sources, Route.of_moves(*moves, rank, 3), dist.group.WORLD, max_bytes)
+        underway = RowsUnderway(sources, route_of(moves, rank, 3), dist.group.WORLD, max_bytes)
     *taken, empty = underway.take()
     expected = {0: [], 1: [(0, 0), (0, 1), (2, 1)], 2: [(1, 0)]}[rank]
     for tensor, dtype in zip(taken, dtypes, strict=True):

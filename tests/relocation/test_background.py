@@ -1,6 +1,7 @@
 """Primaries that move behind training, in a plain loop, against one process and against moves between two steps."""
 
 from itertools import pairwise
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
+from lightning_eplb.relocation.exchange import relocate
+from lightning_eplb.relocation.gradients import GradientsUnderway
+from lightning_eplb.relocation.plan import LayerMoves
 from lightning_eplb.steps import Rearrangement
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
@@ -84,6 +88,30 @@ def test_one_layer_after_the_other_and_exact_in_between(workers: Workers, expect
         (done,) = (done for _, _, done in seen if done is not None)
         assert done is seen[4][2]
         assert (done.before, done.after) == (placements[0], placements[-1])
+
+
+def gradients_sent_late(is_changed: bool) -> tuple[list[Tensor], list[int]]:
+    """The weights after training, and how many layers' gradients moved right before each step."""
+    late: list[int] = []
+
+    def noted(plan: list[LayerMoves], *args: Any) -> int:
+        late.append(len(plan))
+        return relocate(plan, *args)
+
+    with patch("lightning_eplb.relocation.background.relocate", noted):
+        if is_changed:
+            with patch.object(GradientsUnderway, "is_current", dist.get_rank() == 0):  # on the others it is not
+                return list(train(True, 9)[-1][0].values()), late
+        return list(train(True, 9)[-1][0].values()), late
+
+
+def test_gradients_travel_behind_the_backward_pass(workers: Workers) -> None:
+    """Once more before the step if they are not current on each rank; it comes to the same."""
+    early, again = (workers.run(2, gradients_sent_late, is_changed) for is_changed in (False, True))
+    for (weights, late), (weights_again, late_again) in zip(early, again, strict=True):
+        assert (late, late_again) == ([], [1, 1, 1])
+        for one, other in zip(weights, weights_again, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_a_second_decision_waits_for_the_first(workers: Workers) -> None:
