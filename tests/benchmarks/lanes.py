@@ -73,31 +73,42 @@ def make_lane(size: Size, device: torch.device, copies: int = 0, is_balanced: bo
 
 
 def take_step(lane: Lane, batch: Tensor, popularity_YL: Tensor, step: int) -> None:
-    """Train on a batch, and note what it took on this rank."""
+    """Train on a batch, and note what it took on this rank, from all ranks' begin to all ranks' end."""
     device = batch.device
-    for router, popularity_L in zip(routers(lane.model), popularity_YL, strict=True):
-        router.popularity_L.copy_(popularity_L)
-    torch.manual_seed(1_000_000 * dist.get_rank() + step)
+    steer(lane, popularity_YL)
     before = memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     wait_for_all(device)
     start = time.perf_counter()
+    train_on(lane, batch, step)
+    wait_for_all(device)
+    lane.seconds.append(time.perf_counter() - start)
+    if lane.balancer is not None and lane.balancer.last_step is not None:
+        lane.peaks.append(1 / lane.balancer.last_step.balancedness)
+    if not step:
+        lane.held_bytes += memory(device) - before  # the optimizer's state
+    elif device.type == "cuda":
+        lane.added_bytes = max(lane.added_bytes, torch.cuda.max_memory_allocated() - before)
+
+
+def steer(lane: Lane, popularity_YL: Tensor) -> None:
+    """Send the tokens where ``popularity_YL`` says from now on."""
+    for router, popularity_L in zip(routers(lane.model), popularity_YL, strict=True):
+        router.popularity_L.copy_(popularity_L)
+
+
+def train_on(lane: Lane, batch: Tensor, step: int) -> None:
+    """One optimizer step, without waiting for the device behind it."""
+    torch.manual_seed(1_000_000 * dist.get_rank() + step)
     logits = lane.model(input_ids=batch, use_cache=False).logits
     nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
     if lane.balancer is not None:
         lane.balancer.before_optimizer_step()
     lane.optimizer.step()
     lane.optimizer.zero_grad()
-    served = lane.balancer.step(with_gradients=False) if lane.balancer is not None else None
-    wait_for_all(device)
-    lane.seconds.append(time.perf_counter() - start)
-    if served is not None:
-        lane.peaks.append(1 / served.balancedness)
-    if not step:
-        lane.held_bytes += memory(device) - before  # the optimizer's state
-    elif device.type == "cuda":
-        lane.added_bytes = max(lane.added_bytes, torch.cuda.max_memory_allocated() - before)
+    if lane.balancer is not None:
+        lane.balancer.step(with_gradients=False)
 
 
 def take_turns(lanes: dict[str, Lane], size: Size, device: torch.device, steps: range, popularity: Any) -> None:
