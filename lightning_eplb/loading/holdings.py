@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_eplb.loading.sources import Box
+from lightning_eplb.loading.sources import Box, whole_box
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.shards import local_shard
 
@@ -56,7 +56,7 @@ def holdings(model: nn.Module) -> dict[str, Holding]:
     }
     found = {}
     for name, tensor in _state(model):
-        shape, box = tensor.shape, tuple(slice(0, size) for size in tensor.shape)
+        shape, box = tensor.shape, whole_box(tensor.shape)
         if isinstance(tensor, DTensor):
             sizes, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
             box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))

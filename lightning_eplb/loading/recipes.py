@@ -6,7 +6,7 @@ those that treat each expert by itself are found out, so that a rank needs to re
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_eplb.loading.sources import Source
-
-Read = Callable[[str, int | None], Tensor]
-"""Gives the tensor of that name in the checkpoint, or of one with experts as rows a single row, as ``[1, ...]``."""
 
 
 @dataclass
@@ -51,29 +48,35 @@ class Recipe:
     def all_keys(self) -> list[str]:
         return [key for keys in self.keys.values() for key in keys]
 
-    def convert(self, model: nn.Module, shapes: Mapping[str, torch.Size], read: Read) -> dict[str, Tensor]:
-        """All experts, or all of a tensor that is no expert's."""
-        collected = {pattern: [read(key, None) for key in keys] for pattern, keys in self.keys.items()}
-        return self._convert(model, shapes, collected)
+    def keys_of_expert(self, expert: int) -> dict[str, list[str]]:
+        """What one expert is made from: tensors of its own, or all tensors that have it as a row."""
+        if self.by_expert == "keys":
+            return {pattern: [keys[expert]] for pattern, keys in self.keys.items()}
+        return self.keys
+
+    def convert(
+        self, model: nn.Module, shapes: Mapping[str, torch.Size], tensors: Mapping[str, list[Tensor]]
+    ) -> dict[str, Tensor]:
+        """All experts, or all of a tensor that is no expert's, from the tensors of :attr:`keys`.
+
+        Args:
+            shapes: Of the unmodified model's state dict.
+        """
+        return self._convert(model, shapes, tensors)
 
     def convert_expert(
-        self, expert: int, model: nn.Module, shapes: Mapping[str, torch.Size], read: Read
+        self, model: nn.Module, shapes: Mapping[str, torch.Size], tensors: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
-        """One expert, as tensors of one row."""
-        if self.by_expert == "keys":
-            collected = {pattern: [read(keys[expert], None)] for pattern, keys in self.keys.items()}
-        else:
-            collected = {pattern: [read(key, expert) for key in keys] for pattern, keys in self.keys.items()}
-        one = {name: torch.Size((1, *shapes[name][1:])) for name in self.targets if name in shapes}
-        return self._convert(model, one, collected)
+        """One expert, as tensors ``[1, ...]``, from those of :meth:`keys_of_expert`, or from its row of each."""
+        return self._convert(model, {name: torch.Size((1, *shapes[name][1:])) for name in self.targets}, tensors)
 
     def _convert(
-        self, model: nn.Module, shapes: Mapping[str, torch.Size], collected: dict[str, list[Tensor]]
+        self, model: nn.Module, shapes: Mapping[str, torch.Size], tensors: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
         conversion = deepcopy(self.conversion)
-        for pattern, keys in self.keys.items():
-            for key, tensor in zip(keys, collected[pattern], strict=False):
-                conversion.add_tensor(self.name, key, pattern, tensor)
+        for pattern, of_pattern in tensors.items():
+            for tensor in of_pattern:
+                conversion.add_tensor(self.name, pattern, pattern, tensor)
         made = conversion.convert(self.name, model=_OfShapes(shapes), config=getattr(model, "config", None))
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
@@ -142,14 +145,14 @@ def _match(
 
 def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> None:
     """Fill in what the recipe makes, from shapes alone, and whether it makes each expert by itself."""
-
-    def on_meta(key: str, row: int | None) -> Tensor:
-        return torch.empty(sources[key].shape, device="meta")
-
+    on_meta = {
+        pattern: [torch.empty(sources[key].shape, device="meta") for key in keys]
+        for pattern, keys in recipe.keys.items()
+    }
     if recipe.conversion is None:
         if len(recipe.all_keys) > 1:
             raise ValueError(f"{recipe.name} would be loaded from {' and '.join(recipe.all_keys)} alike")
-        made = {recipe.name: on_meta(recipe.key, None)}
+        made = {recipe.name: on_meta[recipe.name][0]}
     else:
         try:
             made = recipe.convert(model, shapes, on_meta)

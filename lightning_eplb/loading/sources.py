@@ -18,6 +18,11 @@ Box = tuple[slice, ...]
 """A part of a tensor: one slice with start and stop, and without a step, for each dimension."""
 
 
+def whole_box(shape: torch.Size) -> Box:
+    """All of a tensor of ``shape``."""
+    return tuple(slice(0, size) for size in shape)
+
+
 class Source(Protocol):
     """A tensor on disk."""
 

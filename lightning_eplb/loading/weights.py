@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_eplb.loading.holdings import Holding, holdings
+from lightning_eplb.loading.parts import PartFinder
 from lightning_eplb.loading.recipes import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.loading.sources import Box, Source, is_from_lightning, open_checkpoint
+from lightning_eplb.loading.sources import Source, is_from_lightning, open_checkpoint, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
     initialize,
@@ -72,9 +73,10 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         left = {name for name, tensor in named_tensors(model).items() if name in empty and id(tensor) not in filled}
         initialize(model, left, device)
         share_over_replicas(model, left & set(held))  # which a model may lack, and still be complete
+        finder = PartFinder(model, shapes, sources)
         with torch.no_grad():
             for recipe in recipes:
-                _fill(recipe, model, held, shapes, sources)
+                _fill(recipe, model, held, sources, finder)
     return model
 
 
@@ -82,34 +84,34 @@ def _fill(
     recipe: Recipe,
     model: nn.Module,
     held: Mapping[str, Holding],
-    shapes: Mapping[str, torch.Size],
     sources: Mapping[str, Source],
+    finder: PartFinder,
 ) -> None:
-    targets = [held[name] for name in recipe.targets if name in held]
+    targets = {name: held[name] for name in recipe.targets if name in held}  # a model may leave some alone
+    shapes = {name: holding.shape for name, holding in held.items()}
     if recipe.conversion is None:
-        (target,), source = targets, sources[recipe.key]
-        for box, place in target.pieces():
-            if not _is_empty(box):
-                target.local[place].copy_(source.read(box))
+        for target in targets.values():
+            for box, place in target.pieces():
+                if all(part.start < part.stop for part in box):
+                    target.local[place].copy_(sources[recipe.key].read(box))
         return
-
-    def read(key: str, row: int | None) -> Tensor:
-        first, *others = _whole(sources[key].shape) or (None,)
-        if first is None:
-            return sources[key].read(())
-        return sources[key].read((first if row is None else slice(row, row + 1), *others))
-
-    if recipe.by_expert is not None and all(target.rows is not None for target in targets):
-        rows = targets[0].rows
-        assert rows is not None
-        for place, expert in enumerate(rows):
-            for name, tensor in recipe.convert_expert(expert, model, shapes, read).items():
-                if name in held:
-                    held[name].local[place].copy_(tensor[0][held[name].box])
+    experts = {target.rows for target in targets.values()}
+    if recipe.by_expert is not None and None not in experts and len(targets) == len(recipe.targets):
+        (rows,) = experts
+        parts = finder.find(recipe, {name: target.box for name, target in targets.items()})
+        for place, expert in enumerate(rows or ()):
+            made = recipe.convert_expert(model, shapes, finder.read(recipe, expert, parts))
+            for name, target in targets.items():
+                target.local[place].copy_(made[name][0][target.box])
     else:
-        for name, tensor in recipe.convert(model, shapes, read).items():
-            for box, place in held[name].pieces() if name in held else ():
-                held[name].local[place].copy_(tensor[box])
+        tensors = {
+            pattern: [sources[key].read(whole_box(sources[key].shape)) for key in keys]
+            for pattern, keys in recipe.keys.items()
+        }
+        made = recipe.convert(model, shapes, tensors)
+        for name, target in targets.items():
+            for box, place in target.pieces():
+                target.local[place].copy_(made[name][box])
 
 
 def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> tuple[list[Recipe], list[str]]:
@@ -164,11 +166,3 @@ def _check_complete(
         raise ValueError(
             f"path={str(path)!r} {' and '.join(parts)}; the model must be of the class and settings that were saved"
         )
-
-
-def _whole(shape: torch.Size) -> Box:
-    return tuple(slice(0, size) for size in shape)
-
-
-def _is_empty(box: Box) -> bool:
-    return any(part.stop <= part.start for part in box)

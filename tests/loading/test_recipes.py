@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import core_model_loading as hf
 
 from lightning_eplb.loading import recipes
+from lightning_eplb.loading.parts import PartFinder
 from lightning_eplb.loading.recipes import Recipe
+from lightning_eplb.loading.sources import whole_box
 
 GATE, UP = "experts.*.gate.weight", "experts.*.up.weight"
 STACKED = "experts.gate_and_up"
@@ -56,27 +58,53 @@ def recipe_for(name: str, tensors: dict[str, Tensor]) -> Recipe:
     return recipe
 
 
+def whole_of(recipe: Recipe, tensors: dict[str, Tensor], shapes: dict[str, torch.Size]) -> Tensor:
+    read = {pattern: [tensors[key] for key in keys] for pattern, keys in recipe.keys.items()}
+    (whole,) = recipe.convert(nn.Identity(), shapes, read).values()
+    return whole
+
+
+class Counted:
+    """A tensor as a source, and how many of its entries were read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.shape, self.read_entries = tensor, tensor.shape, 0
+
+    def read(self, box: tuple[slice, ...]) -> Tensor:
+        self.read_entries += self.tensor[box].numel()
+        return self.tensor[box].clone()
+
+
 @pytest.mark.parametrize("name", CONVERSIONS)
-@given(half=st.integers(1, 6), width=st.integers(1, 4), seed=st.integers(0, 9))
-def test_an_expert_is_a_row(name: str, half: int, width: int, seed: int) -> None:
+@given(half=st.integers(1, 6), width=st.integers(1, 4), seed=st.integers(0, 9), data=st.data())
+def test_a_part_of_an_expert(name: str, half: int, width: int, seed: int, data: st.DataObject) -> None:
+    """What is made of one expert's tensors, of which only the parts are read that are needed, is what a rank holds."""
     tensors = checkpoint(CONVERSIONS[name][0], 2 * half, width, seed)
-    recipe = recipe_for(name, tensors)
-
-    def read(key: str, row: int | None) -> Tensor:
-        return tensors[key] if row is None else tensors[key][row : row + 1]
-
+    sources = {key: Counted(tensor) for key, tensor in tensors.items()}
+    recipe, model = recipe_for(name, tensors), nn.Identity()
     # A conversion that checks dimensions is given those that make it transpose.
-    shapes = {TARGET: torch.Size((2 * half, width, 4))}
-    model = nn.Identity()
-    (whole,) = recipe.convert(model, shapes, read).values()
+    whole = whole_of(recipe, tensors, {TARGET: torch.Size((2 * half, width, 4))})
     shapes = {TARGET: whole.shape}
-    recipes._foresee(recipe, model, shapes, tensors)
-    assert recipe.targets == {TARGET: whole.shape}
+    recipes._foresee(recipe, model, shapes, sources)
+    assert recipe.targets == shapes
     assert recipe.by_expert == CONVERSIONS[name][2]
-    if recipe.by_expert is not None:
-        for expert in range(2 * half):
-            (row,) = recipe.convert_expert(expert, model, shapes, read).values()
-            assert torch.equal(row, whole[expert : expert + 1])
+    if recipe.by_expert is None:
+        return
+    box = []
+    for size in whole.shape[1:]:
+        start = data.draw(st.integers(0, size - 1))
+        box.append(slice(start, data.draw(st.integers(start + 1, size))))
+    expert = data.draw(st.integers(0, 2 * half - 1))
+    finder = PartFinder(model, shapes, sources)
+    parts = finder.find(recipe, {TARGET: tuple(box)})
+    if tuple(box) != whole_box(whole.shape[1:]):  # looked for once
+        assert finder.find(recipe, {TARGET: tuple(box)}) is parts
+    (made,) = recipe.convert_expert(model, shapes, finder.read(recipe, expert, parts)).values()
+    assert torch.equal(made[0][tuple(box)], whole[expert][tuple(box)])
+    read = sum(source.read_entries for source in sources.values())
+    if "interleaved" not in name:
+        assert read == whole[expert][tuple(box)].numel()
+    assert read <= whole[expert].numel()
 
 
 def test_what_transformers_cannot_convert_is_told() -> None:
@@ -86,7 +114,7 @@ def test_what_transformers_cannot_convert_is_told() -> None:
     with pytest.raises(
         ValueError, match=rf"{TARGET} can't be made from .* and 4 more of shapes .*\(3, 5\).*: RuntimeError"
     ):
-        recipes._foresee(recipe, nn.Identity(), {TARGET: torch.Size((3, 8, 2))}, tensors)
+        recipes._foresee(recipe, nn.Identity(), {TARGET: torch.Size((3, 8, 2))}, tensors)  # type: ignore[arg-type]
 
 
 def test_every_family_of_experts_is_read_by_expert() -> None:
