@@ -23,8 +23,8 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
     :func:`~lightning_eplb.load_weights` instead.
 
     Modules initialize themselves by ``initialize_weights``, as Hugging Face's models have it, or ``reset_parameters``,
-    as PyTorch's have it. Every rank draws numbers of its own for its experts and shards, so that no two experts start
-    alike; what several ranks hold is the same on all of them afterwards.
+    as PyTorch's have it. Ranks draw different numbers for their experts and shards, so that no two experts start alike;
+    what several ranks hold is the same on all of them afterwards.
 
     Example::
 
@@ -94,18 +94,22 @@ def give_memory(model: nn.Module, device: torch.device) -> set[str]:
 
 
 def initialize(model: nn.Module, names: Collection[str], device: torch.device) -> None:
-    """Let modules initialize those of their tensors that are called ``names``. Each rank draws other numbers.
+    """Let modules initialize those of their tensors that are called ``names``.
 
-    Hugging Face's models leave all other tensors alone; a module with ``reset_parameters`` only can't tell them apart.
+    Each rank draws other numbers, unless DTensors draw them by the place in the whole tensor, as they do on GPUs, from
+    one seed on all ranks. Hugging Face's models leave all other tensors alone; a module with ``reset_parameters`` only
+    can't tell them apart.
     """
     if not names:
         return
     forgotten = set(names)
     seed = int(torch.randint(2**62, (), device="cpu"))  # of the generator that goes on as on the other ranks
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    draws_by_place = device.type != "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
+    if dist.is_available() and dist.is_initialized() and not draws_by_place:
+        seed += dist.get_rank()
     devices = {} if device.type == "cpu" else {"devices": [device.index], "device_type": device.type}
     with torch.no_grad(), torch.random.fork_rng(**{"devices": [], **devices}):
-        torch.manual_seed(seed + rank)
+        torch.manual_seed(seed)
         _initialize(model, "", set(names), forgotten)
     if forgotten:
         rank_zero_warn(
