@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_eplb.loading.sources import Source
+from lightning_eplb.loading.sources import Source, listed
 
 
 @dataclass
@@ -158,14 +158,14 @@ def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size],
             made = recipe.convert(model, shapes, on_meta)
         except Exception as error:
             raise ValueError(
-                f"{recipe.name} can't be made from {_few(recipe.all_keys)} of shapes"
+                f"{recipe.name} can't be made from {listed(recipe.all_keys)} of shapes"
                 f" {sorted({tuple(sources[key].shape) for key in recipe.all_keys})}: {type(error).__name__}: {error}"
             ) from error
     for name, tensor in made.items():
         if name in shapes and tensor.shape != shapes[name]:
             raise ValueError(
                 f"{name} has shape {list(shapes[name])} in the model and {list(tensor.shape)} in the checkpoint"
-                f" ({_few(recipe.all_keys)}); the model must be built by the checkpoint's configuration"
+                f" ({listed(recipe.all_keys)}); the model must be built by the checkpoint's configuration"
             )
     recipe.targets = {name: tensor.shape for name, tensor in made.items()}
     rows = {shape[0] for shape in recipe.targets.values() if len(shape)}
@@ -204,7 +204,3 @@ def _without_sharded_classes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, sharded in zip(modules, classes, strict=True):
             module.__class__ = sharded
-
-
-def _few(keys: list[str]) -> str:
-    return " and ".join(keys) if len(keys) <= 3 else f"{keys[0]}, {keys[1]} and {len(keys) - 2} more"

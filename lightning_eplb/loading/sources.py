@@ -1,9 +1,10 @@
 """The tensors of a checkpoint, on disk: each can be read in part."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
 
     Args:
         path: A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files that it names;
-            or a file, or the folder of a distributed checkpoint, that Lightning's ``Trainer`` has saved.
+            one such file; or a file, or the folder of a distributed checkpoint, that Lightning's ``Trainer`` has saved.
 
     Raises:
         ValueError: ``path`` is none of these, or a file that the index names is missing.
@@ -49,10 +50,12 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
     with ExitStack() as files:
         if is_distributed_checkpoint(path):
             yield _distributed(path)
-        elif path.is_file():
+        elif is_from_lightning(path):
             yield _lightning(path)
+        elif path.is_file():
+            yield _safetensors([path], files)
         elif (path / INDEX_FILE).is_file() or (path / SINGLE_FILE).is_file():
-            yield _safetensors(path, files)
+            yield _safetensors(_named_files(path), files)
         else:
             raise ValueError(
                 f"path={str(path)!r} is no checkpoint: a folder with {SINGLE_FILE} or {INDEX_FILE} would do, as would"
@@ -61,8 +64,8 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
 
 
 def is_from_lightning(path: str | Path) -> bool:
-    """Whether ``path`` is a file, or the folder of a distributed checkpoint, and no folder of safetensors."""
-    return Path(path).is_file() or is_distributed_checkpoint(path)
+    """Whether ``path`` is a file, or the folder of a distributed checkpoint, and has nothing to do with safetensors."""
+    return (Path(path).is_file() and Path(path).suffix != ".safetensors") or is_distributed_checkpoint(path)
 
 
 class _SafetensorsSource:
@@ -74,18 +77,23 @@ class _SafetensorsSource:
         return self._slice[box] if box else self._slice[...]
 
 
-def _safetensors(folder: Path, files: ExitStack) -> dict[str, Source]:
+def _safetensors(paths: list[Path], files: ExitStack) -> dict[str, Source]:
     from safetensors import safe_open
 
-    names = [SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        index = json.loads((folder / INDEX_FILE).read_text())
-        names = sorted(set(index["weight_map"].values()))
+    opened = [files.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths]
+    return {key: _SafetensorsSource(file, key) for file in opened for key in file.keys()}  # noqa: SIM118
+
+
+def _named_files(folder: Path) -> list[Path]:
+    """What the index names, or the only file."""
+    if not (folder / INDEX_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    index = json.loads((folder / INDEX_FILE).read_text())
+    names = sorted(set(index["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"path={str(folder)!r} lacks {_listed(missing)}, which its {INDEX_FILE} names")
-    opened = [files.enter_context(safe_open(folder / name, framework="pt", device="cpu")) for name in names]
-    return {key: _SafetensorsSource(file, key) for file in opened for key in file.keys()}  # noqa: SIM118
+        raise ValueError(f"path={str(folder)!r} lacks {listed(missing)}, which its {INDEX_FILE} names")
+    return [folder / name for name in names]
 
 
 class _MappedSource:
@@ -100,7 +108,10 @@ class _MappedSource:
 
 
 def _lightning(file: Path) -> dict[str, Source]:
-    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"path={str(file)!r} can't be read as a file of Trainer.save_checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"path={str(file)!r} has no 'state_dict'; a file of Trainer.save_checkpoint has it")
     return {
@@ -156,5 +167,6 @@ def _distributed(folder: Path) -> dict[str, Source]:
     }
 
 
-def _listed(names: list[str], most: int = 5) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

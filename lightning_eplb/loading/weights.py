@@ -12,7 +12,7 @@ from torch import nn
 from lightning_eplb.loading.holdings import Holding, holdings
 from lightning_eplb.loading.parts import PartFinder
 from lightning_eplb.loading.recipes import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.loading.sources import Source, is_from_lightning, open_checkpoint, whole_box
+from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
     initialize,
@@ -46,7 +46,8 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
 
     Args:
         model: A model of transformers, or any other whose state dict has the checkpoint's names.
-        path: The folder, or the file of a Lightning checkpoint.
+        path: The folder, or the file of a Lightning checkpoint. For a model on the hub it is what
+            ``huggingface_hub.snapshot_download(name)`` returns.
         device: Where a model on the meta device gets its memory, as in :func:`~lightning_eplb.materialize`.
 
     Returns:
@@ -158,11 +159,14 @@ def _check_complete(
         model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
         missing, unexpected = info.missing_keys, info.unexpected_keys
     parts = [
-        f"{what} {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        f"{what} {listed(sorted(names))}"
         for what, names in {"lacks": missing, "has, and the model has not,": unexpected}.items()
         if names
     ]
     if parts:
+        inner = next((name for name, module in model.named_modules() if is_hugging_face(module)), "")
+        if inner and not is_from_lightning(path):
+            parts.append(f"is to be loaded into the model of transformers that is {inner} here, not into what has it")
         raise ValueError(
             f"path={str(path)!r} {' and '.join(parts)}; the model must be of the class and settings that were saved"
         )

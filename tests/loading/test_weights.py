@@ -1,5 +1,6 @@
 """Weights from disk, of which each rank reads what it holds: the same as ``from_pretrained``, and no more bytes."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -123,14 +124,20 @@ def load_after_moves(name: str, layout: str, path: str) -> None:
 
 
 def count_bytes(load: Callable[[], Any]) -> int:
-    read, counted = sources._SafetensorsSource.read, []
+    """Of the tensors that any kind of source gives meanwhile."""
+    counted: list[int] = []
 
-    def reading(source: Any, box: Any) -> Tensor:
-        tensor = read(source, box)
-        counted.append(tensor.numel() * tensor.element_size())
-        return tensor
+    def counting(read: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+        def reading(source: Any, box: Any) -> Tensor:
+            tensor = read(source, box)
+            counted.append(tensor.numel() * tensor.element_size())
+            return tensor
 
-    with mock.patch.object(sources._SafetensorsSource, "read", reading):
+        return reading
+
+    with contextlib.ExitStack() as patches:
+        for kind in (sources._SafetensorsSource, sources._MappedSource, sources._DistributedSource):
+            patches.enter_context(mock.patch.object(kind, "read", counting(kind.read)))
         load()
     return sum(counted)
 
@@ -256,7 +263,9 @@ def one_file(path: Path) -> dict[str, Tensor]:
 def load_from_lightning(path: str, layout: str, inner: bool) -> dict[str, Tensor]:
     module = LanguageModel(on_meta("mixtral"), "adamw")
     parallelized(module.model, layout)
-    load_weights(module.model if inner else module, path)
+    read = count_bytes(lambda: load_weights(module.model if inner else module, path))
+    held = [holding.local for holding in holdings(module).values()]
+    assert read == sum(tensor.numel() * tensor.element_size() for tensor in held)
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
@@ -354,6 +363,24 @@ def refused(path: str) -> str:
         load_weights(model, path)
     assert all(parameter.is_meta for parameter in model.parameters())
     return str(raised.value)
+
+
+def test_a_module_that_has_the_model(folders: dict[str, str]) -> None:
+    module = LanguageModel(on_meta("mixtral"), "adamw")
+    with pytest.raises(ValueError, match=r"is to be loaded into the model of transformers that is model here"):
+        load_weights(module, folders["mixtral"])
+
+
+def test_layers_that_a_model_leaves_out(folders: dict[str, str], tmp_path: Path) -> None:
+    """DeepSeek's checkpoints have one more layer, which transformers knows to leave alone."""
+    tensors = {}
+    for file in Path(folders["deepseek_v3"]).glob("*.safetensors"):
+        tensors |= load_file(file)
+    tensors["model.layers.61.mlp.experts.0.gate_proj.weight"] = torch.zeros(12, 16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load_weights(parallelize_experts(on_meta("deepseek_v3")), tmp_path)
+    expected = from_pretrained(folders["deepseek_v3"]).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_no_memory_on_the_meta_device(folders: dict[str, str]) -> None:
