@@ -85,8 +85,8 @@ def _safetensors(paths: list[Path], files: ExitStack) -> dict[str, Source]:
 
 
 def _named_files(folder: Path) -> list[Path]:
-    """What the index names, or the only file."""
-    if not (folder / INDEX_FILE).is_file():
+    """The only file, or what the index names; in the order in which transformers looks for them."""
+    if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     index = json.loads((folder / INDEX_FILE).read_text())
     names = sorted(set(index["weight_map"].values()))

@@ -97,7 +97,8 @@ def _fill(
                     target.local[place].copy_(sources[recipe.key].read(box))
         return
     experts = {target.rows for target in targets.values()}
-    if recipe.by_expert is not None and None not in experts and len(targets) == len(recipe.targets):
+    is_complete = len(targets) == len(recipe.targets)
+    if recipe.by_expert is not None and is_complete and len(experts) == 1 and None not in experts:
         (rows,) = experts
         parts = finder.find(recipe, {name: target.box for name, target in targets.items()})
         for place, expert in enumerate(rows or ()):
@@ -119,15 +120,22 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
     """Of a ``LightningModule`` the state dict's own names, of a module in it those behind a prefix."""
     first = next(iter(shapes))
     prefixes = [key.removesuffix(first) for key in sources if key == first or key.endswith(f".{first}")]
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in sources for name in shapes), default="")
+    found = {prefix: sum(prefix + name in sources for name in shapes) for prefix in prefixes}
+    best = [prefix for prefix, count in found.items() if count == max(found.values())]
+    if len(best) > 1 and "" not in best:
+        raise ValueError(
+            f"path: the checkpoint has several modules like this one: {listed(best)}; load the LightningModule that was"
+            " saved"
+        )
+    prefix = best[0] if best and "" not in best else ""
     recipes = [
         Recipe(name, {name: [prefix + name]}, None, {name: shapes[name]}) for name in shapes if prefix + name in sources
     ]
     for recipe in recipes:
-        found = sources[recipe.key].shape
-        if found != shapes[recipe.name]:
+        saved = sources[recipe.key].shape
+        if saved != shapes[recipe.name]:
             raise ValueError(
-                f"{recipe.name} has shape {list(shapes[recipe.name])} in the model and {list(found)} in the checkpoint"
+                f"{recipe.name} has shape {list(shapes[recipe.name])} in the model and {list(saved)} in the checkpoint"
                 f" ({recipe.key}); the model must be built as the one that was saved"
             )
     left_over = [key for key in sources if key.startswith(prefix) and key.removeprefix(prefix) not in shapes]

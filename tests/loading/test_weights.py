@@ -269,6 +269,30 @@ def load_from_lightning(path: str, layout: str, inner: bool) -> dict[str, Tensor
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
+def test_several_modules_in_what_lightning_saved(tmp_path: Path) -> None:
+    """Only the whole can be loaded: nobody knows which one is meant."""
+    module = nn.ModuleDict({"teacher": Own(), "student": Own()})
+    torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
+    with torch.device("meta"):
+        model, whole_module = Own(), nn.ModuleDict({"teacher": Own(), "student": Own()})
+    with pytest.raises(
+        ValueError, match=r"several modules like this one: teacher\., student\.; load the LightningModule"
+    ):
+        load_weights(model, tmp_path / "last.ckpt")
+    load_weights(whole_module, tmp_path / "last.ckpt")
+    expected = module.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in whole_module.state_dict().items())
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_other_shapes_than_lightning_saved(inner: bool, tmp_path: Path) -> None:
+    module = nn.ModuleDict({"model": Own()})
+    torch.save({"state_dict": module.state_dict() | {"model.experts.up": torch.zeros(5, 3, 5)}}, tmp_path / "last.ckpt")
+    name = "experts.up" if inner else "model.experts.up"
+    with pytest.raises(ValueError, match=rf"^{name} has shape \[4, 3, 5\] in the model and \[5, 3, 5\] in the check"):
+        load_weights(module["model"] if inner else module, tmp_path / "last.ckpt")
+
+
 class Own(nn.Module):
     """Experts of the protocol in a model that is not of transformers, with a buffer that no checkpoint has."""
 
