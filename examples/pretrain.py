@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_eplb import EPLBCallback, fully_shard_moe
+from lightning_eplb import EPLBCallback, fully_shard_moe, load_weights, materialize
 from lightning_eplb.logging.heatmap import draw_expert_load
 
 
@@ -41,7 +41,8 @@ class MoELanguageModel(pl.LightningModule):
         top_k: Experts that a token visits.
         learning_rate: Peak learning rate of AdamW, after a warm-up.
         warmup_steps: Optimizer steps in which it rises, from a twentieth.
-        weights: A checkpoint of this model to start from, to fine-tune it; however many ranks it was trained on.
+        weights: A checkpoint of this model to start from, to fine-tune it; however many ranks it was trained on. The
+            folder of a Hugging Face model would do, too.
         sharded_redundant_experts: With ``ExpertParallelStrategy``, which shards the model with FSDP2: the number that
             ``EPLBCallback`` is given. ``None`` with other strategies.
     """
@@ -72,7 +73,11 @@ class MoELanguageModel(pl.LightningModule):
             num_experts_per_tok=top_k,
             output_router_logits=False,
         )
-        self.model = self._build() if sharded_redundant_experts is None else None
+        self.model = None
+        if sharded_redundant_experts is None:
+            self.model = MixtralForCausalLM(self.config)
+            if weights is not None:
+                load_weights(self.model, weights)
 
     def configure_model(self) -> None:
         if self.model is None:  # it is called again for validation
@@ -81,7 +86,11 @@ class MoELanguageModel(pl.LightningModule):
                 raise ValueError(
                     f"sharded_redundant_experts={redundant} needs ExpertParallelStrategy; leave it out here"
                 )
-            self.model = fully_shard_moe(self._build(), mesh, num_redundant_experts=redundant)
+            with torch.device("meta"):  # each rank gets memory for what it holds of the model only
+                model = MixtralForCausalLM(self.config)
+            fully_shard_moe(model, mesh, num_redundant_experts=redundant)
+            weights = self.hparams["weights"]
+            self.model = load_weights(model, weights) if weights is not None else materialize(model)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         loss = self._loss(tokens)
@@ -95,13 +104,6 @@ class MoELanguageModel(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], betas=(0.9, 0.95))
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=self.hparams["warmup_steps"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
-
-    def _build(self) -> MixtralForCausalLM:
-        model = MixtralForCausalLM(self.config)
-        if self.hparams["weights"] is not None:
-            checkpoint = torch.load(self.hparams["weights"], map_location="cpu", weights_only=True)
-            model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
-        return model
 
     def _loss(self, tokens: Tensor) -> Tensor:
         assert self.model is not None

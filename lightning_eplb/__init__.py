@@ -3,9 +3,11 @@
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.callback import EPLBCallback
 from lightning_eplb.functional import balancedness
+from lightning_eplb.loading.weights import load_weights
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.convert import parallelize_experts
 from lightning_eplb.parallel.fully_shard import fully_shard_moe
+from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
 from lightning_eplb.strategies import ExpertParallelStrategy
@@ -25,5 +27,7 @@ __all__ = [
     "Topology",
     "balancedness",
     "fully_shard_moe",
+    "load_weights",
+    "materialize",
     "parallelize_experts",
 ]

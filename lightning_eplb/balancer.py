@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
@@ -88,6 +90,7 @@ class ExpertLoadBalancer:
         self._modules = list(expert_layers(model))
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
+        _warn_of_idle_arguments(redundancy, min_tokens_per_copy, self._modules[0][0])
         self.model = model
         self.policy = policy if policy is not None else BalancedPolicy()
         self.step_interval = step_interval
@@ -507,6 +510,21 @@ def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:
     if min_tokens_per_copy is not None and (type(min_tokens_per_copy) is not int or min_tokens_per_copy < 1):
         raise ValueError(
             f"min_tokens_per_copy={min_tokens_per_copy!r} must be a whole number from 1 up; None to measure it"
+        )
+
+
+def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:
+    """They harm nothing, and whoever compares settings may leave them; but nobody should believe that they act."""
+    num_redundant = len(layer.physical_to_logical) - layer.num_logical_experts
+    if redundancy == "batch" and num_redundant == 0:
+        rank_zero_warn(
+            "redundancy='batch' has no effect with num_redundant_experts=0: there is no slot to fill in each forward;"
+            f" num_redundant_experts={layer.groups.size} would be one a rank"
+        )
+    if redundancy == "window" and min_tokens_per_copy is not None:
+        rank_zero_warn(
+            f"min_tokens_per_copy={min_tokens_per_copy} has no effect with redundancy='window', where the policy"
+            " decides about copies; redundancy='batch' would use it"
         )
 
 

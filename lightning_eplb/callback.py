@@ -35,6 +35,7 @@ from lightning_eplb.logging.loggers import (
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.scalars import scalars_of
@@ -54,7 +55,9 @@ class EPLBCallback(Callback):
 
     A model that was built in ``LightningModule.__init__`` is converted in ``setup``. One that is built in
     ``configure_model`` must be converted there, by :func:`~lightning_eplb.parallelize_experts`; the callback adopts it.
-    Any Hugging Face MoE model will do, and any module that follows the protocol described there.
+    Any Hugging Face MoE model will do, and any module that follows the protocol described there. A model that was built
+    under ``torch.device("meta")`` in ``__init__`` gets its memory in ``setup``, for this rank's experts only; in
+    ``configure_model`` call :func:`~lightning_eplb.load_weights` or :func:`~lightning_eplb.materialize`.
 
     Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``);
     :data:`lightning_eplb.scalars.SCALARS` says what each means.
@@ -167,6 +170,7 @@ class EPLBCallback(Callback):
             group, _ = dist.new_subgroups(ep_size)
             assert isinstance(group, dist.ProcessGroup)
         parallelize_experts(pl_module, group, num_redundant_experts=self.num_redundant_experts)
+        materialize(pl_module, trainer.strategy.root_device)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -33,8 +33,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         strategy = ExpertParallelStrategy(ep_size=8)
         trainer = Trainer(strategy=strategy, devices=8, num_nodes=4, callbacks=[EPLBCallback(num_redundant_experts=8)])
 
-    A model that ``configure_model`` builds under ``torch.device("meta")`` gets its memory after it was sharded; let
-    ``Trainer.fit(ckpt_path=...)`` load its weights.
+    A model that ``configure_model`` builds under ``torch.device("meta")`` gets its memory after it was sharded, and
+    random weights; :func:`~lightning_eplb.load_weights` in ``configure_model`` fills it from a checkpoint instead, and
+    ``Trainer.fit(ckpt_path=...)`` goes on with a run.
 
     Args:
         ep_size: Ranks that share the experts of a layer. ``None``: all that are not replicas.

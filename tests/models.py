@@ -19,6 +19,7 @@ def hugging_face_model(name: str, num_experts: int = 8, top_k: int = 2, layers: 
     """A float64 language model from a config class, with ``eager`` experts; the same weights in every process."""
     from transformers import (
         AutoModelForCausalLM,
+        DeepseekV3Config,
         GptOssConfig,
         MixtralConfig,
         Qwen3MoeConfig,
@@ -39,6 +40,20 @@ def hugging_face_model(name: str, num_experts: int = 8, top_k: int = 2, layers: 
         config = MixtralConfig(**sizes, num_local_experts=num_experts)
     elif name == "qwen3_moe":
         config = Qwen3MoeConfig(**sizes, num_experts=num_experts, moe_intermediate_size=12)
+    elif name == "deepseek_v3":  # a first block without experts, shared experts, and a bias that is a buffer
+        config = DeepseekV3Config(
+            **sizes | {"num_hidden_layers": layers + 1, "head_dim": 4},
+            n_routed_experts=num_experts,
+            moe_intermediate_size=12,
+            n_group=2,
+            topk_group=2,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            first_k_dense_replace=1,
+        )
     else:
         config = GptOssConfig(**sizes, num_local_experts=num_experts)
     torch.manual_seed(0)

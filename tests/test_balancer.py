@@ -1,6 +1,7 @@
 """The balancer in a plain PyTorch loop, with a hand-written MoE."""
 
 import io
+import warnings
 from typing import Any
 from unittest.mock import patch
 
@@ -472,3 +473,23 @@ def test_redundancy_that_is_none_is_refused(arguments: dict[str, Any], message: 
         ExpertLoadBalancer(Model(), **arguments)
     with pytest.raises(ValueError, match=message):
         EPLBCallback(**arguments)
+
+
+IDLE = {
+    "no slots": ({"redundancy": "batch"}, 0, "redundancy='batch' has no effect with num_redundant_experts=0"),
+    "by window": ({"min_tokens_per_copy": 3}, 1, "min_tokens_per_copy=3 has no effect with redundancy='window'"),
+    "batch": ({"redundancy": "batch", "min_tokens_per_copy": 3}, 1, None),
+    "window": ({}, 0, None),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_arguments_that_have_no_effect_are_told(name: str) -> None:
+    arguments, redundant, message = IDLE[name]
+    model = parallelize_experts(Model(), num_redundant_experts=redundant)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ExpertLoadBalancer(model, **arguments)
+    told = [str(warning.message) for warning in caught if "has no effect" in str(warning.message)]
+    assert len(told) == (message is not None)
+    assert message is None or message in told[0]

@@ -4,19 +4,20 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_eplb import EPLBCallback
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy
 from lightning_eplb.cli import COMMANDS, main
 from lightning_eplb.parallel.convert import expert_layers, find_experts
 from lightning_eplb.scalars import SCALARS
 from lightning_eplb.synthetic import synthetic_load
 from lightning_eplb.trace import TraceWriter
-from tests.fidelity import SEQUENCES
+from tests.fidelity import SEQUENCES, trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_cli import callback_from
 from tests.workers import Workers
@@ -102,6 +103,36 @@ def train_sharded() -> tuple[int, int, bool]:
 
 def test_a_model_that_is_sharded_trains(workers: Workers) -> None:
     assert workers.run(2, train_sharded) == [(2, 2, True)] * 2
+
+
+def train_pretrained(path: str, ddp: bool) -> list[float]:
+    """On every worker: the README's model that is read from a folder; by its words, too, under DDP."""
+    (source,) = [block for block in blocks("python") if "class MyPretrainedModel" in block]
+    source = source.replace("path/to/model", path).replace("experts=8", "experts=2")
+    if ddp:
+        source = source.replace("fully_shard_moe(model, self.device_mesh, ", "parallelize_experts(model, ")
+        source = source.replace("import fully_shard_moe", "import parallelize_experts")
+    names: dict = {}
+    exec(source, names)
+
+    class Trained(names["MyPretrainedModel"]):
+        training_step, configure_optimizers = LanguageModel.training_step, LanguageModel.configure_optimizers
+        optimizer_name = "sgd"
+
+    model = Trained()
+    model.losses = []
+    strategy = None if ddp else ExpertParallelStrategy()
+    trainer = trainer_for(2, strategy, max_steps=2, callbacks=[EPLBCallback(num_redundant_experts=2)])
+    trainer.fit(model, loader(token_batches(8), SEQUENCES))
+    return model.losses
+
+
+def test_a_model_that_is_read_from_a_folder_trains(workers: Workers, tmp_path: Path) -> None:
+    hugging_face_model("qwen3_moe").float().save_pretrained(tmp_path)
+    sharded = workers.run(2, train_pretrained, str(tmp_path), False)
+    replicated = workers.run(2, train_pretrained, str(tmp_path), True)
+    assert all(len(losses) == 2 for losses in sharded + replicated)
+    assert np.allclose(sharded, replicated, atol=1e-5)
 
 
 def commands() -> list[str]:

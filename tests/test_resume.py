@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_eplb import ExpertParallelStrategy
+from lightning_eplb import ExpertParallelStrategy, materialize, parallelize_experts
 from lightning_eplb.parallel.shards import local_shard
 from tests.fidelity import TOLERANCE, trainer_for, whole
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
@@ -111,6 +111,37 @@ def resume_on_meta(path: str) -> tuple[list[float], dict[str, Tensor]]:
 def test_a_model_built_on_the_meta_device(half: Path, workers: Workers) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(4, resume_on_meta, str(half), seconds=SECONDS)
+    assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
+    for _, weights_of_rank in resumed:
+        assert largest_difference(weights_of_rank, weights) < TOLERANCE
+
+
+class BuiltOnMetaUnderDDP(LanguageModel):
+    """Each rank has memory for its experts and what all share."""
+
+    def __init__(self, in_configure_model: bool) -> None:
+        super().__init__(nn.Identity() if in_configure_model else self._build(), "adamw")
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, nn.Identity):
+            self.model = materialize(parallelize_experts(self._build(), num_redundant_experts=2))
+
+    @staticmethod
+    def _build() -> nn.Module:
+        with torch.device("meta"):
+            return hugging_face_model("mixtral")
+
+
+def resume_on_meta_under_ddp(path: str, in_configure_model: bool) -> tuple[list[float], dict[str, Tensor]]:
+    module = BuiltOnMetaUnderDDP(in_configure_model)
+    trainer_for(2, max_steps=STEPS, callbacks=[callback(2, 1)]).fit(module, batches(2), ckpt_path=path)
+    return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("in_configure_model", [True, False])
+def test_a_model_built_on_the_meta_device_under_ddp(half: Path, in_configure_model: bool, workers: Workers) -> None:
+    losses, weights = uninterrupted()
+    resumed = workers.run(2, resume_on_meta_under_ddp, str(half), in_configure_model, seconds=SECONDS)
     assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
     for _, weights_of_rank in resumed:
         assert largest_difference(weights_of_rank, weights) < TOLERANCE
