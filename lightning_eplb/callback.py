@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
+from lightning_eplb.fsdp import ExpertsLeftOut, check_fsdp
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import (
@@ -34,6 +35,7 @@ from lightning_eplb.logging.loggers import (
 )
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.flat_parameters import check_not_flattened, shard_groups
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
@@ -139,6 +141,7 @@ class EPLBCallback(Callback):
         self._saved_state: dict[str, Any] = {}
         self._last_global_step = 0
         self._trace_writer: TraceWriter | None = None
+        self._left_out: ExpertsLeftOut | None = None
         self._summary = FitSummary(window_size)
 
     @override
@@ -150,7 +153,10 @@ class EPLBCallback(Callback):
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
-        if not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
+        if isinstance(trainer.strategy, FSDPStrategy):
+            self._end_leaving_out()
+            self._left_out = ExpertsLeftOut(trainer.strategy, pl_module)
+        elif not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
             trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
         if any(expert_layers(pl_module)):
             return
@@ -192,6 +198,7 @@ class EPLBCallback(Callback):
             install_optimizer_hooks(optimizer, pl_module)
             if self._scaler(trainer) is not None:
                 check_scaled_optimizer(optimizer)
+        check_not_flattened(pl_module)
         _clip_by_global_norm(trainer, pl_module, self.balancer)
         _average_when_ddp_does(trainer.strategy.model, pl_module)
 
@@ -273,6 +280,7 @@ class EPLBCallback(Callback):
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         for name in ("clip_grad_by_norm", "clip_grad_by_value"):
             vars(trainer.precision_plugin).pop(name, None)
+        self._end_leaving_out()
         if self._trace_writer is not None:
             self._trace_writer.close()
             self._trace_writer = None
@@ -284,6 +292,11 @@ class EPLBCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
+
+    def _end_leaving_out(self) -> None:
+        if self._left_out is not None:
+            self._left_out.undo()
+            self._left_out = None
 
     def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
         """The gradient scaler, where several ranks must agree about what it does."""
@@ -304,10 +317,12 @@ class EPLBCallback(Callback):
                 f"num_redundant_experts={self.num_redundant_experts} must be a multiple of ep_size={ep_size};"
                 f" {below} or {below + ep_size} would do"
             )
-        if not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
+        if isinstance(trainer.strategy, FSDPStrategy):
+            check_fsdp(trainer.strategy)
+        elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
             raise ValueError(
-                f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback;"
-                " 'ddp' or lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
+                f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
+                " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
             )
         check_nodes(ep_size, trainer.num_devices)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -422,14 +437,15 @@ def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule",
     """
     precision = trainer.precision_plugin
     experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
+    cut = shard_groups(trainer.strategy.model or pl_module)
 
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups)
+        clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups, cut)
 
     def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
         clip_grad_value_(precision.main_params(optimizer), float(clip_val))
 
-    if balancer.groups.size > 1 or isinstance(trainer.strategy, ExpertParallelStrategy):
+    if balancer.groups.size > 1 or isinstance(trainer.strategy, (ExpertParallelStrategy, FSDPStrategy)):
         precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
         precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
 

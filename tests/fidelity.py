@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, ExpertPlacement, Policy, Topology
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import (
     LanguageModel,
     ShardedLanguageModel,
@@ -44,6 +45,8 @@ class Case:
     use_async: bool = False
     replicas: int | None = None
     """Under ``ExpertParallelStrategy`` with so many; None is DDP."""
+    fsdp1: str | None = None
+    """Under Lightning's ``FSDPStrategy``, by this ``sharding_strategy``."""
 
     def __str__(self) -> str:
         return (
@@ -51,6 +54,7 @@ class Case:
             f"-clip_{self.clip}-{self.optimizer}"
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + (f"-fsdp{self.replicas}" if self.replicas else "")
+            + (f"-flat_{self.fsdp1}" if self.fsdp1 else "")
             + ("-batch" if self.redundancy == "batch" else "")
             + ("-async" if self.use_async else "")
             + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
@@ -145,7 +149,9 @@ def distributed(case: Case) -> Outcome:
     model, redundant = hugging_face_model(case.model, top_k=case.top_k), case.redundant * case.ranks
     if case.checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
-    module, strategy = LanguageModel(model, case.optimizer), None
+    module, strategy, plugins = LanguageModel(model, case.optimizer), None, []
+    if case.fsdp1 is not None:
+        strategy, plugins = fsdp1(sharding_strategy=case.fsdp1), [DoublePrecision()]
     if case.replicas is not None:
         module = ShardedLanguageModel(model, case.optimizer, redundant)
         strategy = ExpertParallelStrategy(case.ep_size, case.replicas)
@@ -161,6 +167,7 @@ def distributed(case: Case) -> Outcome:
     trainer = trainer_for(
         case.ranks,
         strategy,
+        plugins=plugins,
         max_steps=STEPS,
         accumulate_grad_batches=case.accumulation,
         gradient_clip_val=CLIP[case.clip],
@@ -175,6 +182,8 @@ def distributed(case: Case) -> Outcome:
     if case.redundant:
         assert callback.balancer.last_step is not None
         assert callback.balancer.last_step.num_copies > 0 or callback.balancer.last_step.balancedness == 1.0
+    if case.fsdp1 is not None:
+        return Outcome(module.losses, *full_state(trainer))
     return Outcome(
         module.losses,
         {k: whole(v) for k, v in module.model.state_dict().items()},

@@ -113,7 +113,7 @@ def test_a_model_that_trains_only_experts(workers: Workers) -> None:
 def test_another_strategy() -> None:
     trainer = mock.Mock(world_size=2)
     trainer.strategy = object()
-    with pytest.raises(ValueError, match="strategy=object is not supported by EPLBCallback; 'ddp'"):
+    with pytest.raises(ValueError, match="strategy=object is not supported by EPLBCallback; 'ddp', 'fsdp'"):
         EPLBCallback().setup(trainer, LanguageModel(hugging_face_model("mixtral"), "adamw"), "fit")
 
 

@@ -39,9 +39,17 @@ ASYNC = [
     Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, checkpointing="reentrant", use_async=True),
     Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, use_async=True),
 ]
+FSDP1 = [
+    Case(ranks=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2),
+    Case(model="gpt_oss", ranks=4, redundant=1, fsdp1="SHARD_GRAD_OP", clip="value", optimizer="sgd", use_async=True),
+    Case(ranks=4, ep_size=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2, redundancy="batch"),
+    Case(ranks=4, ep_size=2, redundant=1, fsdp1="NO_SHARD", clip="norm", checkpointing="non-reentrant"),
+    Case(ranks=4, ep_size=2, fsdp1="FULL_SHARD", clip="norm", checkpointing="reentrant", use_async=True),
+    Case(ranks=2, ep_size=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2),
+]
 
 
-@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC, ids=str)
+@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC + FSDP1, ids=str)
 def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case, seconds=240)) < TOLERANCE
 

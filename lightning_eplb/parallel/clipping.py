@@ -1,6 +1,6 @@
 """Gradient clipping by one global norm, in which every logical expert counts once, and by value."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,11 @@ from lightning_eplb.parallel.shards import local_shard
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, expert_parameters: Iterable[Tensor], groups: ExpertGroups
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    expert_parameters: Iterable[Tensor],
+    groups: ExpertGroups,
+    shard_groups: Mapping[int, dist.ProcessGroup] | None = None,
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model whose experts are spread over ranks, by the 2-norm.
 
@@ -25,20 +29,24 @@ def clip_grad_norm_(
         expert_parameters: All parameters of converted modules on this rank, also those that are not clipped.
         groups: As the converted modules' ``expert_layer.groups``. All ranks of the EP group call it, each with the same
             parameters; with DTensors all ranks of their meshes, too.
+        shard_groups: By the ``id`` of a parameter of which this rank has a part that only FSDP1 knows the place of: the
+            ranks that have the others. They call it, too.
 
     Returns:
         The norm before clipping, of the whole model: the same on every rank.
     """
-    parameters = list(parameters)
+    parameters, shard_groups = list(parameters), shard_groups or {}
     expert_ids = {id(parameter) for parameter in expert_parameters}
     sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    experts = [parameter for parameter in plain if id(parameter) in expert_ids]
-    norms = [get_total_norm(_grads(parameter for parameter in plain if id(parameter) not in expert_ids))]
+    parts = [parameter for parameter in plain if id(parameter) in shard_groups]
+    whole = [parameter for parameter in plain if id(parameter) not in shard_groups]
+    experts = [parameter for parameter in whole if id(parameter) in expert_ids]
+    norms = [get_total_norm(_grads(parameter for parameter in whole if id(parameter) not in expert_ids))]
     if experts and groups.exchange is not None:
-        squares = get_total_norm(_grads(experts)).to(experts[0].device) ** 2
-        dist.all_reduce(squares, group=groups.exchange)
-        norms.append(squares.sqrt())
+        norms.append(_norm_over(groups.exchange, experts))
+    for group in dict.fromkeys(shard_groups[id(parameter)] for parameter in parts):
+        norms.append(_norm_over(group, [parameter for parameter in parts if shard_groups[id(parameter)] == group]))
     norms += [_norm_over_mesh(grads) for grads in _by_mesh(_grads(sharded))]
     norm = get_total_norm([norm.to(norms[-1].device) for norm in norms])
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils has it
@@ -55,6 +63,14 @@ def clip_grad_value_(parameters: Iterable[Tensor], clip_value: float) -> None:
 
 def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm_over(group: dist.ProcessGroup, parameters: list[Tensor]) -> Tensor:
+    """Of what all ranks of a group have of these parameters. In float32 at least: some ranks may have no gradient."""
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    squares = get_total_norm(_grads(parameters)).to(parameters[0].device, dtype) ** 2
+    dist.all_reduce(squares, group=group)
+    return squares.sqrt()
 
 
 def _by_mesh(grads: Iterable[Tensor]) -> list[list[DTensor]]:

@@ -77,6 +77,8 @@ class ExpertLayer:
         """Whether the redundant slots are filled anew for each batch, whatever the placement says."""
         self.min_tokens_per_copy = 1
         """Tokens that such a copy must take over; the same on all ranks."""
+        self.compute_dtype: torch.dtype | None = None
+        """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
@@ -226,15 +228,21 @@ class ParallelExperts(nn.Module):
             return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=device)
-            primaries = self._original_with(self._local_parameters())
+            primaries = self._original_with(self._local_parameters(1))
             sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         shared = [parameter for child in self.children() for parameter in child.parameters()]
         return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
 
-    def _local_parameters(self) -> list[Tensor]:
-        """The weights of this rank's primaries, ``[n, ...]`` each: ``fully_shard`` has them whole within a forward."""
-        parameters = self.parameters(recurse=False)
-        return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    def _local_parameters(self, rows: int | None = None) -> list[Tensor]:
+        """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.
+
+        ``fully_shard`` has them whole within a forward.
+        """
+        dtype = self.expert_layer.compute_dtype
+        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters(recurse=False)]
+        if rows is not None:
+            parameters = [parameter[:rows] for parameter in parameters]
+        return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]
 
     def _original_with(self, weights: Sequence[Tensor]) -> nn.Module:
         """The module as it was before it was converted, for as many experts as ``weights`` have rows."""

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
 from lightning_eplb.parallel.shards import local_shard
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
+from tests.fsdp1 import CPUFSDPPrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, loader, token_batches
 from tests.workers import Workers
 
@@ -40,21 +42,28 @@ def train(kind: str, optimizer: str) -> tuple[list[bool], list[float]]:
     model = hugging_face_model("mixtral").float()
     base = ShardedLanguageModel if kind == "sharded" else LanguageModel
     module = overflowing(base)(model, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    scaler: Any = torch.amp.GradScaler("cpu", init_scale=16.0)
+    strategy, precision = (
+        ExpertParallelStrategy() if kind == "sharded" else None,
+        MixedPrecision("16-mixed", "cpu", scaler),
+    )
+    if kind == "fsdp1":
+        strategy, precision = fsdp1(), CPUFSDPPrecision("16-mixed")
+        precision.scaler = scaler = ShardedGradScaler("cpu", init_scale=16.0)
     trainer = trainer_for(
         2,
-        ExpertParallelStrategy() if kind == "sharded" else None,
+        strategy,
         max_steps=STEPS,
         # Experts move after the third step only, so that a change in weights is the optimizer's.
         callbacks=[EPLBCallback(policy=ShufflePolicy(), step_interval=4 * STEPS)],
-        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        plugins=[precision],
         gradient_clip_val=1.0,
     )
     trainer.fit(module, loader(token_batches(2 * STEPS * SEQUENCES), SEQUENCES))
     return module.stepped, [scaler.get_scale()]  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1"])
 def test_all_ranks_skip_the_step_and_no_other(kind: str, workers: Workers) -> None:
     for stepped, scale in workers.run(2, train, kind, "adamw", seconds=200):
         assert stepped == [step != OVERFLOW for step in range(STEPS)]
