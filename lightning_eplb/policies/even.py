@@ -5,7 +5,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank
 from lightning_eplb.policies.toll import EVEN, busiest, drop_copies, weigh_copies
@@ -20,7 +20,7 @@ FURTHER = 8
 """Further ranks that it tries in turn."""
 
 
-@compiled
+@inlined
 def sift_down(heap, size, key):
     """Restore a binary heap, the largest ``key[item]`` on top, after the top's key became smaller."""
     place, item = 0, heap[0]
@@ -38,7 +38,7 @@ def sift_down(heap, size, key):
     heap[place] = item
 
 
-@compiled
+@inlined
 def sift_up(heap, place, key):
     """Restore a binary heap, the largest ``key[item]`` on top, after an item was put at its end."""
     item = heap[place]
@@ -51,7 +51,7 @@ def sift_up(heap, place, key):
     heap[place] = item
 
 
-@compiled
+@inlined
 def move_in_heap(heap, place_of, size, key, item):
     """Restore a binary heap whose places are known, the largest ``key[item]`` on top, after the item's key changed."""
     place = place_of[item]
@@ -75,7 +75,7 @@ def move_in_heap(heap, place_of, size, key, item):
     heap[place], place_of[item] = item, place
 
 
-@compiled
+@inlined
 def top_of_heap(heap, key, most, found, places):
     """Fill ``found`` with the items of the ``most`` largest keys, largest first, lower index first; how many there are.
 
@@ -116,7 +116,7 @@ def count_tokens(load_L, slots_RS, copies_L, tokens_R):
                 tokens_R[rank] += load_L[expert] // copies_L[expert]
 
 
-@compiled
+@inlined
 def holds(slots_RS, rank, expert):
     for other in slots_RS[rank]:  # noqa: SIM110 (numba compiles no generator)
         if other == expert:
@@ -319,7 +319,7 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
     return fullest(tokens_R, weight_R)
 
 
-@compiled
+@inlined
 def unlink(head_L, next_P, expert, place):
     """Take a slot out of the list of its expert's slots."""
     if head_L[expert] == place:
@@ -331,7 +331,7 @@ def unlink(head_L, next_P, expert, place):
     next_P[before] = next_P[place]
 
 
-@compiled
+@inlined
 def shift_tokens(load_L, expert, copies_L, change, head_L, next_P, num_slots, tokens_R):
     """Let an expert have more or fewer copies, and tell the ranks in its list, with what each copy then adds."""
     more = load_L[expert] // (copies_L[expert] + change) - load_L[expert] // copies_L[expert]
@@ -435,7 +435,7 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
     return before - best_peak - best_price, best_swaps
 
 
-@compiled
+@inlined
 def drop_copy(slots_RS, rank, expert, num_primaries):
     """Empty the redundant slot of ``rank`` that holds ``expert``, if there is one: its primary comes there."""
     for slot in range(num_primaries, slots_RS.shape[1]):
