@@ -27,9 +27,10 @@ A rank of many experts gives one of them away at a time, so shallow links level 
 much ready for what may come.
 """
 DEPTHS_OF_FEW = (0.7, 0.5, 0.6, 0.3, 1.0)
-"""The same where ranks hold fewer than ``FEW`` experts, each of which can fill a deep link.
+"""The same where ranks hold fewer than ``FEW`` experts, each of which can fill a deep link, and where copies cost: then
+no rank should have to send many.
 
-Where they hold one each, 1 always levels them: that is the alias method. Less leaves more for what may come.
+Where ranks hold one expert each, 1 always levels them: that is the alias method. Less leaves more for what may come.
 """
 FEW = 4
 LOOSE_SPREADS = 2.0
@@ -146,8 +147,9 @@ def plan_level(
             load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, quota_RS, tokens_R
         )
         best_peak = drop_copies(
-            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
-        )
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, before, enough, quota_RS,
+            tokens_R,
+        )  # fmt: skip
         if best_peak < before:
             best_RS = trial_RS.copy()
             is_new = True
@@ -166,6 +168,7 @@ def plan_level(
             node_R,
             copy,
             present,
+            best_peak,
             enough,
             new_quota_RS,
             new_tokens_R,
@@ -218,7 +221,7 @@ def plan_level(
             if with_copies:
                 peak = copy_and_level(
                     load_L, spread_L, likely_L, trial_RS, num_primaries, level_R, weight_R, node_R, copy, present,
-                    enough, quota_RS, tokens_R,
+                    lowest - price, enough, quota_RS, tokens_R,
                 )  # fmt: skip
             elif has_toll:
                 even_quotas(load_L, trial_RS, quota_RS, tokens_R)
@@ -281,11 +284,15 @@ def copy_and_level(
     node_R,
     copy,
     present,
+    limit,
     enough,
     quota_RS,
     tokens_R,
 ):
     """Choose the copies for the primaries of ``slots_RS``, in place, and divide the tokens among them.
+
+    Trees of several depths are grown until one levels the ranks as it is, which costs far less than to sweep over the
+    quotas of one that does not. Only where none does, the one is swept of which the first sweeps made most.
 
     Returns:
         The weighted parts of the fullest rank, with what :func:`weigh_copies` adds where copies cost something.
@@ -294,7 +301,7 @@ def copy_and_level(
     left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
-    depths = DEPTHS_OF_FEW if num_primaries < FEW else DEPTHS
+    depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
     lowest = np.inf
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
     quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
@@ -307,6 +314,8 @@ def copy_and_level(
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
         lowest = fullest(tokens_R, weight_R)
+        if copy > 0:  # deep links make few copies: no other tree where quotas level this one
+            lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if lowest <= enough:
             break
         tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
@@ -329,8 +338,9 @@ def copy_and_level(
         lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     if copy > 0:
         return drop_copies(
-            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
-        )
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, limit, enough, quota_RS,
+            tokens_R,
+        )  # fmt: skip
     return lowest
 
 
