@@ -18,7 +18,7 @@ def _folder() -> Path:
     sources = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_bytes()
-        if b"\n@compiled\n" in source or path.name == Path(__file__).name:
+        if b"\n@compiled\n" in source or b"\n@inlined\n" in source or path.name == Path(__file__).name:
             sources.update(source)
     root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else PACKAGE / "__pycache__"  # type: ignore[attr-defined]
     return root / f"compiled-{sources.hexdigest()[:16]}"
@@ -36,11 +36,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     package or, where that can't be written, where numba keeps those of the user; ``NUMBA_CACHE_DIR`` names another
     place. Where none can be written, every process compiles anew.
     """
+    return _compile(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a step that loops take often: its instructions are laid into each loop that calls it.
+
+    An array is handed over as seven numbers or more, so that a call with a few of them takes longer than what a small
+    step does with them.
+    """
+    return _compile(function, forceinline=True)
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     others = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:
         numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
-        return numba.njit(cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place can be written
-        return numba.njit(function)
+        return numba.njit(function, **options)
     finally:
         numba.config.CACHE_DIR = others  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank
 from lightning_eplb.policies.toll import EVEN, busiest, drop_copies, weigh_copies
@@ -20,7 +20,7 @@ FURTHER = 8
 """Further ranks that it tries in turn."""
 
 
-@compiled
+@inlined
 def sift_down(heap, size, key):
     """Restore a binary heap, the largest ``key[item]`` on top, after the top's key became smaller."""
     place, item = 0, heap[0]
@@ -38,7 +38,7 @@ def sift_down(heap, size, key):
     heap[place] = item
 
 
-@compiled
+@inlined
 def sift_up(heap, place, key):
     """Restore a binary heap, the largest ``key[item]`` on top, after an item was put at its end."""
     item = heap[place]
@@ -51,7 +51,7 @@ def sift_up(heap, place, key):
     heap[place] = item
 
 
-@compiled
+@inlined
 def move_in_heap(heap, place_of, size, key, item):
     """Restore a binary heap whose places are known, the largest ``key[item]`` on top, after the item's key changed."""
     place = place_of[item]
@@ -75,7 +75,7 @@ def move_in_heap(heap, place_of, size, key, item):
     heap[place], place_of[item] = item, place
 
 
-@compiled
+@inlined
 def top_of_heap(heap, key, most, found, places):
     """Fill ``found`` with the items of the ``most`` largest keys, largest first, lower index first; how many there are.
 
@@ -116,7 +116,7 @@ def count_tokens(load_L, slots_RS, copies_L, tokens_R):
                 tokens_R[rank] += load_L[expert] // copies_L[expert]
 
 
-@compiled
+@inlined
 def holds(slots_RS, rank, expert):
     for other in slots_RS[rank]:  # noqa: SIM110 (numba compiles no generator)
         if other == expert:
@@ -209,8 +209,10 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
         if expert >= 0:
             next_P[place], head_L[expert] = head_L[expert], place
     largest = np.int64(0)
+    with_fewer_L, share_L, with_more_L = np.empty_like(load_L), np.empty_like(load_L), np.empty_like(load_L)
     for expert in range(load_L.size):
-        largest = max(largest, load_L[expert] // copies_L[expert])
+        divide(load_L, copies_L, expert, with_fewer_L, share_L, with_more_L)
+        largest = max(largest, share_L[expert])
     # The ranks, the fullest on top, and the emptiest on top.
     full_heap, empty_heap = np.arange(num_ranks), np.arange(num_ranks)
     full_place_R, empty_place_R = np.arange(num_ranks), np.arange(num_ranks)
@@ -240,12 +242,12 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
                 continue
             for slot in range(num_primaries, num_slots):
                 here = slots_RS[other, slot]
-                here_share = load_L[here] // copies_L[here] if here >= 0 else np.int64(0)
+                here_share = share_L[here] if here >= 0 else np.int64(0)
                 for mine in range(num_slots):
                     expert = slots_RS[full, mine]
                     if expert < 0 or expert == here or holds(slots_RS, other, expert):
                         continue
-                    mine_share = load_L[expert] // copies_L[expert]
+                    mine_share = share_L[expert]
                     if mine >= num_primaries and (here < 0 or not holds(slots_RS, full, here)):
                         peak = max(
                             (tokens_R[full] - mine_share + here_share) * weight_R[full],
@@ -254,9 +256,9 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
                         if peak < lowest:
                             lowest, from_slot, to_rank, to_slot = peak, np.int64(mine), other, np.int64(slot)
                             exchange = True
-                    if not recount or load_L[expert] // (copies_L[expert] + 1) < least:
+                    new_share = with_more_L[expert]
+                    if not recount or new_share < least:
                         continue
-                    new_share = load_L[expert] // (copies_L[expert] + 1)
                     peak = max(
                         (tokens_R[full] - mine_share + new_share) * weight_R[full],
                         (tokens_R[other] + new_share - here_share) * weight_R[other],
@@ -264,7 +266,7 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
                     if peak >= lowest:
                         continue
                     if here >= 0:  # the ranks that keep a copy of what is replaced get more of it
-                        more = load_L[here] // (copies_L[here] - 1) - here_share
+                        more = with_fewer_L[here] - here_share
                         if 100 * (here_share + more) > LARGER * largest:
                             continue
                         place = head_L[here]
@@ -287,22 +289,30 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
         place = to_rank * num_slots + to_slot
         if here >= 0:
             unlink(head_L, next_P, here, place)
-            shift_tokens(load_L, here, copies_L, -1, head_L, next_P, num_slots, tokens_R)
-            tokens_R[to_rank] -= load_L[here] // (copies_L[here] + 1)
+            tokens_R[to_rank] -= share_L[here]
+            shift_tokens(here, with_fewer_L[here] - share_L[here], head_L, next_P, num_slots, tokens_R)
+            copies_L[here] -= 1
+            divide(load_L, copies_L, here, with_fewer_L, share_L, with_more_L)
         if exchange:
             unlink(head_L, next_P, expert, full * num_slots + from_slot)
-            shift_tokens(load_L, expert, copies_L, -1, head_L, next_P, num_slots, tokens_R)
-            tokens_R[full] -= load_L[expert] // (copies_L[expert] + 1)
+            tokens_R[full] -= share_L[expert]
+            shift_tokens(expert, with_fewer_L[expert] - share_L[expert], head_L, next_P, num_slots, tokens_R)
+            copies_L[expert] -= 1
+            divide(load_L, copies_L, expert, with_fewer_L, share_L, with_more_L)
             slots_RS[full, from_slot] = here
             if here >= 0:
                 back = full * num_slots + from_slot
-                shift_tokens(load_L, here, copies_L, 1, head_L, next_P, num_slots, tokens_R)
+                shift_tokens(here, with_more_L[here] - share_L[here], head_L, next_P, num_slots, tokens_R)
+                copies_L[here] += 1
+                divide(load_L, copies_L, here, with_fewer_L, share_L, with_more_L)
                 next_P[back], head_L[here] = head_L[here], back
-                tokens_R[full] += load_L[here] // copies_L[here]
-        shift_tokens(load_L, expert, copies_L, 1, head_L, next_P, num_slots, tokens_R)
+                tokens_R[full] += share_L[here]
+        shift_tokens(expert, with_more_L[expert] - share_L[expert], head_L, next_P, num_slots, tokens_R)
+        copies_L[expert] += 1
+        divide(load_L, copies_L, expert, with_fewer_L, share_L, with_more_L)
         next_P[place], head_L[expert] = head_L[expert], place
         slots_RS[to_rank, to_slot] = expert
-        tokens_R[to_rank] += load_L[expert] // copies_L[expert]
+        tokens_R[to_rank] += share_L[expert]
         # Each rank that serves other tokens now: those of both experts, and the one that lost its copy of either.
         for part in range(4):
             changed = expert if part == 0 else here
@@ -319,7 +329,7 @@ def improve_copies(load_L, slots_RS, num_primaries, weight_R, least, recount, co
     return fullest(tokens_R, weight_R)
 
 
-@compiled
+@inlined
 def unlink(head_L, next_P, expert, place):
     """Take a slot out of the list of its expert's slots."""
     if head_L[expert] == place:
@@ -331,11 +341,22 @@ def unlink(head_L, next_P, expert, place):
     next_P[before] = next_P[place]
 
 
-@compiled
-def shift_tokens(load_L, expert, copies_L, change, head_L, next_P, num_slots, tokens_R):
-    """Let an expert have more or fewer copies, and tell the ranks in its list, with what each copy then adds."""
-    more = load_L[expert] // (copies_L[expert] + change) - load_L[expert] // copies_L[expert]
-    copies_L[expert] += change
+@inlined
+def divide(load_L, copies_L, expert, with_fewer_L, share_L, with_more_L):
+    """Fill in what a copy serves: with one copy fewer, as it is, and with one more."""
+    load, copies = load_L[expert], copies_L[expert]
+    if copies > 1:
+        share_L[expert] = load // copies
+        with_fewer_L[expert] = load // (copies - 1)
+        with_more_L[expert] = load // (copies + 1)
+    else:
+        share_L[expert] = with_fewer_L[expert] = load
+        with_more_L[expert] = load >> 1
+
+
+@inlined
+def shift_tokens(expert, more, head_L, next_P, num_slots, tokens_R):
+    """Tell the ranks in an expert's list that each of its copies serves so many more."""
     place = head_L[expert]
     while place >= 0:
         tokens_R[place // num_slots] += more
@@ -372,7 +393,7 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
             load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, EVEN, quota_RS, tokens_R
         )
         best_peak = drop_copies(
-            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, before, enough, quota_RS, tokens_R
         )
         if best_peak < before:
             best_RS = trial_RS.copy()
@@ -404,8 +425,9 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
             if copy > 0:
                 even_quotas(load_L, trial_RS, quota_RS, tokens_R)
                 peak = drop_copies(
-                    load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, enough, quota_RS, tokens_R
-                )
+                    load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, EVEN, lowest - price, enough,
+                    quota_RS, tokens_R,
+                )  # fmt: skip
                 count_tokens(load_L, trial_RS, copies_L, tokens_R)
             if peak + price < lowest:
                 lowest, best_peak, best_price, best_swaps = peak + price, peak, price, swaps
@@ -435,7 +457,7 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
     return before - best_peak - best_price, best_swaps
 
 
-@compiled
+@inlined
 def drop_copy(slots_RS, rank, expert, num_primaries):
     """Empty the redundant slot of ``rank`` that holds ``expert``, if there is one: its primary comes there."""
     for slot in range(num_primaries, slots_RS.shape[1]):

@@ -5,7 +5,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.spill import spill
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
 from lightning_eplb.policies.toll import LEVEL, busiest, drop_copies, weigh_copies
@@ -14,15 +14,25 @@ SWEEPS = np.int64(12)  # as int64, or loops are compiled for each of these numbe
 """Of the quotas, to judge a plan."""
 SLOW = 1.0 / 16
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
+FAST = 1.0 / 4
+"""The same where only those that become level matter."""
 FEW_SWEEPS = np.int64(2)
 """Of the quotas, to see how level a layer is."""
 NEARLY_LEVEL = 1.0 + 1.0 / 16
 """A layer whose fullest rank is lower than so many times the mean after a few sweeps may be level after more."""
-DEPTHS = (0.7, 0.5, 1.0)
+DEPTHS = (0.4, 0.3, 0.2, 0.5, 0.7)
 """How much a link may carry, in parts of what its rank should serve: tried in this order until the ranks are level.
+
+A rank of many experts gives one of them away at a time, so shallow links level more layers than deep ones, and hold as
+much ready for what may come.
+"""
+DEPTHS_OF_FEW = (0.7, 0.5, 0.6, 0.3, 1.0)
+"""The same where ranks hold fewer than ``FEW`` experts, each of which can fill a deep link, and where copies cost: then
+no rank should have to send many.
 
 Where ranks hold one expert each, 1 always levels them: that is the alias method. Less leaves more for what may come.
 """
+FEW = 4
 LOOSE_SPREADS = 2.0
 """Standard deviations of its tokens that a rank should be able to leave to others."""
 PATIENCE = 32
@@ -117,10 +127,12 @@ def plan_level(
     even_quotas(load_L, slots_RS, quota_RS, tokens_R)
     before = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     if before > enough and before <= NEARLY_LEVEL * enough:
-        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
+        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, FAST, quota_RS, tokens_R)
     has_copies = num_slots > num_primaries
-    stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS) if has_copies else 0
     has_toll = has_copies and copy > 0
+    stiff = np.int64(0)
+    if has_copies and (before <= enough or has_toll):
+        stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS)
     if before <= enough and stiff == 0 and not has_toll:
         return 0.0, 0
     trial_RS = slots_RS.copy()
@@ -135,8 +147,9 @@ def plan_level(
             load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, quota_RS, tokens_R
         )
         best_peak = drop_copies(
-            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
-        )
+            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, before, enough, quota_RS,
+            tokens_R,
+        )  # fmt: skip
         if best_peak < before:
             best_RS = trial_RS.copy()
             is_new = True
@@ -155,16 +168,21 @@ def plan_level(
             node_R,
             copy,
             present,
+            best_peak,
             enough,
             new_quota_RS,
             new_tokens_R,
         )
-        if peak > enough and before > NEARLY_LEVEL * enough and not has_toll:
+        if peak > enough and before > enough and not has_toll:
             before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
             best_peak, lowest = before, before - gain
+        is_looser = False
+        if lowest <= peak <= max(best_peak, enough):
+            if before > enough and not has_toll:
+                stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS)
+            is_looser = stiff > 0 and stiff_ranks(load_L, spread_L, trial_RS, new_quota_RS) < stiff
         quota_RS, tokens_R = new_quota_RS, new_tokens_R
-        is_looser = stiff > 0 and stiff_ranks(load_L, spread_L, trial_RS, quota_RS) < stiff
-        if peak < lowest or (peak <= max(best_peak, enough) and is_looser):
+        if peak < lowest or is_looser:
             lowest = best_peak = peak
             best_RS = trial_RS.copy()
             is_new = True
@@ -203,7 +221,7 @@ def plan_level(
             if with_copies:
                 peak = copy_and_level(
                     load_L, spread_L, likely_L, trial_RS, num_primaries, level_R, weight_R, node_R, copy, present,
-                    enough, quota_RS, tokens_R,
+                    lowest - price, enough, quota_RS, tokens_R,
                 )  # fmt: skip
             elif has_toll:
                 even_quotas(load_L, trial_RS, quota_RS, tokens_R)
@@ -266,44 +284,82 @@ def copy_and_level(
     node_R,
     copy,
     present,
+    limit,
     enough,
     quota_RS,
     tokens_R,
 ):
     """Choose the copies for the primaries of ``slots_RS``, in place, and divide the tokens among them.
 
+    Trees of several depths are grown until one levels the ranks as it is, which costs far less than to sweep over the
+    quotas of one that does not. Only where none does, the one is swept of which the first sweeps made most.
+
     Returns:
         The weighted parts of the fullest rank, with what :func:`weigh_copies` adds where copies cost something.
     """
+    num_ranks, num_slots = slots_RS.shape
     left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
+    depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
     lowest = np.inf
-    best_RS, best_quota_RS, best_tokens_R = slots_RS, quota_RS, tokens_R
+    tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
+    quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
     for attempt in range(len(DEPTHS)):
         spill(
-            load_L, spread_L, own_RN, level_R, node_R, least, DEPTHS[attempt], held_RE, quota_RS[:, num_primaries:],
+            load_L, spread_L, own_RN, level_R, node_R, least, depths[attempt], held_RE, quota_RS[:, num_primaries:],
             left_L, tokens_R,
         )  # fmt: skip
-        for rank in range(slots_RS.shape[0]):
+        for rank in range(num_ranks):
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
-        peak = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
-        is_last = peak <= enough or attempt == len(DEPTHS) - 1
-        if peak < lowest:
-            lowest = peak
-            if is_last:
-                break
-            best_RS, best_quota_RS, best_tokens_R = slots_RS.copy(), quota_RS.copy(), tokens_R.copy()
-        elif is_last:
-            slots_RS[:] = best_RS
-            quota_RS[:] = best_quota_RS
-            tokens_R[:] = best_tokens_R
+        lowest = fullest(tokens_R, weight_R)
+        if copy > 0:  # deep links make few copies: no other tree where quotas level this one
+            lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
+        if lowest <= enough:
+            break
+        tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
+    if lowest > enough:  # no tree levels the ranks: the one of which quotas make most
+        lowest, best = np.inf, 0
+        for attempt in range(len(DEPTHS)):
+            is_new = True
+            for other in range(attempt):
+                is_new &= not is_same(tried_DRE[attempt], tried_DRE[other])
+            if not is_new:
+                continue
+            held_RE[:] = tried_DRE[attempt]
+            sum_quotas(quota_DRS[attempt], tokens_R)
+            peak = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, SLOW, quota_DRS[attempt], tokens_R)
+            if peak < lowest:
+                lowest, best = peak, attempt
+        held_RE[:] = tried_DRE[best]
+        quota_RS[:] = quota_DRS[best]
+        sum_quotas(quota_RS, tokens_R)
+        lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
     if copy > 0:
         return drop_copies(
-            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, enough, quota_RS, tokens_R
-        )
+            load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, LEVEL, limit, enough, quota_RS,
+            tokens_R,
+        )  # fmt: skip
     return lowest
+
+
+@inlined
+def is_same(one_RE, other_RE):
+    for rank in range(one_RE.shape[0]):
+        for slot in range(one_RE.shape[1]):
+            if one_RE[rank, slot] != other_RE[rank, slot]:
+                return False
+    return True
+
+
+@inlined
+def sum_quotas(quota_RS, tokens_R):
+    """Fill in the parts of each rank."""
+    for rank in range(quota_RS.shape[0]):
+        tokens_R[rank] = 0
+        for quota in quota_RS[rank]:
+            tokens_R[rank] += quota
 
 
 @compiled
@@ -313,10 +369,11 @@ def keep_slots(before_RS, after_RS, num_primaries):
     for rank in range(after_RS.shape[0]):
         for slot in range(num_slots):
             expert = before_RS[rank, slot]
+            if expert < 0 or after_RS[rank, slot] == expert:
+                continue
             start, end = (0, num_primaries) if slot < num_primaries else (num_primaries, num_slots)
-            if expert >= 0:
-                for other in range(start, end):
-                    if after_RS[rank, other] == expert:
-                        after_RS[rank, other] = after_RS[rank, slot]
-                        after_RS[rank, slot] = expert
-                        break
+            for other in range(start, end):
+                if after_RS[rank, other] == expert:
+                    after_RS[rank, other] = after_RS[rank, slot]
+                    after_RS[rank, slot] = expert
+                    break

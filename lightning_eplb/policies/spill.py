@@ -9,7 +9,7 @@ slots on a rank.
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 
 PARTS_BITS = 31
 """A layer's tokens are scaled by a power of two to a total below ``2**PARTS_BITS``, and not far below."""
@@ -48,7 +48,7 @@ def scale_to_parts(load_L, parts_L):
     return shift
 
 
-@compiled
+@inlined
 def find_unused(next_unused, index):
     """The first index from ``index`` on that is not used up; the length of the list if there is none."""
     end = index
@@ -61,7 +61,7 @@ def find_unused(next_unused, index):
     return end
 
 
-@compiled
+@inlined
 def give(expert_limit, least, giver, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R):
     """Copy the giver's expert with the most tokens left to the taker's next slot, with at most ``expert_limit`` tokens.
 
@@ -89,7 +89,7 @@ def give(expert_limit, least, giver, taker, own_RN, held_RE, quota_RE, count_R, 
     return amount
 
 
-@compiled
+@inlined
 def most_left(rank, own_RN, left_L):
     most = np.int64(0)
     for expert in own_RN[rank]:

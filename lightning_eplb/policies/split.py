@@ -5,7 +5,7 @@ Shape suffixes: ``L`` logical experts, ``P`` physical experts (slots), ``R`` ran
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 
 SPLIT_SWEEPS = np.int64(24)  # as int64, or loops are compiled for each such number
 """Of the quotas, to divide a batch."""
@@ -126,8 +126,10 @@ def even_quotas(load_L, slots_RS, quota_RS, tokens_R):
     each_L = np.empty(load_L.size, dtype=np.int64)
     over_L = np.empty(load_L.size, dtype=np.int64)
     for expert in range(load_L.size):
-        each_L[expert] = load_L[expert] // max(copies_L[expert], 1)
-        over_L[expert] = load_L[expert] - each_L[expert] * copies_L[expert]
+        each_L[expert], over_L[expert] = load_L[expert], 0
+        if copies_L[expert] > 1:
+            each_L[expert] = load_L[expert] // copies_L[expert]
+            over_L[expert] = load_L[expert] - each_L[expert] * copies_L[expert]
     for rank in range(num_ranks):
         tokens_R[rank] = 0
         for slot in range(num_slots):
@@ -165,28 +167,38 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
     if peak <= enough:
         return peak
     num_ranks, num_slots = slots_RS.shape
-    first_L = np.zeros(load_L.size + 1, dtype=np.int64)
+    next_L = np.zeros(load_L.size, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(num_slots):
             if slots_RS[rank, slot] >= 0:
-                first_L[slots_RS[rank, slot] + 1] += 1
+                next_L[slots_RS[rank, slot]] += 1
+    divided = np.empty(load_L.size, dtype=np.int64)  # the experts that have tokens and several copies
+    end_of = np.empty(load_L.size, dtype=np.int64)
+    num_divided = num_places = 0
     for expert in range(load_L.size):
-        first_L[expert + 1] += first_L[expert]
-    next_L = first_L[:-1].copy()
-    rank_of = np.empty(first_L[-1], dtype=np.int64)  # the copies of each expert, lowest water line first
-    slot_of = np.empty(first_L[-1], dtype=np.int64)
+        copies = next_L[expert]
+        next_L[expert] = -1
+        if copies > 1 and load_L[expert] > 0:
+            next_L[expert] = num_places
+            num_places += copies
+            divided[num_divided], end_of[num_divided] = expert, num_places
+            num_divided += 1
+    rank_of = np.empty(num_places, dtype=np.int64)  # the copies of each of these, lowest water line first
+    slot_of = np.empty(num_places, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(num_slots):
             expert = slots_RS[rank, slot]
-            if expert >= 0:
+            if expert >= 0 and next_L[expert] >= 0:
                 rank_of[next_L[expert]], slot_of[next_L[expert]] = rank, slot
                 next_L[expert] += 1
+    speed_R = np.empty(num_ranks)
+    for rank in range(num_ranks):
+        speed_R[rank] = 1.0 / weight_R[rank]
     for _ in range(sweeps):
         moved = np.int64(0)
-        for expert in range(load_L.size):
-            start, end = first_L[expert], first_L[expert + 1]
-            if end - start < 2 or load_L[expert] == 0:
-                continue
+        for index in range(num_divided):
+            expert, end = divided[index], end_of[index]
+            start = end_of[index - 1] if index > 0 else np.int64(0)
             for place in range(start, end):
                 tokens_R[rank_of[place]] -= quota_RS[rank_of[place], slot_of[place]]
             for place in range(start + 1, end):  # insertion sort: the order hardly changes from sweep to sweep
@@ -198,22 +210,21 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
                     other -= 1
                 rank_of[other + 1], slot_of[other + 1] = rank, slot
             held, room = float(load_L[expert]), 0.0
-            line = 0.0
             used = start
             while used < end:
                 rank = rank_of[used]
-                if used > start and line <= tokens_R[rank] * weight_R[rank]:
+                if used > start and held <= tokens_R[rank] * weight_R[rank] * room:
                     break
                 held += tokens_R[rank]
-                room += 1.0 / weight_R[rank]
-                line = held / room
+                room += speed_R[rank]
                 used += 1
+            line = held / room
             rest = load_L[expert]
             for place in range(start, end):
                 rank, slot = rank_of[place], slot_of[place]
                 quota = np.int64(0)
                 if place < used:
-                    quota = max(np.int64(line / weight_R[rank]) - tokens_R[rank], 0)
+                    quota = max(np.int64(line * speed_R[rank]) - tokens_R[rank], 0)
                     quota = min(quota, rest)
                     rest -= quota
                 moved = max(moved, abs(quota - quota_RS[rank, slot]))
@@ -231,7 +242,7 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
     return peak
 
 
-@compiled
+@inlined
 def fullest(tokens_R, weight_R):
     """The weighted tokens of the fullest rank."""
     peak = 0.0
@@ -240,7 +251,7 @@ def fullest(tokens_R, weight_R):
     return peak
 
 
-@compiled
+@inlined
 def fullest_rank(tokens_R, weight_R):
     """The rank with most weighted tokens; the lowest index where several have as many."""
     found = np.int64(0)

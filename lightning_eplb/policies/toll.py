@@ -18,6 +18,8 @@ DROP_SWEEPS = np.int64(12)
 """Of the quotas, to judge what remains when copies are dropped."""
 SLOW_DROP = 1.0 / 16
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
+MOST_RISES = 3
+"""Fewer and fewer copies are tried until so many plans in turn take longer than the best one."""
 LEVEL, EVEN = np.bool_(False), np.bool_(True)
 """How tokens are divided among copies. Variables of numpy's: for literals, all loops would be compiled twice."""
 
@@ -114,7 +116,7 @@ def weigh_copies(load_L, likely_L, slots_RS, num_primaries, weight_R, copy, pres
 
 @compiled
 def drop_copies(
-    load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, enough, quota_RS, tokens_R
+    load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, limit, enough, quota_RS, tokens_R
 ):
     """Drop the copies without which a step takes less time, in place.
 
@@ -122,6 +124,7 @@ def drop_copies(
     down to none. What takes least time of all these is kept. Copies that nobody waits for stay: they cost nothing.
 
     Args: as for :func:`weigh_copies`, and
+        limit: What takes as long is of no use: so many copies that their travel alone takes too long are not tried.
         enough: A fullest rank that need not be lowered further.
         quota_RS: Parts of each slot; those of an expert sum to its load. Changed in place.
         tokens_R: Their sum. Changed in place.
@@ -137,8 +140,10 @@ def drop_copies(
         load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, quota_RS, tokens_R
     )  # fmt: skip
     most = count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
+    rises = 0
     while most > 0:
         most -= max(most // 8, 1)  # by so much at once, or a thousand copies would have to be judged one by one
+        most = min(most, np.int64(max(min(limit, lowest) - enough, 0.0) / copy))
         thin_out(trial_RS, num_primaries, owner_L, most, sent_R, received_R, trial_quota_RS, trial_tokens_R)
         if is_even:
             even_quotas(load_L, trial_RS, trial_quota_RS, trial_tokens_R)
@@ -152,8 +157,11 @@ def drop_copies(
         time = weigh_copies(
             load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, is_even, trial_quota_RS, trial_tokens_R
         )
+        rises += 1
+        if rises == MOST_RISES and not is_even:
+            break
         if time < lowest:
-            lowest = time
+            lowest, rises = time, 0
             slots_RS[:] = trial_RS
             quota_RS[:] = trial_quota_RS
             tokens_R[:] = trial_tokens_R

@@ -246,6 +246,14 @@ def test_skew_to_one_rank_is_levelled(split):
     assert balancedness(rank_tokens(load_YL, after)) > 0.99
 
 
+@pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.97), (1.2, 0.999)])
+def test_one_copy_a_rank_levels_ranks_of_many_experts_without_moves(sigma, at_least):
+    load_YL = np.int64(np.random.default_rng(0).lognormal(0, sigma, (16, 384)) * 1e5)
+    before = ExpertPlacement.initial(16, 384, 64, 64)
+    after = BalancedPolicy(max_moves=0, split="level").rearrange(load_YL, before, Topology.even(64))
+    assert balancedness(level_tokens(load_YL, after.by_rank)) > at_least
+
+
 @pytest.mark.parametrize(
     ("experts", "redundant", "ranks", "even", "level"),
     [

@@ -51,13 +51,13 @@ def weigh(layer, slots_RS, copy, present, is_even):
     return weigh_copies(load_L, likely_L, slots_RS, own, weight_R, copy, present, is_even, *quotas)
 
 
-def drop(layer, copy, present, is_even):
+def drop(layer, copy, present, is_even, limit=np.inf):
     load_L, likely_L, slots_RS, own = layer
     weight_R, left_RS = np.ones(len(slots_RS)), slots_RS.copy()
     quota_RS, tokens_R = divide(load_L, left_RS, weight_R, is_even)
     enough = float(load_L.sum() / len(slots_RS))
     time = drop_copies(
-        load_L, likely_L, left_RS, own, weight_R, copy, present, np.bool_(is_even), enough, quota_RS, tokens_R
+        load_L, likely_L, left_RS, own, weight_R, copy, present, np.bool_(is_even), limit, enough, quota_RS, tokens_R
     )
     return time, left_RS, quota_RS, tokens_R
 
@@ -81,6 +81,16 @@ def test_what_is_left_is_a_part_and_its_time_is_told(layer, is_even, copy):
     nothing_RS = np.where(np.arange(slots_RS.shape[1]) < own, slots_RS, -1)
     for other_RS in (slots_RS, nothing_RS):
         assert time <= 1.01 * weigh(layer, other_RS, copy, present, is_even)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layer=layers, is_even=st.booleans(), copies=st.integers(0, 3))
+def test_more_copies_than_their_travel_allows_are_not_tried(layer, is_even, copies):
+    load_L, _, slots_RS, own = layer
+    present, copy = busiest(slots_RS, own), 1e5
+    limit = load_L.sum() / len(slots_RS) + (copies + 0.5) * copy
+    left_RS = drop(layer, copy, present, is_even, limit)[1]
+    assert (left_RS == slots_RS).all() or busiest(left_RS, own) <= copies
 
 
 @pytest.mark.parametrize(("split", "worst"), [("even", 0.4), ("level", 0.2)])
