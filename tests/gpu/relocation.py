@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -86,7 +86,11 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
         torch.cuda.reset_peak_memory_stats()
     model = build_model(arguments)
     module = Training(model, is_sharded, redundant)
-    strategy: Any = ExpertParallelStrategy(arguments.ep_size) if is_sharded else DDPStrategy()
+    strategy: Any = DDPStrategy()
+    if is_sharded:
+        strategy = ExpertParallelStrategy(arguments.ep_size)
+    elif arguments.strategy == "fsdp1":
+        strategy = FSDPStrategy(auto_wrap_policy={type(model.get_submodule("model.layers.0"))})
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     callback = EPLBCallback(
         redundant,
@@ -129,7 +133,7 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--strategy", choices=["ddp", "sharded"], default="ddp")
+    parser.add_argument("--strategy", choices=["ddp", "sharded", "fsdp1"], default="ddp")
     parser.add_argument("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--kernel", choices=["eager", "grouped_mm"], default="eager", help="of the experts")
