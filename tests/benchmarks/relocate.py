@@ -79,7 +79,7 @@ def main() -> int:
     """Time both parts, print their tables and then the bars."""
     arguments = parse_arguments(__doc__)
     size = GPU if "RANK" in os.environ and torch.cuda.is_available() else CPU
-    found = on_all_ranks(run, size, 8 if arguments.quick else 20, 2 if arguments.quick else 20)
+    found = on_all_ranks(run, size, 8 if arguments.quick else 20, 2 if arguments.quick else 12)
     return report(found, size, arguments.json) if found is not None else 0
 
 
@@ -139,9 +139,11 @@ def move(lane: Lane, fraction: float, turns: int, device: torch.device) -> dict[
         with timed(seconds["bare"], device):
             dist.all_to_all_single(target, source, received, sent, group=balancer.groups.exchange)
         del source, target
+        tensors = {layer: balancer._mover.tensors(layer, False) for layer in range(before.num_layers)}
+        forth, back = plan_relocation(before, after), plan_relocation(after, before)
         with timed(seconds["rows"], device):
-            move_rows(lane, before, after)
-        move_rows(lane, after, before)  # the layers' maps are as before
+            relocate(forth, tensors.__getitem__, balancer.groups)
+        relocate(back, tensors.__getitem__, balancer.groups)  # the layers' maps are as before
         with timed(seconds["whole"], device):
             done = balancer.rearrange(after, with_gradients=False)
         assert done is not None
@@ -156,13 +158,6 @@ def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
     yield
     wait_for_all(device)
     seconds.append(time.perf_counter() - start)
-
-
-def move_rows(lane: Lane, before: ExpertPlacement, after: ExpertPlacement) -> None:
-    """As a rearrangement does, without what surrounds it."""
-    assert lane.balancer is not None
-    mover = lane.balancer._mover
-    relocate(plan_relocation(before, after), lambda layer: mover.tensors(layer, False), mover.groups)
 
 
 def row_bytes(lane: Lane) -> int:
