@@ -33,8 +33,17 @@ def test_copies_are_possible_and_pay_and_never_make_it_worse(data):
     alone_R = load_L[placed_RS[:, :per_rank]].sum(axis=1)
     tokens_R = served(load_L, slots_RS)
     assert tokens_R.max() <= alone_R.max()
-    if alone_R.max() - load_L.sum() / ranks < least:
+    if load_L.max() < least:  # no expert has so many to give away
         assert (slots_RS[:, per_rank:] == -1).all()
+
+
+def test_a_copy_may_take_over_more_than_its_rank_is_above_the_mean():
+    """121 tokens above the mean; 131 are given away, as another rank stays above the mean and these two share."""
+    placed_RS = ExpertPlacement.initial(1, 6, 3, 3).by_rank[0]
+    load_L = np.array([0, 0, 0, 262, 161, 0])
+    slots_RS = choose_copies(load_L, placed_RS, 2, np.ones(3), 128)
+    assert slots_RS[:, 2].tolist() == [3, -1, -1]
+    assert served(load_L, slots_RS).tolist() == [131, 131, 161]
 
 
 def test_a_level_batch_gets_no_copy_and_neither_does_one_without_tokens():
