@@ -13,6 +13,7 @@ changed the losses by more than the spread of the two identical runs (and ``--to
 """
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
     """One run; this rank's losses, the bytes that it has allocated after it, and its peak."""
     world, is_sharded = int(os.environ["WORLD_SIZE"]), arguments.strategy == "sharded"
     on_gpu = arguments.accelerator == "gpu"
+    gc.collect()  # what the run before this one held in cycles
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -123,8 +126,8 @@ def train(arguments: argparse.Namespace, moves: bool, redundant: int) -> dict[st
     experts = sum(p.numel() * p.element_size() for n, p in module.named_parameters() if ".experts." in n)
     return {
         "losses": torch.tensor(module.losses, dtype=torch.float64),
-        "allocated": torch.cuda.memory_allocated() if on_gpu else 0,
-        "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "allocated": torch.cuda.memory_allocated() - before if on_gpu else 0,
+        "peak": torch.cuda.max_memory_allocated() - before if on_gpu else 0,
         "slot": experts / arguments.experts
         if is_sharded
         else experts * callback.balancer.groups.size / arguments.experts,
