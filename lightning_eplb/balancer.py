@@ -416,7 +416,8 @@ class ExpertLoadBalancer:
         """What all layers served since the last step."""
         taken = [layer.take_load() for layer, _ in self._modules]
         counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
-        summed = self._sum_over_groups(torch.cat([torch.stack([part.load for part in taken]), counts], dim=1))
+        loads = torch.stack([part.load for part in taken]).cpu()  # where it waits for the device, it waits once
+        summed = self._sum_over_groups(torch.cat([loads, counts], dim=1))
         load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
         if self.groups.size == 1:
             max_Y = load_YL.max(dim=1).values

@@ -26,7 +26,7 @@ class LayerLoad(NamedTuple):
     Recomputation in the backward pass is not counted.
 
     Attributes:
-        load: Tokens of each logical expert, ``[L]`` int64, CPU.
+        load: Tokens of each logical expert, ``[L]`` int64; on the CPU, but where one rank holds all experts.
         max_tokens: Those of the fullest rank; 0 where one rank holds all experts.
         num_copies: Redundant slots that were filled.
         copy_bytes: Weights of copies out, and gradients home.
@@ -142,7 +142,7 @@ class ExpertLayer:
 
     def take_load(self) -> LayerLoad:
         """What was recorded since the last call."""
-        taken = self._others._replace(load=self._load_L.cpu().clone())
+        taken = self._others._replace(load=self._load_L.clone())
         self._load_L.zero_()
         self._others = LayerLoad(self._load_L)
         return taken
