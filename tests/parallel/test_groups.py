@@ -52,7 +52,8 @@ def test_groups_go_with_the_default_group(workers: Workers) -> None:
     first = workers.run(2, kept)
     for ranks in (4, 2, 4):
         workers.run(ranks, kept)
-    assert workers.run(2, kept) == first
+    for before, after in zip(first, workers.run(2, kept), strict=True):
+        assert after <= before  # one of the former may have gone meanwhile
 
 
 def test_a_new_default_group_means_new_groups(workers: Workers) -> None:
