@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, put_together, take_apart
-from lightning_eplb.parallel.rows import all_gather_single, to_device
+from lightning_eplb.parallel.pieces import to_device
+from lightning_eplb.parallel.rows import all_gather_single
 from lightning_eplb.policies.split import split_tokens
 
 

@@ -167,8 +167,9 @@ class ParallelExperts(nn.Module):
         named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
         hidden_TD, index_TK, weights_TK = (named[name] for name in self.expert_layer.argument_names)
         if self.expert_layer.groups.size == 1:
-            self._count_alone(index_TK)
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+            self._count_alone(index_TK)  # behind what it launched: the device does not wait for the host to get here
+            return output
         return self._forward_over_ranks(hidden_TD, index_TK, weights_TK)
 
     def _count_alone(self, index_TK: Tensor) -> None:

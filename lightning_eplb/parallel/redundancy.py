@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import Route, RowsUnderway, to_device
+from lightning_eplb.parallel.pieces import to_device
+from lightning_eplb.parallel.rows import Route, RowsUnderway
 from lightning_eplb.placement import EMPTY
 
 COPY_STAGING_BYTES = 256 * 2**20
@@ -98,7 +99,11 @@ class CopiesUnderway:
         """Send the weights off."""
         assert self.groups.exchange is not None
         self.underway = RowsUnderway(
-            self.parameters, self.routes.out, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True
+            [[weights] for weights in self.parameters],
+            self.routes.out,
+            self.groups.exchange,
+            COPY_STAGING_BYTES,
+            is_taken=True,
         )
 
     def receive(self, ticket: Tensor) -> list[Tensor]:
@@ -109,7 +114,9 @@ class CopiesUnderway:
         """Send the copies' gradients off, those of trained parameters, rows in the order of arrival."""
         assert self.groups.exchange is not None
         home = self.routes.out.arriving_in_order.reverse
-        self.underway = RowsUnderway(grads, home, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True)
+        self.underway = RowsUnderway(
+            [[grad] for grad in grads], home, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True
+        )
 
     def add_home(self, grad_of: dict[int, Tensor]) -> None:
         """Wait for the copies' gradients and add each to its primary's, in place."""

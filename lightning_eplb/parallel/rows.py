@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_STAGING_BYTES = 64 * 2**20
+from lightning_eplb.parallel.pieces import Stack, gather, scatter, to_device
+
+MAX_STAGING_BYTES = 256 * 2**20
 """What a rank's send buffer, and its receive buffer, hold at most while rows travel (a single row may need more)."""
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -20,13 +22,10 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 LEAST_ALONE_BYTES = 256 * 2**10
 """Rows of a tensor that are so wide, those of the fullest rank together, can travel by themselves."""
 
-MOST_PIECES = 256
-"""So many pieces of a buffer are copied one by one in a single call; more are gathered and scattered by index."""
-
 _WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
 
 _Window: TypeAlias = "list[tuple[int, int, int]]"
-"""Columns that travel together: tensor, first column, last + 1 of each."""
+"""Columns that travel together: stack, first column, last + 1 of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,20 +86,15 @@ class Route:
         return Route(self.send_rows, self.send_counts, order, self.recv_counts, self.most_rows)
 
 
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of ``array`` on ``device``, without waiting for it: through pinned memory where it is a GPU."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 class RowsUnderway:
     """Rows that were sent off when this was made. All ranks of ``group`` make it, and then ask once, by a method.
 
-    Wide rows travel in chunks of columns, two of which are under way at most; tensors share one.
+    Wide rows travel in chunks of columns, two of which are under way at most; stacks share one.
 
     Args:
-        sources: Tensors of one length in dimension 0; the same number, shapes beyond it and dtypes on every rank. They
-            must stay as they are until the rows have arrived.
+        sources: Stacks: tensors of equal length and row shape one upon another, whose rows the route counts on from
+            one to the next. All stacks have as many rows. On every rank they are as many, of the same shapes and
+            dtypes. They must stay as they are until the rows have arrived.
         route: What goes where.
         group: The ranks of the route.
         max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk.
@@ -110,21 +104,21 @@ class RowsUnderway:
 
     def __init__(
         self,
-        sources: Sequence[Tensor],
+        sources: "Sequence[Stack]",
         route: Route,
         group: dist.ProcessGroup,
         max_bytes: int = MAX_STAGING_BYTES,
         *,
         is_taken: bool = False,
     ) -> None:
-        self._sources = [source.detach() for source in sources]
+        self._sources = [[tensor.detach() for tensor in stack] for stack in sources]
         self._route, self._group = route, group
-        row_bytes = [math.prod(source.shape[1:]) * source.element_size() for source in self._sources]
+        row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
         self._word = next(size for size in _WORDS if all(width % size == 0 for width in row_bytes))
+        self._words: dict[int, list[Tensor]] = {}
         self._chunks: deque[_Chunk] = deque()
         self._windows: deque[_Window] = deque()
         if route.most_rows and any(row_bytes):
-            self._words = [_as_words(source, self._word) for source in self._sources]
             columns, alone = (
                 max(1, size // self._word // route.most_rows) for size in (max_bytes // 2, LEAST_ALONE_BYTES)
             )
@@ -144,56 +138,64 @@ class RowsUnderway:
         while self._chunks:
             self._chunks.popleft().work.wait()
 
-    def write(self, targets: Sequence[Tensor]) -> None:
+    def write(self, targets: "Sequence[Stack]") -> None:
         """Wait for the rows and put each where the route says, in place.
 
         Within a chunk every row is read before one is written, so ``targets`` may be the sources: rows can change
         places without a second copy of the tensors.
 
         Args:
-            targets: A tensor for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
-                index them.
+            targets: A stack for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
+                count them.
         """
-        targets = [target.detach() for target in targets]
-        words: dict[int, Tensor] = {}
-        for i, (target, source) in enumerate(zip(targets, self._sources, strict=True)):
-            if self._chunks and target.data_ptr() == source.data_ptr() == self._words[i].data_ptr():
-                words[i] = self._words[i]
+        targets = [[tensor.detach() for tensor in stack] for stack in targets]
+        words: dict[int, list[Tensor]] = {}
         for chunk in self._arrivals():
-            pieces = []
-            for i, start, stop, columns in chunk.pieces():
+            for i, _, _ in chunk.window:
                 if i not in words:
-                    words[i] = _as_words(targets[i], self._word)
-                pieces.append((words[i][:, start:stop], columns))
-            _scatter(chunk.received, self._route.recv_rows, pieces)
-        for i, written in words.items():
-            if written.data_ptr() != targets[i].data_ptr():
-                targets[i].copy_(written.view(targets[i].dtype).view(targets[i].shape))
+                    words[i] = self._words_of(i, targets[i])
+            parts = [(words[i], start, stop) for i, start, stop in chunk.window]
+            scatter(chunk.received, parts, self._route.recv_rows)
+        for i, stack in words.items():
+            for written, target in zip(stack, targets[i], strict=True):
+                if written.data_ptr() != target.data_ptr():
+                    target.copy_(written.view(target.dtype).view(target.shape))
 
     def take(self) -> list[Tensor]:
-        """Wait for the rows and return them, for each of the sources, in the order in which they arrived."""
+        """Wait for the rows and return them, for each of the stacks, in the order in which they arrived."""
         rows = len(self._route.recv_rows)
-        taken = [source.new_empty(0) for source in self._sources]
+        kinds = [stack[0] for stack in self._sources]
+        taken = [kind.new_empty(0) for kind in kinds]
         for chunk in self._arrivals():
             for i, start, stop, columns in chunk.pieces():
-                source, arrived = self._sources[i], chunk.received[:, columns]
-                is_whole = arrived.shape[1] == self._words[i].shape[1]
+                kind, arrived = kinds[i], chunk.received[:, columns]
+                is_whole = arrived.shape[1] == self._words[i][0].shape[1]
                 if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
-                    taken[i] = arrived.view(source.dtype).view(rows, *source.shape[1:])
+                    taken[i] = arrived.view(kind.dtype).view(rows, *kind.shape[1:])
                     continue
                 if start == 0:
-                    taken[i] = source.new_empty(rows, *source.shape[1:])
+                    taken[i] = kind.new_empty(rows, *kind.shape[1:])
                 _as_words(taken[i], self._word)[:, start:stop] = arrived
         return [
-            tensor if tensor.ndim == source.ndim else source.new_empty(rows, *source.shape[1:])
-            for tensor, source in zip(taken, self._sources, strict=True)
+            tensor if tensor.ndim == kind.ndim else kind.new_empty(rows, *kind.shape[1:])
+            for tensor, kind in zip(taken, kinds, strict=True)
         ]
+
+    def _words_of(self, i: int, stack: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a target; of one that is its source and was not copied, the source's."""
+        addresses = [[tensor.data_ptr() for tensor in each] for each in (stack, self._sources[i], self._words[i])]
+        if addresses[0] == addresses[1] == addresses[2]:
+            return self._words[i]
+        return [_as_words(target, self._word) for target in stack]
 
     def _send_next(self) -> None:
         if not self._windows:
             return
         window = self._windows.popleft()
-        sent = _gather([self._words[i][:, start:stop] for i, start, stop in window], self._route.send_rows)
+        for i, _, _ in window:
+            if i not in self._words:
+                self._words[i] = [_as_words(tensor, self._word) for tensor in self._sources[i]]
+        sent = gather([(self._words[i], start, stop) for i, start, stop in window], self._route.send_rows)
         received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
@@ -219,43 +221,11 @@ class _Chunk:
     work: dist.Work
 
     def pieces(self) -> "Iterator[tuple[int, int, int, slice]]":
-        """Of each tensor in turn: which it is, its first column, last + 1, and these columns in the buffer."""
+        """Of each stack in turn: which it is, its first column, last + 1, and these columns in the buffer."""
         column = 0
         for i, start, stop in self.window:
             yield i, start, stop, slice(column, column + stop - start)
             column += stop - start
-
-
-def _gather(columns: Sequence[Tensor], rows: Tensor) -> Tensor:
-    """The ``rows`` of tensors, side by side in a new buffer.
-
-    Without an index on the device and without a wait, as long as these are few pieces of memory.
-    """
-    if rows.is_cuda or len(rows) * len(columns) > MOST_PIECES:
-        rows = to_device(rows.numpy(), columns[0].device) if not rows.is_cuda else rows
-        packed = [each.index_select(0, rows) for each in columns]
-        return torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
-    buffer = columns[0].new_empty(len(rows), sum(each.shape[1] for each in columns))
-    parts = buffer.split([each.shape[1] for each in columns], dim=1)
-    _copy_rows([(part, range(len(rows)), each, rows.tolist()) for part, each in zip(parts, columns, strict=True)])
-    return buffer
-
-
-def _scatter(buffer: Tensor, rows: Tensor, pieces: "Sequence[tuple[Tensor, slice]]") -> None:
-    """Undo :func:`_gather`: the rows of some columns of ``buffer`` become the ``rows`` of a tensor each."""
-    if rows.is_cuda or len(rows) * len(pieces) > MOST_PIECES:
-        rows = to_device(rows.numpy(), buffer.device) if not rows.is_cuda else rows
-        for target, columns in pieces:
-            target.index_copy_(0, rows, buffer[:, columns])
-        return
-    _copy_rows([(target, rows.tolist(), buffer[:, columns], range(len(rows))) for target, columns in pieces])
-
-
-def _copy_rows(copies: "Sequence[tuple[Tensor, Sequence[int], Tensor, Sequence[int]]]") -> None:
-    """Of each copy: the target, its rows, the source, its rows."""
-    to = [target[row] for target, rows, _, _ in copies for row in rows]
-    if to:
-        torch.ops.aten._foreach_copy_(to, [source[row] for _, _, source, rows in copies for row in rows])
 
 
 def exchange_rows(
@@ -269,7 +239,7 @@ def exchange_rows(
 
     For the arguments see :class:`RowsUnderway` and its ``write``; ``targets`` may be ``sources``.
     """
-    RowsUnderway(sources, route, group, max_bytes).write(targets)
+    RowsUnderway([[source] for source in sources], route, group, max_bytes).write([[target] for target in targets])
 
 
 def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -3,13 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.rows import RowsUnderway
-from lightning_eplb.relocation.exchange import by_device, relocate, route_of
+from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.relocation.exchange import LayersUnderway, relocate, route_of
 from lightning_eplb.relocation.gradients import GradientsUnderway
 from lightning_eplb.relocation.plan import LayerMoves
 
@@ -39,7 +38,7 @@ class BackgroundRelocation:
         self.num_bytes = 0
         """What crossed ranks so far, over all ranks of the EP group."""
         self._waiting = deque(plan)
-        self._underway: list[tuple[LayerMoves, list[tuple[list[Tensor], RowsUnderway]]]] = []
+        self._underway: list[LayersUnderway] = []
         self._gradients: dict[int, GradientsUnderway] = {}
         self._groups, self._group = groups, group
         self._most_bytes = most_bytes
@@ -52,7 +51,7 @@ class BackgroundRelocation:
     @property
     def layers_underway(self) -> list[int]:
         """Those whose rows were sent and are not in place yet."""
-        return [moves.layer for moves, _ in self._underway]
+        return [moves.layer for layers in self._underway for moves in layers.moves]
 
     @property
     def is_done(self) -> bool:
@@ -62,7 +61,7 @@ class BackgroundRelocation:
     def has_gradients(self) -> bool:
         """Whether the gradients that were sent are those that this rank has now."""
         return bool(self._underway) and all(
-            moves.layer in self._gradients and self._gradients[moves.layer].is_current for moves, _ in self._underway
+            layer in self._gradients and self._gradients[layer].is_current for layer in self.layers_underway
         )
 
     def start(
@@ -76,23 +75,15 @@ class BackgroundRelocation:
         """
         assert not self._underway
         room = self._most_bytes
-        with torch.no_grad():
-            while self._waiting:
-                moves = self._waiting[0]
-                tensors, route = tensors_of(moves.layer), route_of(moves, self._groups)
-                row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
-                if self._underway and route.most_rows * row_bytes > room:
-                    return
-                room -= route.most_rows * row_bytes
-                self.num_bytes += row_bytes * moves.num_rows_between_ranks
-                self._waiting.popleft()
-                sent = []
-                for device_tensors in by_device(tensors):
-                    rows = RowsUnderway(device_tensors, route, self._group)
-                    rows.send_rest()
-                    sent.append((device_tensors, rows))
-                self._underway.append((moves, sent))
+        while self._waiting and (not self._underway or room > 0):
+            layers = LayersUnderway(self._waiting, tensors_of, self._groups, self._group, room)
+            layers.send_rest()
+            room -= layers.bytes_of_fullest
+            self.num_bytes += layers.num_bytes
+            self._underway.append(layers)
+            for moves in layers.moves:
                 if parameters := parameters_of(moves.layer):
+                    route = route_of([moves], len(local_shard(parameters[0])), self._groups)
                     self._gradients[moves.layer] = GradientsUnderway(parameters, route, self._group)
 
     def finish(self, gradients: dict[int, list[Tensor]], have_arrived: bool) -> list[int]:
@@ -105,22 +96,20 @@ class BackgroundRelocation:
         Returns:
             The layers whose primaries are now where the plan wants them.
         """
-        arrived, self._underway = self._underway, []
-        with torch.no_grad():
-            for moves, sent in arrived:
-                for tensors, rows in sent:
-                    rows.write(tensors)
-                if have_arrived:
-                    self._gradients.pop(moves.layer).write(gradients[moves.layer])
-                    row_bytes = sum(
-                        gradient[0].numel() * gradient.element_size() for gradient in gradients[moves.layer]
-                    )
-                    self.num_bytes += row_bytes * moves.num_rows_between_ranks
-            self.forget_gradients()
-            if not have_arrived:
-                with_gradients = [moves for moves, _ in arrived if gradients[moves.layer]]
-                self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
-        return [moves.layer for moves, _ in arrived]
+        for layers in self._underway:
+            layers.put_in_place()
+        arrived = [moves for layers in self._underway for moves in layers.moves]
+        self._underway = []
+        if have_arrived:
+            for moves in arrived:
+                self._gradients.pop(moves.layer).write(gradients[moves.layer])
+                row_bytes = sum(gradient[0].numel() * gradient.element_size() for gradient in gradients[moves.layer])
+                self.num_bytes += row_bytes * moves.num_rows_between_ranks
+        self.forget_gradients()
+        if not have_arrived:
+            with_gradients = [moves for moves in arrived if gradients[moves.layer]]
+            self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
+        return [moves.layer for moves in arrived]
 
     def forget_gradients(self) -> None:
         """Send no more gradients, and drop those that are under way."""

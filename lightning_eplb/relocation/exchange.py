@@ -1,13 +1,18 @@
 """Move primaries between ranks as planned: weights, optimizer state and, where they are still wanted, gradients."""
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.pieces import MOST_VIEWS, Stack
 from lightning_eplb.parallel.rows import Route, RowsUnderway
 from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.relocation.optimizer import state_rows
@@ -36,46 +41,116 @@ def parameters_of_autograd(module: nn.Module) -> list[nn.Parameter]:
     return [] if isinstance(module, FSDPModule) else list(module.parameters(recurse=False))
 
 
-def route_of(moves: LayerMoves, groups: ExpertGroups) -> Route:
-    """How this rank's rows of a layer travel."""
-    places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
-    return Route.of_moves(*places, rank=groups.rank, size=groups.size)
+def route_of(layers: Sequence[LayerMoves], num_primaries: int, groups: ExpertGroups) -> Route:
+    """How this rank's rows of these layers travel; each layer's are counted on from those of the one before it."""
+    source_rank, target_rank = (
+        np.concatenate(ranks) for ranks in ([m.source_rank for m in layers], [m.target_rank for m in layers])
+    )
+    source_row = np.concatenate([moves.source_row + i * num_primaries for i, moves in enumerate(layers)])
+    target_row = np.concatenate([moves.target_row + i * num_primaries for i, moves in enumerate(layers)])
+    return Route.of_moves(source_rank, source_row, target_rank, target_row, groups.rank, groups.size)
 
 
-def by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return [[tensor for tensor in tensors if str(tensor.device) == device] for device in devices]
+class LayersUnderway:
+    """Layers whose primaries were sent off when this was made, all in the same collectives: few large ones are faster.
+
+    All ranks of ``group`` make it alike. The tensors must stay as they are until :meth:`put_in_place`.
+
+    Args:
+        plan: Layers that wait; those that are sent are taken off its head.
+        tensors_of: Of a layer, its tensors as :func:`tensors_to_move` gives them: of the same shapes and dtypes on
+            every rank.
+        groups: Of the layers.
+        group: What they travel on.
+        most_bytes: What the fullest rank sends or receives. No layer more is sent than fits, but one at least.
+    """
+
+    def __init__(
+        self,
+        plan: deque[LayerMoves],
+        tensors_of: Callable[[int], Sequence[Tensor]],
+        groups: ExpertGroups,
+        group: dist.ProcessGroup,
+        most_bytes: float = math.inf,
+    ) -> None:
+        self.moves: list[LayerMoves] = []
+        """Of the layers that were sent."""
+        self.bytes_of_fullest = 0
+        """What the rank sends or receives that does so most."""
+        self.num_bytes = 0
+        """What crosses ranks, over all ranks of the EP group."""
+        tensors_of_layers: list[Sequence[Tensor]] = []
+        num_pieces = 0
+        while plan:
+            tensors = tensors_of(plan[0].layer)
+            row_bytes, most_rows = sum(tensor.nbytes // len(tensor) for tensor in tensors), plan[0].most_rows
+            num_bytes = most_rows * row_bytes
+            num_pieces += most_rows * len(tensors)
+            if self.moves and (
+                self.bytes_of_fullest + num_bytes > most_bytes
+                or num_pieces > MOST_VIEWS
+                or not _are_alike(tensors, tensors_of_layers[0])
+            ):
+                break
+            self.moves.append(plan.popleft())
+            tensors_of_layers.append(tensors)
+            self.bytes_of_fullest += num_bytes
+            self.num_bytes += row_bytes * self.moves[-1].num_rows_between_ranks
+        self._sent: list[tuple[list[Stack], RowsUnderway]] = []
+        stacks = list(zip(*tensors_of_layers, strict=True))
+        if stacks:
+            route = route_of(self.moves, len(stacks[0][0]), groups)
+            with torch.no_grad():
+                self._sent = [(part, RowsUnderway(part, route, group)) for part in _by_device(stacks)]
+
+    def send_rest(self) -> None:
+        """Have all of it under way, not two chunks."""
+        with torch.no_grad():
+            for _, rows in self._sent:
+                rows.send_rest()
+
+    def put_in_place(self) -> None:
+        """Wait for the rows, and put them in place."""
+        with torch.no_grad():
+            for stacks, rows in self._sent:
+                rows.write(stacks)
 
 
 def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Tensor]], groups: ExpertGroups) -> int:
     """Move the rows of primaries, in place. All ranks of the EP group call it with the same plan.
 
-    While a layer's last rows are put in place, the first of the next layer travel: the buffers of two layers are held.
+    While the last rows of some layers are put in place, the first of the next travel: the buffers of two exchanges are
+    held.
 
     Args:
         plan: What moves, layer by layer.
-        tensors_of: Of a layer, its tensors as ``tensors_to_move`` gives them: of the same shapes and dtypes on every
-            rank.
+        tensors_of: See :class:`LayersUnderway`.
 
     Returns:
         Bytes that crossed ranks, over all ranks of the EP group.
     """
     assert groups.exchange is not None
-    num_bytes = 0
-    sent: list[tuple[list[Tensor], RowsUnderway]] = []
-    with torch.no_grad():
-        for moves in plan:
-            tensors, route = tensors_of(moves.layer), route_of(moves, groups)
-            before, sent = sent, []
-            for device_tensors in by_device(tensors):
-                sent.append((device_tensors, RowsUnderway(device_tensors, route, groups.exchange)))
-            for device_tensors, rows in before:
-                rows.write(device_tensors)
-            num_bytes += sum(t[0].numel() * t.element_size() for t in tensors) * moves.num_rows_between_ranks
-        for device_tensors, rows in sent:
-            rows.write(device_tensors)
+    num_bytes, waiting, before = 0, deque(plan), None
+    while waiting:
+        underway = LayersUnderway(waiting, tensors_of, groups, groups.exchange)
+        num_bytes += underway.num_bytes
+        if before is not None:
+            before.put_in_place()
+        before = underway
+    if before is not None:
+        before.put_in_place()
     return num_bytes
+
+
+def _are_alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    kinds = ([(tensor.shape, tensor.dtype, tensor.device) for tensor in each] for each in (tensors, others))
+    return next(kinds) == next(kinds)
+
+
+def _by_device(stacks: Sequence[Stack]) -> list[list[Stack]]:
+    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
+    devices = sorted({str(stack[0].device) for stack in stacks})
+    return [[stack for stack in stacks if str(stack[0].device) == device] for device in devices]
 
 
 def _reshard(module: nn.Module) -> None:

@@ -44,7 +44,7 @@ class GradientsUnderway:
     def write(self, gradients: Sequence[Tensor]) -> None:
         """Wait for those that were sent and put them in place."""
         assert self._rows is not None
-        self._rows.write(gradients)
+        self._rows.write([[gradient] for gradient in gradients])
         self.close()
 
     def close(self) -> None:
@@ -68,6 +68,6 @@ class GradientsUnderway:
         self._forget()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         with torch.no_grad():
-            self._rows = RowsUnderway([local_shard(grad) for grad in grads], self._route, self._group)
+            self._rows = RowsUnderway([[local_shard(grad)] for grad in grads], self._route, self._group)
             self._rows.send_rest()
         self._sent = [(grad, grad._version) for grad in grads]

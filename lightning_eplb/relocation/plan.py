@@ -25,6 +25,11 @@ class LayerMoves:
     def num_rows_between_ranks(self) -> int:
         return int((self.source_rank != self.target_rank).sum())
 
+    @property
+    def most_rows(self) -> int:
+        """Those that the fullest rank sends or receives; of one that keeps its rank, too."""
+        return int(max(np.bincount(self.source_rank).max(), np.bincount(self.target_rank).max()))
+
 
 def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMoves]:
     """The moves of primaries that lead from ``old`` to ``new``, for the layers that have any.

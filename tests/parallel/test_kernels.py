@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not IS_INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
 
-from lightning_eplb.parallel.kernels import put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
+from lightning_eplb.parallel.kernels import copy_pieces, put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -76,3 +77,18 @@ def test_rows_are_put_where_they_belong(number: int, width: int):
     target = torch.zeros(2 * number, width, device=DEVICE)
     put_rows(rows, places, target)
     assert torch.equal(target, torch.zeros_like(target).index_copy_(0, places, rows))
+
+
+@pytest.mark.parametrize("word", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("widths", [[], [1], [7, 5000, 1, 4096]])
+def test_pieces_are_copied_and_nothing_else(word: torch.dtype, widths: list[int]):
+    size = sum(widths) + 3 * len(widths)
+    source = torch.randint(0, 200, (size + 1,), device=DEVICE).to(word)
+    target = torch.zeros_like(source)
+    expected = target.clone()
+    starts = np.cumsum([0, *(width + 3 for width in widths)])[:-1].astype(np.int64)
+    for start, width in zip(starts.tolist(), widths, strict=True):
+        expected[start + 1 : start + 1 + width] = source[start : start + width]
+    addresses = [tensor.data_ptr() + starts * source.element_size() for tensor in (source, target[1:])]
+    copy_pieces(*addresses, np.array(widths, dtype=np.int64), word, source)
+    assert torch.equal(target, expected)

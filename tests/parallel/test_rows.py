@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_eplb.parallel import pieces
 from lightning_eplb.parallel import rows as rows_module
 from lightning_eplb.parallel.rows import Route, RowsUnderway, _column_windows, exchange_rows, gather_rows
 from tests.workers import Workers
@@ -34,7 +35,7 @@ def test_a_permutation_in_place(max_bytes: int, most_pieces: int, workers: Worke
 
 def permute_in_place(max_bytes: int, most_pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "MOST_PIECES", most_pieces)
+        patch.setattr(pieces, "MOST_VIEWS", most_pieces)
         check_permutation(max_bytes)
 
 
@@ -54,6 +55,26 @@ def check_permutation(max_bytes: int) -> None:
         expected = torch.empty_like(before)
         expected[target_rank * n + target_row] = before[source_rank * n + source_row]
         assert torch.equal(tensor, expected[rank * n : rank * n + n])
+
+
+@pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
+def test_a_permutation_of_stacks_in_place(max_bytes: int, workers: Workers) -> None:
+    workers.run(3, permute_stacks, max_bytes)
+
+
+def permute_stacks(max_bytes: int) -> None:
+    """Rows go from layer to layer, too; one of the tensors is not contiguous."""
+    n, rank, size = 4, dist.get_rank(), dist.get_world_size()
+    whole = [torch.arange(size * n * 6.0).view(size * n, 6).to(dtype) for dtype in (torch.float64, torch.bfloat16)]
+    mine = [tensor[rank * n : rank * n + n].clone() for tensor in whole]
+    stacks = [[tensor[:1].clone(), tensor[1:].t().contiguous().t()] for tensor in mine]
+    moves = permutation_moves(n, seed=5)
+    RowsUnderway(stacks, route_of(moves, rank, size), dist.group.WORLD, max_bytes).write(stacks)
+    source_rank, source_row, target_rank, target_row = moves
+    for stack, before in zip(stacks, whole, strict=True):
+        expected = torch.empty_like(before)
+        expected[target_rank * n + target_row] = before[source_rank * n + source_row]
+        assert torch.equal(torch.cat(stack), expected[rank * n : rank * n + n])
 
 
 def test_a_buffer_never_holds_more_than_it_may(workers: Workers) -> None:
@@ -132,7 +153,7 @@ def take_rows(max_bytes: int, alone: int) -> None:
     moves = torch.tensor([[2, 0, 1, 0], [1, 0, 0, 1], [1, 1, 2, 1], [0, 1, 0, 2]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "LEAST_ALONE_BYTES", alone)
-        underway = RowsUnderway(sources, route_of(moves, rank, 3), dist.group.WORLD, max_bytes)
+        underway = RowsUnderway([[source] for source in sources], route_of(moves, rank, 3), dist.group.WORLD, max_bytes)
     *taken, empty = underway.take()
     expected = {0: [], 1: [(0, 0), (0, 1), (2, 1)], 2: [(1, 0)]}[rank]
     for tensor, dtype in zip(taken, dtypes, strict=True):
