@@ -26,9 +26,9 @@ def load_distributed_checkpoint(
         folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)``, or with
             ``FSDPStrategy(state_dict_type="sharded")``; the same on all ranks.
         model: Sharded, its optimizers made.
-        optimizers: Those to load, as many as were saved; their gradients are zeroed. One that was not saved is left as
-            it is, as is the state of a parameter that had none.
-        strict: Whether each parameter must be there.
+        optimizers: Those to load; gradients are zeroed. One that was not saved is left as it is, and a parameter that
+            had no state has none.
+        strict: Whether each parameter must be there; those that are not stay as they are.
         weights_only: As in ``torch.load``, for what is no tensor.
 
     Returns:
@@ -42,12 +42,13 @@ def load_distributed_checkpoint(
     model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
     index = FileSystemReader(folder).read_metadata()
     saved: set[tuple] = {path[:3] for path in (index.planner_data or {}).values()}
-    options = sharded.StateDictOptions(strict=strict)
     with _in_shards(model):
         key = weights_key(index)
-        state: dict[str, Any] = {key: sharded.get_model_state_dict(model, options=options)}
-        load(state, checkpoint_id=folder)
-        sharded.set_model_state_dict(model, state.pop(key), options=options)
+        weights: dict[str, Any] = sharded.get_model_state_dict(model)
+        if not strict:
+            weights = {name: value for name, value in weights.items() if (key, name) in saved}
+        load({key: weights}, checkpoint_id=folder)
+        sharded.set_model_state_dict(model, weights, options=sharded.StateDictOptions(strict=strict))
         for i, optimizer in enumerate(optimizers):
             key = f"optimizer_{i}"
             if not any(path[0] == key for path in saved):
@@ -55,8 +56,8 @@ def load_distributed_checkpoint(
             values: dict[str, Any] = dict(sharded.get_optimizer_state_dict(model, optimizer))
             values["state"] = {name: v for name, v in values["state"].items() if (key, "state", name) in saved}
             load({key: values}, checkpoint_id=folder)
-            some = sharded.StateDictOptions(strict=False)
-            sharded.set_optimizer_state_dict(model, optimizer, values, options=some)
+            options = sharded.StateDictOptions(strict=False)
+            sharded.set_optimizer_state_dict(model, optimizer, values, options=options)
     return torch.load(Path(folder) / REST, map_location="cpu", weights_only=weights_only)
 
 

@@ -34,14 +34,14 @@ def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
     """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
 
-    A DTensor stays one, and rows that are to be saved in shards become one: each rank gets the rows that it would hold,
-    had no expert moved, and nothing is gathered.
+    A DTensor stays one, where it is, and rows that are to be saved in shards become one: each rank gets the rows that
+    it would hold, had no expert moved, and nothing is gathered.
     """
     assert layer.groups.exchange is not None
-    if not isinstance(rows, DTensor) and layer.saved_in_shards():
-        rows = as_spread(rows, layer.groups.exchange)
     if isinstance(rows, DTensor):
         return _reordered(rows, layer, layer.row_order)
+    if layer.saved_in_shards():
+        return _reordered(as_spread(rows, layer.groups.exchange), layer, layer.row_order).cpu()
     return gather_rows(rows, layer.row_order, layer.groups.exchange)
 
 
