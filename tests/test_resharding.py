@@ -39,6 +39,11 @@ def trainer_of(ranks: int, steps: int, ep_size: int | None, callbacks: tuple[Any
     """With experts that are shuffled after every step; ``ep_size=None`` is Lightning without us."""
     if strategy.get("sharding_strategy") == "HYBRID_SHARD":
         strategy["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    if strategy.pop("wraps_experts", False):
+        from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralExperts
+
+        strategy["auto_wrap_policy"] = {MixtralDecoderLayer, MixtralExperts}
+        strategy["activation_checkpointing_policy"] = {MixtralDecoderLayer}
     eplb = [] if ep_size is None else [EPLBCallback(ep_size, ep_size, ShufflePolicy(), window_size=4, step_interval=1)]
     return trainer_for(
         ranks,
@@ -86,6 +91,8 @@ CHANGES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "to unmodified": (2, {"ep_size": 2, **SHARDED}, {"ep_size": None}),
     "from unmodified": (2, {"ep_size": None, **SHARDED}, {"ep_size": 2}),
     "file to unmodified": (2, {"ep_size": 2}, {"ep_size": None}),
+    "other wrappers": (2, {"ep_size": 2, "wraps_experts": True, **SHARDED}, {"ep_size": 2}),
+    "to other wrappers": (2, {"ep_size": 2}, {"ep_size": 2, "wraps_experts": True}),
     "several groups": (4, {"ep_size": 2, **SHARDED}, {"ep_size": 4}),
     "flat experts": (4, {"ep_size": 4, **SHARDED}, {"ep_size": 1}),
     "nothing flat": (4, {"ep_size": 1, **SHARDED}, {"ep_size": 2, "sharding_strategy": "NO_SHARD"}),
