@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.fsdp import ExpertsLeftOut, check_fsdp
+from lightning_eplb.fsdp import SpreadExperts, check_fsdp
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import (
@@ -141,7 +141,7 @@ class EPLBCallback(Callback):
         self._saved_state: dict[str, Any] = {}
         self._last_global_step = 0
         self._trace_writer: TraceWriter | None = None
-        self._left_out: ExpertsLeftOut | None = None
+        self._spread_experts: SpreadExperts | None = None
         self._summary = FitSummary(window_size)
 
     @override
@@ -154,8 +154,8 @@ class EPLBCallback(Callback):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
         if isinstance(trainer.strategy, FSDPStrategy):
-            self._end_leaving_out()
-            self._left_out = ExpertsLeftOut(trainer.strategy, pl_module)
+            self._undo_spread_experts()
+            self._spread_experts = SpreadExperts(trainer.strategy, pl_module)
         elif not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
             trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
         if any(expert_layers(pl_module)):
@@ -280,7 +280,7 @@ class EPLBCallback(Callback):
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         for name in ("clip_grad_by_norm", "clip_grad_by_value"):
             vars(trainer.precision_plugin).pop(name, None)
-        self._end_leaving_out()
+        self._undo_spread_experts()
         if self._trace_writer is not None:
             self._trace_writer.close()
             self._trace_writer = None
@@ -293,10 +293,10 @@ class EPLBCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
 
-    def _end_leaving_out(self) -> None:
-        if self._left_out is not None:
-            self._left_out.undo()
-            self._left_out = None
+    def _undo_spread_experts(self) -> None:
+        if self._spread_experts is not None:
+            self._spread_experts.undo()
+            self._spread_experts = None
 
     def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
         """The gradient scaler, where several ranks must agree about what it does."""

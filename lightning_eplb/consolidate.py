@@ -9,18 +9,27 @@ from typing_extensions import override
 
 INDEX, REST = ".metadata", "meta.pt"
 """What a distributed checkpoint of Lightning has beside its shards: PyTorch's index, and all that is no tensor."""
+WEIGHTS, WEIGHTS_FSDP1 = "state_dict", "model"
+"""What Lightning calls the model's state there: under ``ModelParallelStrategy``, and under ``FSDPStrategy``."""
 
 
 def is_distributed_checkpoint(path: Any) -> bool:
-    """Whether ``path`` is a folder that ``save_distributed_checkpoint=True`` has written."""
+    """Whether ``path`` is a folder to which each rank of a Lightning run wrote its shards."""
     return (Path(path) / INDEX).is_file() and (Path(path) / REST).is_file()
+
+
+def weights_key(index: Any) -> str:
+    """What a distributed checkpoint calls the model's state; ``index`` is the ``Metadata`` of PyTorch's reader."""
+    parts = {path[0] for path in (index.planner_data or {}).values()}
+    return WEIGHTS_FSDP1 if WEIGHTS_FSDP1 in parts else WEIGHTS
 
 
 def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
     """The whole checkpoint on the CPU, as ``Trainer.save_checkpoint`` writes it under DDP. Needs no communication.
 
     Args:
-        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)``.
+        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)`` or with
+            ``FSDPStrategy(state_dict_type="sharded")``.
         weights_only: As in ``torch.load``, for what is no tensor.
 
     Returns:
@@ -43,7 +52,7 @@ def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = 
     for key, path in (index.planner_data or {}).items():
         _put(nested, path, flat[key])
     checkpoint = torch.load(Path(folder) / REST, map_location="cpu", weights_only=weights_only)
-    checkpoint["state_dict"] = nested["state_dict"]
+    checkpoint["state_dict"] = nested[weights_key(index)]
     names = sorted((key for key in nested if key.startswith("optimizer_")), key=lambda key: int(key.split("_")[1]))
     if names:
         checkpoint["optimizer_states"] = [_counted(nested[name]) for name in names]

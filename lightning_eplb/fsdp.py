@@ -4,9 +4,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
+from lightning_eplb.consolidate import is_distributed_checkpoint
+from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
+from lightning_eplb.resharding import load_distributed_checkpoint
 
 
 def check_fsdp(strategy: FSDPStrategy) -> None:
@@ -29,11 +34,13 @@ def check_fsdp(strategy: FSDPStrategy) -> None:
         )
 
 
-class ExpertsLeftOut:
-    """Keeps experts out of what ``FSDPStrategy`` wraps, and has them ready for it.
+class SpreadExperts:
+    """Lets an ``FSDPStrategy`` train a model whose experts are spread over ranks, until ``undo``.
 
-    That is done when the strategy asks the precision plugin to convert the model, the last thing before it wraps it:
-    ``configure_model`` has run by then.
+    Experts are left out of what it wraps, and readied for it. That is done when the strategy asks the precision plugin
+    to convert the model, the last thing before it wraps it: ``configure_model`` has run by then. Its state dicts, and
+    what it saves, have the experts in the form that they have everything else in. It also resumes from the distributed
+    checkpoints of FSDP2.
 
     Args:
         strategy: That of the trainer, before its ``setup``.
@@ -43,9 +50,10 @@ class ExpertsLeftOut:
     def __init__(self, strategy: FSDPStrategy, module: "pl.LightningModule") -> None:
         self._strategy, self._module = strategy, module
         self._precision = strategy.precision_plugin
-        self._convert = self._precision.convert_module
+        self._convert, self._load = self._precision.convert_module, strategy.load_checkpoint
         self._ignored = strategy.kwargs.get("ignored_states")
         self._precision.convert_module = self._convert_and_leave_out  # type: ignore[method-assign]
+        strategy.load_checkpoint = self._load_checkpoint  # type: ignore[method-assign]
 
     def _convert_and_leave_out(self, module: nn.Module) -> nn.Module:
         converted = self._convert(module)
@@ -54,11 +62,31 @@ class ExpertsLeftOut:
         prepare_for_flattening(self._module, self._strategy.root_device, compute_dtype)
         if experts := list(spread_parameters(self._module).values()):
             self._strategy.kwargs["ignored_states"] = [*(self._ignored or ()), *experts]
+        for layer, _ in expert_layers(self._module):
+            layer.saved_in_shards = self._is_saved_in_shards
         return converted
 
+    def _is_saved_in_shards(self) -> bool:
+        """How FSDP has been told to make state dicts, just now."""
+        wrapped = self._strategy.model
+        settings = FullyShardedDataParallel.get_state_dict_type(wrapped) if wrapped is not None else None
+        return settings is not None and settings.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        strategy = self._strategy
+        path = strategy.broadcast(checkpoint_path)
+        if not is_distributed_checkpoint(path):
+            return self._load(path, weights_only=weights_only)
+        assert strategy.model is not None
+        fits = self._module.trainer.state.fn == TrainerFn.FITTING
+        return load_distributed_checkpoint(
+            path, strategy.model, strategy.optimizers if fits else (), self._module.strict_loading, weights_only
+        )
+
     def undo(self) -> None:
-        """Leave strategy and plugin as they were."""
+        """Leave strategy and plugin as they were; state dicts stay right."""
         vars(self._precision).pop("convert_module", None)
+        vars(self._strategy).pop("load_checkpoint", None)
         kwargs: dict[str, Any] = self._strategy.kwargs
         kwargs.pop("ignored_states", None)
         if self._ignored is not None:

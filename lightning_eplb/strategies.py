@@ -10,9 +10,11 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
+from lightning_eplb.consolidate import is_distributed_checkpoint
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE
+from lightning_eplb.resharding import load_distributed_checkpoint
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -112,7 +114,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
-        self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+        assert self.lightning_module is not None
         if self.before_loading is not None:
             self.before_loading()
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        path = self.broadcast(checkpoint_path)
+        if is_distributed_checkpoint(path):
+            strict = self.lightning_module.strict_loading
+            return load_distributed_checkpoint(path, self.model, self.optimizers, strict, weights_only)
+        self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+        return super().load_checkpoint(path, weights_only)

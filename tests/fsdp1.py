@@ -39,9 +39,22 @@ class CPUFSDPStrategy(FSDPStrategy):
         _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
         return wrapped
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with on_the_cpu():
+            return super().lightning_module_state_dict()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        with mock.patch("lightning.pytorch.strategies.fsdp._get_full_state_dict_context", full_state_dicts):
+        with on_the_cpu():
             return super().optimizer_state(optimizer)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with on_the_cpu():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+def on_the_cpu() -> AbstractContextManager:
+    """While Lightning makes full state dicts as below."""
+    return mock.patch("lightning.pytorch.strategies.fsdp._get_full_state_dict_context", full_state_dicts)
 
 
 class CPUFSDPPrecision(FSDPPrecision):

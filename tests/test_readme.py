@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lightning_eplb.scalars import SCALARS
 from lightning_eplb.synthetic import synthetic_load
 from lightning_eplb.trace import TraceWriter
 from tests.fidelity import SEQUENCES, trainer_for
+from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_cli import callback_from
 from tests.workers import Workers
@@ -103,6 +105,35 @@ def train_sharded() -> tuple[int, int, bool]:
 
 def test_a_model_that_is_sharded_trains(workers: Workers) -> None:
     assert workers.run(2, train_sharded) == [(2, 2, True)] * 2
+
+
+def train_under_fsdp1(folder: str) -> tuple[int, int, int]:
+    """On every worker: the README's trainer with Lightning's FSDP, as it is on a CPU, and a checkpoint of its kind."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+
+    (source,) = [block for block in blocks("python") if "import FSDPStrategy" in block]
+    eight_gpus = "strategy=strategy, devices=8"
+    assert eight_gpus in source
+    here = (
+        'strategy=strategy, accelerator="cpu", devices=2, plugins=[TorchElasticEnvironment(), DoublePrecision()],'
+        " max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False"
+    )
+    names: dict = {
+        "MyDecoderLayer": MixtralDecoderLayer,
+        "TorchElasticEnvironment": TorchElasticEnvironment,
+        "DoublePrecision": DoublePrecision,
+    }
+    with mock.patch("lightning.pytorch.strategies.FSDPStrategy", fsdp1):
+        exec(source.replace(eight_gpus, here).replace("experts=8", "experts=2"), names)
+    model = LanguageModel(hugging_face_model("mixtral"), "adamw")
+    names["trainer"].fit(model, loader(token_batches(8), SEQUENCES))
+    names["trainer"].save_checkpoint(folder)
+    size = names["trainer"].callbacks[0].balancer.groups.size
+    return len(model.losses), size, len(list(Path(folder).glob("*.distcp")))
+
+
+def test_a_model_under_lightnings_fsdp_trains(workers: Workers, tmp_path: Path) -> None:
+    assert workers.run(2, train_under_fsdp1, str(tmp_path / "last.ckpt")) == [(2, 2, 2)] * 2
 
 
 def train_pretrained(path: str, ddp: bool) -> list[float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_eplb import ExpertParallelStrategy, materialize, parallelize_experts
 from lightning_eplb.parallel.shards import local_shard
 from tests.fidelity import TOLERANCE, trainer_for, whole
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
 from tests.test_checkpoint import (
     HALF,
@@ -24,7 +25,7 @@ from tests.test_checkpoint import (
 from tests.workers import Workers
 
 SECONDS = 200
-KINDS = ["ddp", "sharded"]
+KINDS = ["ddp", "sharded", "fsdp1"]
 
 
 def run(
@@ -37,15 +38,22 @@ def run(
     callbacks: tuple[Any, ...] = (),
 ) -> tuple[LanguageModel, Any]:
     """Train with experts that are shuffled after every step; sharded over pairs of EP ranks."""
-    model = hugging_face_model("mixtral")
+    model, plugins = hugging_face_model("mixtral"), []
     module, strategy = LanguageModel(model, "adamw"), None
     eplb = callback(ranks, redundant)
+    if kind == "fsdp1":
+        strategy, plugins = fsdp1(state_dict_type="sharded" if save_distributed else "full"), [DoublePrecision()]
     if kind == "sharded":
         eplb.num_redundant_experts = 2 * redundant
         module = ShardedLanguageModel(model, "adamw", 2 * redundant)
         strategy = ExpertParallelStrategy(ep_size=2, save_distributed_checkpoint=save_distributed)
     trainer = trainer_for(
-        ranks, strategy, max_steps=steps, callbacks=[eplb, *callbacks], enable_checkpointing=bool(callbacks)
+        ranks,
+        strategy,
+        plugins=plugins,
+        max_steps=steps,
+        callbacks=[eplb, *callbacks],
+        enable_checkpointing=bool(callbacks),
     )
     trainer.fit(module, batches(ranks), ckpt_path=ckpt_path)
     return module, trainer
@@ -58,11 +66,14 @@ def save_halfway(kind: str, ranks: int, redundant: int, folder: str, save_distri
 
 
 def resume(kind: str, ranks: int, redundant: int, path: str) -> tuple[list[float], dict[str, Tensor]]:
-    module, _ = run(kind, ranks, redundant, STEPS, path)
+    module, trainer = run(kind, ranks, redundant, STEPS, path)
+    if kind == "fsdp1":
+        weights, _ = full_state(trainer)
+        return module.losses, weights
     return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=["ddp", "sharded", "sharded into one file"])
+@pytest.fixture(scope="module", params=["ddp", "sharded", "sharded into one file", "fsdp1", "fsdp1 into one file"])
 def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     kind, _, file = request.param.partition(" ")
@@ -70,7 +81,7 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
     losses = workers.run(ranks, save_halfway, kind, ranks, 1, str(folder), not file, seconds=SECONDS)
     assert mean_difference(losses, uninterrupted()[0][:HALF]) < TOLERANCE
     path = folder / "half.ckpt"
-    assert path.is_dir() == (request.param == "sharded")
+    assert path.is_dir() == (kind != "ddp" and not file)
     return path
 
 

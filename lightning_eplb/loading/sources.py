@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_eplb.consolidate import is_distributed_checkpoint
+from lightning_eplb.consolidate import is_distributed_checkpoint, weights_key
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """What ``save_pretrained`` of Hugging Face's libraries writes: one file, or the index of several."""
@@ -160,10 +160,11 @@ def _distributed(folder: Path) -> dict[str, Source]:
     reader = FileSystemReader(folder)
     index = reader.read_metadata()
     reader.set_up_storage_reader(index, is_coordinator=True)
+    weights = weights_key(index)
     return {
         parts[1]: _DistributedSource(reader, key, index.state_dict_metadata[key])
         for key, parts in (index.planner_data or {}).items()
-        if parts[0] == "state_dict" and isinstance(index.state_dict_metadata[key], TensorStorageMetadata)
+        if parts[0] == weights and isinstance(index.state_dict_metadata[key], TensorStorageMetadata)
     }
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -79,6 +79,8 @@ class ExpertLayer:
         """Tokens that such a copy must take over; the same on all ranks."""
         self.compute_dtype: torch.dtype | None = None
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
+        self.saved_in_shards: Callable[[], bool] = lambda: False
+        """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -30,6 +31,11 @@ def spread_rows(module: nn.Module, ep_mesh: DeviceMesh) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         rows = DTensor.from_local(parameter.detach(), ep_mesh, [Shard(0)], run_check=False)
         setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+
+def as_spread(rows: Tensor, group: dist.ProcessGroup) -> DTensor:
+    """This rank's rows, in their own memory, as its part of a DTensor over the ranks of ``group``, by dimension 0."""
+    return DTensor.from_local(rows, DeviceMesh.from_group(group, rows.device.type), [Shard(0)], run_check=False)
 
 
 def expert_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
 from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
-from lightning_eplb.parallel.shards import local_shard, with_local
+from lightning_eplb.parallel.shards import as_spread, local_shard, with_local
 
 
 def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
@@ -34,16 +34,21 @@ def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
     """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
 
-    A DTensor stays one: each rank gets the rows that it would hold, had no expert moved, and nothing is gathered.
+    A DTensor stays one, where it is, and rows that are to be saved in shards become one: each rank gets the rows that
+    it would hold, had no expert moved, and nothing is gathered.
     """
     assert layer.groups.exchange is not None
     if isinstance(rows, DTensor):
         return _reordered(rows, layer, layer.row_order)
+    if layer.saved_in_shards():
+        return _reordered(as_spread(rows, layer.groups.exchange), layer, layer.row_order).cpu()
     return gather_rows(rows, layer.row_order, layer.groups.exchange)
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
     """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``; of a DTensor one in the order of the placement.
+
+    The latter only where parameters are DTensors, too.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
@@ -54,7 +59,9 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
             " order, as state_dict() gives them"
         )
     if isinstance(full, DTensor):
-        return _reordered(full, layer, torch.argsort(layer.row_order))
+        rows = _reordered(full, layer, torch.argsort(layer.row_order))
+        return local_shard(rows) if layer.saved_in_shards() else rows
+    full = torch.detach(full)  # reads what Lightning has not read from its file yet; indexing it does not
     return full[layer.local_experts.to(full.device)]
 
 

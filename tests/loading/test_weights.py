@@ -236,13 +236,13 @@ def train(case: Case, path: str) -> list[float]:
     return module.losses
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sharded", "sharded into one file"])
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "sharded into one file", "fsdp1"])
 def test_what_lightning_saved(kind: str, workers: Workers, tmp_path: Path) -> None:
     """Whole modules and modules within, from a run whose experts had been shuffled."""
     from_kind, _, file = kind.partition(" ")
     workers.run(2, save_halfway, from_kind, 2, 1, str(tmp_path), not file, seconds=200)
     path = tmp_path / "half.ckpt"
-    assert path.is_dir() == (kind == "sharded")
+    assert path.is_dir() == (kind in ("sharded", "fsdp1"))
     for layout in ("ddp of 2", "sharded 2 x 2"):
         for inner in (True, False):
             ranks = LAYOUTS[layout][0]
