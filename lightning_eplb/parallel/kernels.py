@@ -11,7 +11,6 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``N`` rows, ``D`` model width.
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -63,21 +62,20 @@ def put_rows(rows_ND: Tensor, places_N: Tensor, target_MD: Tensor) -> None:
         _put[(len(rows_ND), triton.cdiv(width, block))](rows_ND, places_N, target_MD, width, block)
 
 
-def copy_pieces(sources: np.ndarray, targets: np.ndarray, widths: np.ndarray, word: torch.dtype, like: Tensor) -> None:
-    """Copy pieces of memory on ``like``'s device, in one launch and without a wait. None may overlap another.
+def copy_pieces(table: Tensor, pieces: slice, widest: int, buffer: Tensor, into_buffer: bool) -> None:
+    """Copy pieces of memory into a buffer, or back, in one launch. None may overlap another.
 
     Args:
-        sources: Addresses, ``[pieces]`` int64, multiples of ``word``'s size.
-        targets: The same of where they go.
-        widths: Words of each piece, ``[pieces]`` int64.
-        word: An integer dtype.
-        like: Any tensor on that device.
+        table: Of all pieces, ``[3, pieces]`` int64 on the buffer's device, contiguous: the address of each, its first
+            word in the buffer, and its words.
+        pieces: Which of them.
+        widest: Words of the widest of these.
+        buffer: Contiguous; its dtype is the word.
+        into_buffer: From their addresses into the buffer, not from there to their addresses.
     """
-    if len(widths) and (most := int(widths.max())):
-        table = torch.from_numpy(np.stack([sources, targets, widths]))
-        table = table.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else table
-        grid = (len(widths), triton.cdiv(most, WORDS_A_PROGRAM))
-        _copy[grid](table, len(widths), like.new_empty(0, dtype=word), WORDS_A_PROGRAM, num_warps=8)
+    grid = (pieces.stop - pieces.start, triton.cdiv(widest, WORDS_A_PROGRAM))
+    if buffer.numel() and grid[0]:
+        _copy[grid](table, table.shape[1], pieces.start, buffer, into_buffer, WORDS_A_PROGRAM, num_warps=8)
 
 
 def _sum_dtype(rows: Tensor) -> tl.dtype:
@@ -149,12 +147,14 @@ def _put(rows, places, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(target + place * WIDTH + columns, moved, mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["num_pieces"])
-def _copy(table, num_pieces, word, WORDS: tl.constexpr):
-    piece = tl.program_id(0)
-    source = tl.load(table + piece).to(tl.pointer_type(word.dtype.element_ty))
-    target = tl.load(table + num_pieces + piece).to(tl.pointer_type(word.dtype.element_ty))
-    width = tl.load(table + 2 * num_pieces + piece)
+@triton.jit(do_not_specialize=["num_pieces", "first"])
+def _copy(table, num_pieces, first, buffer, INTO_BUFFER: tl.constexpr, WORDS: tl.constexpr):
+    piece = first + tl.program_id(0)
+    outside = tl.load(table + piece).to(tl.pointer_type(buffer.dtype.element_ty))
+    inside = buffer + tl.load(table + num_pieces + piece)
     columns = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    is_inside = columns < width
-    tl.store(target + columns, tl.load(source + columns, mask=is_inside), mask=is_inside)
+    is_inside = columns < tl.load(table + 2 * num_pieces + piece)
+    if INTO_BUFFER:
+        tl.store(inside + columns, tl.load(outside + columns, mask=is_inside), mask=is_inside)
+    else:
+        tl.store(outside + columns, tl.load(inside + columns, mask=is_inside), mask=is_inside)

@@ -1,5 +1,6 @@
-"""Rows that lie apart in memory, packed into a buffer, and back: in few launches, and without a wait for the device."""
+"""Rows that lie apart in memory, packed into buffers and put back: in few launches, without a wait for the device."""
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,44 +13,143 @@ from lightning_eplb.parallel.permute import has_kernels
 MOST_VIEWS = 256
 """So many pieces of a buffer are copied one by one in a single call; more are gathered and scattered by index."""
 
+WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
+"""What rows are copied as, by its bytes."""
+
 Stack: TypeAlias = "Sequence[Tensor]"
 """Tensors ``[n, ...]`` that are alike, of one layer after another: their rows are counted on from one to the next."""
 
-Part: TypeAlias = "tuple[Stack, int, int]"
-"""Of a stack of words, ``[n, words of a row]`` contiguous: itself, the first column and the last + 1."""
+Window: TypeAlias = "list[tuple[int, int, int]]"
+"""Columns that share a buffer: of each stack, which it is, its first column and the last + 1, in words."""
 
 
-def gather(parts: Sequence[Part], rows: Tensor) -> Tensor:
-    """The ``rows`` of all parts, side by side in a new buffer, ``[rows, columns of all parts]``.
+def pieces_of(stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> "Pieces":
+    """The ``rows`` of ``stacks``, cut into pieces by ``windows``.
 
     Args:
-        parts: Of one device and dtype, and of as many rows.
+        stacks: Of one device; the rows of each are a multiple of ``word`` bytes wide.
         rows: int64, on the CPU or, where each stack is one tensor, on its device.
+        windows: Each has a buffer.
+        word: Bytes of a column, of :data:`WORDS`.
     """
-    if _goes_by_index(parts, rows):
-        rows = to_device(rows.numpy(), parts[0][0][0].device) if not rows.is_cuda else rows
-        packed = [stack[0][:, start:stop].index_select(0, rows) for stack, start, stop in parts]
-        return torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
-    like = parts[0][0][0]
-    buffer = like.new_empty(len(rows), sum(stop - start for _, start, stop in parts))
-    if has_kernels(like):
-        _copy_by_address(parts, rows, buffer, into_buffer=True)
-    else:
-        _copy_views([*_views_of_buffer(parts, buffer)], [*_views_of_stacks(parts, rows)])
-    return buffer
+    if rows.is_cuda or (stacks and not has_kernels(stacks[0][0])):
+        return Pieces(stacks, rows, windows, word)
+    return AddressedPieces(stacks, rows, windows, word)
 
 
-def scatter(buffer: Tensor, parts: Sequence[Part], rows: Tensor) -> None:
-    """Undo :func:`gather`: the columns of ``buffer`` become the ``rows`` of the parts, in place."""
-    if _goes_by_index(parts, rows):
-        rows = to_device(rows.numpy(), buffer.device) if not rows.is_cuda else rows
-        pieces = buffer.split([stop - start for _, start, stop in parts], dim=1)
-        for (stack, start, stop), piece in zip(parts, pieces, strict=True):
-            stack[0][:, start:stop].index_copy_(0, rows, piece)
-    elif has_kernels(buffer):
-        _copy_by_address(parts, rows, buffer, into_buffer=False)
-    else:
-        _copy_views([*_views_of_stacks(parts, rows)], [*_views_of_buffer(parts, buffer)])
+class Pieces:
+    """Rows of stacks that can be packed into a buffer for each window, and put back. See :func:`pieces_of`.
+
+    A tensor that is not contiguous, or not aligned, is replaced by a copy until :meth:`finish`.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> None:
+        self._stacks, self._rows, self._windows, self._word = stacks, rows, windows, word
+        self._words: dict[int, list[Tensor]] = {}
+
+    def gather(self, window: int) -> Tensor:
+        """The rows, side by side in a new buffer, ``[rows, columns of the window]`` in words."""
+        parts = self._parts(window)
+        if self._goes_by_index(window):
+            packed = [stack[0].index_select(0, self._rows_on(stack[0].device)) for stack in parts]
+            return torch.cat(packed, dim=1) if len(packed) > 1 else packed[0]
+        buffer = parts[0][0].new_empty(len(self._rows), sum(stack[0].shape[1] for stack in parts))
+        _copy_views(self._views_of_buffer(buffer, window), self._views_of_stacks(parts))
+        return buffer
+
+    def scatter(self, buffer: Tensor, window: int) -> None:
+        """The buffer's rows, in place of those of the stacks."""
+        parts = self._parts(window)
+        if self._goes_by_index(window):
+            rows = self._rows_on(buffer.device)
+            for stack, (_, columns) in zip(parts, in_buffer(self._windows[window]), strict=True):
+                stack[0].index_copy_(0, rows, buffer[:, columns])
+        else:
+            _copy_views(self._views_of_stacks(parts), self._views_of_buffer(buffer, window))
+
+    def finish(self) -> None:
+        """Have what was scattered in the tensors themselves."""
+        for i, words in self._words.items():
+            for written, tensor in zip(words, self._stacks[i], strict=True):
+                if written.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(written.view(tensor.dtype).view(tensor.shape))
+
+    def _parts(self, window: int) -> list[list[Tensor]]:
+        for i, _, _ in self._windows[window]:
+            if i not in self._words:
+                self._words[i] = [as_words(tensor, self._word) for tensor in self._stacks[i]]
+        return [[words[:, start:stop] for words in self._words[i]] for i, start, stop in self._windows[window]]
+
+    def _goes_by_index(self, window: int) -> bool:
+        if self._rows.is_cuda:
+            return True
+        is_many = len(self._rows) * len(self._windows[window]) > MOST_VIEWS
+        return is_many and all(len(stack) == 1 for stack in self._stacks)
+
+    def _rows_on(self, device: torch.device) -> Tensor:
+        return self._rows if self._rows.device == device else to_device(self._rows.numpy(), device)
+
+    def _views_of_stacks(self, parts: list[list[Tensor]]) -> list[Tensor]:
+        chosen = self._rows.tolist()
+        views = [[row for words in stack for row in words.unbind()] for stack in parts]
+        return [of_stack[row] for of_stack in views for row in chosen]
+
+    def _views_of_buffer(self, buffer: Tensor, window: int) -> list[Tensor]:
+        return [row for _, columns in in_buffer(self._windows[window]) for row in buffer[:, columns].unbind()]
+
+
+class AddressedPieces(Pieces):
+    """The same on a GPU with Triton, by a table of addresses: a list of views takes the host longer than the copies."""
+
+    def __init__(self, stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> None:
+        super().__init__(stacks, rows, windows, word)
+        self._words = {i: [_aligned(tensor, word) for tensor in stack] for i, stack in enumerate(stacks)}
+        columns = [(*part, place.start, place.stop) for window in windows for part, place in in_buffer(window)]
+        self._widest = [max(stop - start for _, start, stop in window) for window in windows]
+        self._of_window = np.cumsum([0, *(len(window) for window in windows)]) * len(rows)
+        stack_Q, start_Q, stop_Q, place_Q, _ = np.array(columns, dtype=np.int64).reshape(-1, 5).T
+        buffer_width_Q = np.repeat([in_buffer(window)[-1][1].stop for window in windows], [len(w) for w in windows])
+        num_rows, chosen_N = [len(stack[0]) for stack in stacks], rows.numpy()
+        address_KN = np.stack(
+            [
+                np.array([words.data_ptr() for words in self._words[i]])[chosen_N // num_rows[i]]
+                + chosen_N % num_rows[i] * _row_bytes(stack[0])
+                for i, stack in enumerate(stacks)
+            ]
+        )
+        table_3QN = np.empty((3, len(columns), len(chosen_N)), dtype=np.int64)
+        table_3QN[0] = address_KN[stack_Q] + start_Q[:, None] * word
+        table_3QN[1] = place_Q[:, None] + np.arange(len(chosen_N)) * buffer_width_Q[:, None]
+        table_3QN[2] = (stop_Q - start_Q)[:, None]
+        self._device = stacks[0][0].device
+        self._table = to_device(table_3QN.reshape(3, -1), self._device)
+
+    def gather(self, window: int) -> Tensor:
+        width = in_buffer(self._windows[window])[-1][1].stop
+        buffer = torch.empty(len(self._rows), width, dtype=WORDS[self._word], device=self._device)
+        self._copy(buffer, window, into_buffer=True)
+        return buffer
+
+    def scatter(self, buffer: Tensor, window: int) -> None:
+        self._copy(buffer, window, into_buffer=False)
+
+    def _copy(self, buffer: Tensor, window: int, into_buffer: bool) -> None:
+        from lightning_eplb.parallel.kernels import copy_pieces
+
+        pieces = slice(int(self._of_window[window]), int(self._of_window[window + 1]))
+        copy_pieces(self._table, pieces, self._widest[window], buffer, into_buffer)
+
+
+def in_buffer(window: Window) -> list[tuple[tuple[int, int, int], slice]]:
+    """The window's parts, each with the columns of the buffer that it has."""
+    stops = np.cumsum([stop - start for _, start, stop in window]).tolist()
+    return [(part, slice(stop - (part[2] - part[1]), stop)) for part, stop in zip(window, stops, strict=True)]
+
+
+def as_words(tensor: Tensor, word: int) -> Tensor:
+    """The tensor's memory as ``[rows, words of a row]``; a copy where the tensor is not contiguous or not aligned."""
+    flat = _aligned(tensor, word).reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+    return flat.view(WORDS[word])
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -58,39 +158,13 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _goes_by_index(parts: Sequence[Part], rows: Tensor) -> bool:
-    if rows.is_cuda or has_kernels(parts[0][0][0]):
-        return rows.is_cuda
-    return len(rows) * len(parts) > MOST_VIEWS and all(len(stack) == 1 for stack, _, _ in parts)
+def _aligned(tensor: Tensor, word: int) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % word else tensor
 
 
-def _copy_by_address(parts: Sequence[Part], rows: Tensor, buffer: Tensor, into_buffer: bool) -> None:
-    from lightning_eplb.parallel.kernels import copy_pieces
-
-    word, chosen = buffer.element_size(), rows.numpy()
-    row_in_buffer = buffer.data_ptr() + np.arange(len(chosen)) * (buffer.shape[1] * word)
-    places, places_in_buffer, widths, column = [], [], [], 0
-    for stack, start, stop in parts:
-        num_rows, width = stack[0].shape
-        addresses = np.array([tensor.data_ptr() for tensor in stack])
-        places.append(addresses[chosen // num_rows] + (chosen % num_rows * width + start) * word)
-        places_in_buffer.append(row_in_buffer + column * word)
-        widths.append(np.full(len(chosen), stop - start))
-        column += stop - start
-    theirs, ours = np.concatenate(places), np.concatenate(places_in_buffer)
-    source, target = (theirs, ours) if into_buffer else (ours, theirs)
-    copy_pieces(source, target, np.concatenate(widths), buffer.dtype, buffer)
-
-
-def _views_of_stacks(parts: Sequence[Part], rows: Tensor) -> list[Tensor]:
-    chosen = rows.tolist()
-    views = [[row for tensor in stack for row in tensor[:, start:stop].unbind()] for stack, start, stop in parts]
-    return [of_part[row] for of_part in views for row in chosen]
-
-
-def _views_of_buffer(parts: Sequence[Part], buffer: Tensor) -> list[Tensor]:
-    pieces = buffer.split([stop - start for _, start, stop in parts], dim=1)
-    return [row for piece in pieces for row in piece.unbind()]
+def _row_bytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
 def _copy_views(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -4,14 +4,13 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_eplb.parallel.pieces import Stack, gather, scatter, to_device
+from lightning_eplb.parallel.pieces import WORDS, Stack, Window, as_words, in_buffer, pieces_of, to_device
 
 MAX_STAGING_BYTES = 256 * 2**20
 """What a rank's send buffer, and its receive buffer, hold at most while rows travel (a single row may need more)."""
@@ -21,11 +20,6 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 
 LEAST_ALONE_BYTES = 256 * 2**10
 """Rows of a tensor that are so wide, those of the fullest rank together, can travel by themselves."""
-
-_WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
-
-_Window: TypeAlias = "list[tuple[int, int, int]]"
-"""Columns that travel together: stack, first column, last + 1 of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,27 +108,28 @@ class RowsUnderway:
         self._sources = [[tensor.detach() for tensor in stack] for stack in sources]
         self._route, self._group = route, group
         row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
-        self._word = next(size for size in _WORDS if all(width % size == 0 for width in row_bytes))
-        self._words: dict[int, list[Tensor]] = {}
-        self._chunks: deque[_Chunk] = deque()
-        self._windows: deque[_Window] = deque()
+        self._word = next(size for size in WORDS if all(width % size == 0 for width in row_bytes))
+        self._widths = [width // self._word for width in row_bytes]
+        self._windows: list[Window] = []
         if route.most_rows and any(row_bytes):
             columns, alone = (
                 max(1, size // self._word // route.most_rows) for size in (max_bytes // 2, LEAST_ALONE_BYTES)
             )
-            widths = [width // self._word for width in row_bytes]
-            self._windows.extend(_column_windows(widths, columns, alone if is_taken else max(widths) + 1))
+            self._windows = _column_windows(self._widths, columns, alone if is_taken else max(self._widths) + 1)
+            self._sent = pieces_of(self._sources, route.send_rows, self._windows, self._word)
+        self._num_sent = 0
+        self._chunks: deque[_Chunk] = deque()
         self._send_next()
         self._send_next()
 
     def send_rest(self) -> None:
         """Have all chunks under way, not two: for rows that nobody waits for soon. The buffers then hold all rows."""
-        while self._windows:
+        while self._num_sent < len(self._windows):
             self._send_next()
 
     def discard(self) -> None:
         """Let what is under way arrive, and drop it."""
-        self._windows.clear()
+        self._num_sent = len(self._windows)
         while self._chunks:
             self._chunks.popleft().work.wait()
 
@@ -148,18 +143,12 @@ class RowsUnderway:
             targets: A stack for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
                 count them.
         """
-        targets = [[tensor.detach() for tensor in stack] for stack in targets]
-        words: dict[int, list[Tensor]] = {}
-        for chunk in self._arrivals():
-            for i, _, _ in chunk.window:
-                if i not in words:
-                    words[i] = self._words_of(i, targets[i])
-            parts = [(words[i], start, stop) for i, start, stop in chunk.window]
-            scatter(chunk.received, parts, self._route.recv_rows)
-        for i, stack in words.items():
-            for written, target in zip(stack, targets[i], strict=True):
-                if written.data_ptr() != target.data_ptr():
-                    target.copy_(written.view(target.dtype).view(target.shape))
+        if self._windows:
+            targets = [[tensor.detach() for tensor in stack] for stack in targets]
+            written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
+            for chunk in self._arrivals():
+                written.scatter(chunk.received, chunk.window)
+            written.finish()
 
     def take(self) -> list[Tensor]:
         """Wait for the rows and return them, for each of the stacks, in the order in which they arrived."""
@@ -167,41 +156,31 @@ class RowsUnderway:
         kinds = [stack[0] for stack in self._sources]
         taken = [kind.new_empty(0) for kind in kinds]
         for chunk in self._arrivals():
-            for i, start, stop, columns in chunk.pieces():
+            for (i, start, stop), columns in in_buffer(self._windows[chunk.window]):
                 kind, arrived = kinds[i], chunk.received[:, columns]
-                is_whole = arrived.shape[1] == self._words[i][0].shape[1]
+                is_whole = stop - start == self._widths[i]
                 if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
                     taken[i] = arrived.view(kind.dtype).view(rows, *kind.shape[1:])
                     continue
                 if start == 0:
                     taken[i] = kind.new_empty(rows, *kind.shape[1:])
-                _as_words(taken[i], self._word)[:, start:stop] = arrived
+                as_words(taken[i], self._word)[:, start:stop] = arrived
         return [
             tensor if tensor.ndim == kind.ndim else kind.new_empty(rows, *kind.shape[1:])
             for tensor, kind in zip(taken, kinds, strict=True)
         ]
 
-    def _words_of(self, i: int, stack: Sequence[Tensor]) -> list[Tensor]:
-        """Those of a target; of one that is its source and was not copied, the source's."""
-        addresses = [[tensor.data_ptr() for tensor in each] for each in (stack, self._sources[i], self._words[i])]
-        if addresses[0] == addresses[1] == addresses[2]:
-            return self._words[i]
-        return [_as_words(target, self._word) for target in stack]
-
     def _send_next(self) -> None:
-        if not self._windows:
+        if self._num_sent == len(self._windows):
             return
-        window = self._windows.popleft()
-        for i, _, _ in window:
-            if i not in self._words:
-                self._words[i] = [_as_words(tensor, self._word) for tensor in self._sources[i]]
-        sent = gather([(self._words[i], start, stop) for i, start, stop in window], self._route.send_rows)
+        sent = self._sent.gather(self._num_sent)
         received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
         )
         assert work is not None
-        self._chunks.append(_Chunk(window, sent, received, work))
+        self._chunks.append(_Chunk(self._num_sent, sent, received, work))
+        self._num_sent += 1
 
     def _arrivals(self) -> "Iterator[_Chunk]":
         while self._chunks:
@@ -215,17 +194,10 @@ class RowsUnderway:
 class _Chunk:
     """A collective that was started; its buffers are held until it is done."""
 
-    window: _Window
+    window: int
     sent: Tensor
     received: Tensor
     work: dist.Work
-
-    def pieces(self) -> "Iterator[tuple[int, int, int, slice]]":
-        """Of each stack in turn: which it is, its first column, last + 1, and these columns in the buffer."""
-        column = 0
-        for i, start, stop in self.window:
-            yield i, start, stop, slice(column, column + stop - start)
-            column += stop - start
 
 
 def exchange_rows(
@@ -262,17 +234,9 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     return logical
 
 
-def _as_words(tensor: Tensor, word: int) -> Tensor:
-    """The tensor's memory as ``[rows, words of a row]``; a copy where the tensor is not contiguous or not aligned."""
-    flat = tensor.contiguous().reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
-    if flat.storage_offset() * flat.element_size() % word:
-        flat = flat.clone()
-    return flat.view(_WORDS[word])
-
-
-def _column_windows(widths: Sequence[int], columns: int, alone: int) -> list[_Window]:
+def _column_windows(widths: Sequence[int], columns: int, alone: int) -> list[Window]:
     """Cut tensors that lie side by side into windows of at most ``columns``; one as wide as ``alone`` shares none."""
-    windows: list[_Window] = []
+    windows: list[Window] = []
     room = 0
     for i, width in enumerate(widths):
         start = 0

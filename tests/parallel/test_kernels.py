@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ if not IS_INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
 
 from lightning_eplb.parallel.kernels import copy_pieces, put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
+from lightning_eplb.parallel.pieces import AddressedPieces  # noqa: E402
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -80,15 +80,39 @@ def test_rows_are_put_where_they_belong(number: int, width: int):
 
 
 @pytest.mark.parametrize("word", [torch.uint8, torch.int32, torch.int64])
-@pytest.mark.parametrize("widths", [[], [1], [7, 5000, 1, 4096]])
-def test_pieces_are_copied_and_nothing_else(word: torch.dtype, widths: list[int]):
-    size = sum(widths) + 3 * len(widths)
-    source = torch.randint(0, 200, (size + 1,), device=DEVICE).to(word)
-    target = torch.zeros_like(source)
+@pytest.mark.parametrize("into_buffer", [True, False])
+def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool):
+    widths, gap = [7, 5000, 1, 4096], 3
+    outside, inside = (torch.randint(0, 200, (sum(widths) + gap * 5,), device=DEVICE).to(word) for _ in range(2))
+    starts = [gap + sum(widths[:i]) + gap * i for i in range(4)]
+    places = [sum(widths[:i]) for i in (3, 1, 2, 0)]
+    addresses = [outside.data_ptr() + start * word.itemsize for start in starts]
+    table = torch.tensor([addresses, places, widths], dtype=torch.int64, device=DEVICE)
+    source, target = (outside, inside.clone()) if into_buffer else (inside, outside.clone())
     expected = target.clone()
-    starts = np.cumsum([0, *(width + 3 for width in widths)])[:-1].astype(np.int64)
-    for start, width in zip(starts.tolist(), widths, strict=True):
-        expected[start + 1 : start + 1 + width] = source[start : start + width]
-    addresses = [tensor.data_ptr() + starts * source.element_size() for tensor in (source, target[1:])]
-    copy_pieces(*addresses, np.array(widths, dtype=np.int64), word, source)
+    for i in (1, 2):
+        one, other = slice(starts[i], starts[i] + widths[i]), slice(places[i], places[i] + widths[i])
+        to, of = (other, one) if into_buffer else (one, other)
+        expected[to] = source[of]
+    whole = (target if into_buffer else inside), (target if not into_buffer else outside)
+    table[0] += whole[1].data_ptr() - outside.data_ptr()
+    copy_pieces(table, slice(1, 3), 5000, whole[0], into_buffer)
     assert torch.equal(target, expected)
+
+
+def test_rows_of_stacks_go_by_address():
+    stacks = [
+        [torch.arange(i, i + 6.0, device=DEVICE).view(3, 2).to(dtype) for i in (0, 10)]
+        for dtype in (torch.float64, torch.float32)
+    ]
+    stacks[1][1] = stacks[1][1].t().contiguous().t()
+    rows, windows = torch.tensor([4, 0]), [[(0, 0, 2)], [(1, 0, 1)]]
+    addressed = AddressedPieces(stacks, rows, windows, 8)
+    buffers = [addressed.gather(window) for window in range(2)]
+    assert buffers[0].view(torch.float64).tolist() == [[12.0, 13.0], [0.0, 1.0]]
+    assert buffers[1].view(torch.float32).tolist() == [[12.0, 13.0], [0.0, 1.0]]
+    for window, buffer in enumerate(buffers):
+        addressed.scatter(buffer.flip(0), window)
+    addressed.finish()
+    for stack in stacks:
+        assert [tensor.tolist() for tensor in stack] == [[[12, 13], [2, 3], [4, 5]], [[10, 11], [0, 1], [14, 15]]]
