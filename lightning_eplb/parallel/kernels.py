@@ -19,8 +19,11 @@ from torch import Tensor
 MOST_COLUMNS = 2048
 """Columns of a row that a program holds at a time."""
 
-WORDS_A_PROGRAM = 4096
-"""Of a piece of memory."""
+WORDS_AT_A_TIME = 4096
+"""Of a piece of memory, that a program copies."""
+
+MOST_PROGRAMS = 64
+"""That copy pieces: more would be in the way of what they are copied for, the collective before and behind them."""
 
 
 def sum_pairs(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
@@ -73,9 +76,20 @@ def copy_pieces(table: Tensor, pieces: slice, widest: int, buffer: Tensor, into_
         buffer: Contiguous; its dtype is the word.
         into_buffer: From their addresses into the buffer, not from there to their addresses.
     """
-    grid = (pieces.stop - pieces.start, triton.cdiv(widest, WORDS_A_PROGRAM))
-    if buffer.numel() and grid[0]:
-        _copy[grid](table, table.shape[1], pieces.start, buffer, into_buffer, WORDS_A_PROGRAM, num_warps=8)
+    num_pieces, parts_a_piece = pieces.stop - pieces.start, triton.cdiv(widest, WORDS_AT_A_TIME)
+    if buffer.numel() and num_pieces:
+        programs = min(num_pieces * parts_a_piece, MOST_PROGRAMS)
+        _copy[(programs,)](
+            table,
+            table.shape[1],
+            pieces.start,
+            num_pieces,
+            parts_a_piece,
+            buffer,
+            into_buffer,
+            WORDS_AT_A_TIME,
+            num_warps=8,
+        )
 
 
 def _sum_dtype(rows: Tensor) -> tl.dtype:
@@ -147,14 +161,26 @@ def _put(rows, places, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(target + place * WIDTH + columns, moved, mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["num_pieces", "first"])
-def _copy(table, num_pieces, first, buffer, INTO_BUFFER: tl.constexpr, WORDS: tl.constexpr):
-    piece = first + tl.program_id(0)
-    outside = tl.load(table + piece).to(tl.pointer_type(buffer.dtype.element_ty))
-    inside = buffer + tl.load(table + num_pieces + piece)
-    columns = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    is_inside = columns < tl.load(table + 2 * num_pieces + piece)
-    if INTO_BUFFER:
-        tl.store(inside + columns, tl.load(outside + columns, mask=is_inside), mask=is_inside)
-    else:
-        tl.store(outside + columns, tl.load(inside + columns, mask=is_inside), mask=is_inside)
+@triton.jit(do_not_specialize=["all_pieces", "first", "num_pieces", "parts_a_piece"])
+def _copy(
+    table,
+    all_pieces,
+    first,
+    num_pieces,
+    parts_a_piece,
+    buffer,
+    INTO_BUFFER: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    part = tl.program_id(0)
+    while part < num_pieces * parts_a_piece:
+        piece = first + part // parts_a_piece
+        outside = tl.load(table + piece).to(tl.pointer_type(buffer.dtype.element_ty))
+        inside = buffer + tl.load(table + all_pieces + piece)
+        columns = (part % parts_a_piece).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+        is_inside = columns < tl.load(table + 2 * all_pieces + piece)
+        if INTO_BUFFER:
+            tl.store(inside + columns, tl.load(outside + columns, mask=is_inside), mask=is_inside)
+        else:
+            tl.store(outside + columns, tl.load(inside + columns, mask=is_inside), mask=is_inside)
+        part += tl.num_programs(0)
