@@ -196,6 +196,7 @@ class ExpertLoadBalancer:
             self._speed = measure_speed(self._modules[0][1], self.groups)
             self._set_floor(self._measured_costs(with_gradients=False))
         self._first_step_is_done = True
+        self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
         served = self._take_load()
         self._mover.go_on()
         done = self._close_rearrangement() or self._untold

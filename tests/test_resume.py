@@ -1,5 +1,6 @@
 """A run goes on elsewhere: from DDP or sharded, to DDP or sharded, on other ranks and with other redundancy."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.workers import Workers
 
 SECONDS = 200
 KINDS = ["ddp", "sharded", "fsdp1"]
+SAVED_BY = ["ddp", "sharded", "sharded into one file", "fsdp1", "fsdp1 into one file"]
 
 
 def run(
@@ -73,7 +75,19 @@ def resume(kind: str, ranks: int, redundant: int, path: str) -> tuple[list[float
     return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
 
 
-@pytest.fixture(scope="module", params=["ddp", "sharded", "sharded into one file", "fsdp1", "fsdp1 into one file"])
+TABLE = list(itertools.product(SAVED_BY, KINDS, (2, 4), (0, 1)))
+"""What saved, what resumes, its ranks, its redundant experts a rank. All of it: ``tests/soak``."""
+
+
+def some_of_table() -> list[tuple[str, str, int, int]]:
+    """All of DDP and FSDP2; of the rest each pair once, on each of the ranks and redundancies in turn."""
+    whole = [case for case in TABLE if {*case[:2]} <= {"ddp", "sharded"}]
+    pairs = [pair for pair in itertools.product(SAVED_BY, KINDS) if not {*pair} <= {"ddp", "sharded"}]
+    turns = itertools.cycle(itertools.product((2, 4), (1, 0)))
+    return sorted(whole + [(*pair, *turn) for pair, turn in zip(pairs, turns, strict=False)], key=TABLE.index)
+
+
+@pytest.fixture(scope="module", params=SAVED_BY)
 def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("half")
     kind, _, file = request.param.partition(" ")
@@ -85,9 +99,7 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
     return path
 
 
-@pytest.mark.parametrize("redundant", [0, 1])
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("half", "kind", "ranks", "redundant"), some_of_table(), indirect=["half"])
 def test_same_training_as_uninterrupted(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(ranks, resume, kind, ranks, redundant, str(half), seconds=SECONDS)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -98,8 +99,9 @@ def parallelize_experts(
     assert isinstance(num_experts, int)
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
     average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
+    ahead = CopiesAhead()
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups, average, dispatcher), placement)
+        _convert(module, ExpertLayer(index, name, module, groups, average, dispatcher, ahead), placement)
         if mesh is not None and size > 1:
             spread_rows(module, mesh)
     return model

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel import dispatch, grouped
+from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.rows import RowsUnderway
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -49,6 +52,7 @@ class ExpertLayer:
         groups: The ranks that share its experts.
         average: Averages gradients over the EP groups, where there are several and nobody else does.
         dispatcher: Exchanges the tokens.
+        ahead: Sends copies of one layer while another computes; the same for all layers of a model.
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class ExpertLayer:
         groups: ExpertGroups,
         average: ReplicaAverage | None = None,
         dispatcher: type[dispatch.TokenDispatcher] = dispatch.TokenDispatcher,
+        ahead: CopiesAhead | None = None,
     ) -> None:
         self.index = index
         self.name = name
         self.groups = groups
         self.average = average
         self.dispatcher = dispatcher(groups)
+        self.ahead = ahead if ahead is not None else CopiesAhead()
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
@@ -92,6 +98,7 @@ class ExpertLayer:
         Args:
             capacity: How much work each rank should get, in any unit; ``None``: all the same.
         """
+        self.ahead.discard()
         p2l_P = placement.physical_to_logical[self.index]
         if hasattr(self, "physical_to_logical"):
             np.copyto(self.physical_to_logical, p2l_P)
@@ -192,18 +199,32 @@ class ParallelExperts(nn.Module):
         )
         seconds = time.perf_counter() - start
         copies = CopiesUnderway(self._local_parameters(), routes, groups)
+        if is_first := not _is_recomputing():
+            copies.underway = layer.ahead.take(layer.index, routes, self._send_ahead)
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
         primaries, ticket = copies.attach()
         own_MD, others_MD = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
-        if routes.num_copies:
+        if routes.num_copies and copies.underway is None:
             copies.send()
+        if is_first:
+            layer.ahead.send_next(layer.index)
         own_MD = self._serve(primaries, own_MD, plan, slice(0, layer.num_primaries), weights_TK.dtype)
         if routes.num_copies:  # their weights travelled meanwhile
             weights, served = copies.receive(ticket), slice(layer.num_primaries, None)
             others_MD = self._serve(weights, others_MD, plan, served, weights_TK.dtype)
         return layer.dispatcher.combine(own_MD, others_MD, weights_TK, plan)
+
+    def _send_ahead(self) -> tuple[CopyRoutes, RowsUnderway] | None:
+        """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
+        layer = self.expert_layer
+        if layer.copies_by_batch or not layer.copy_routes.num_copies or isinstance(self, FSDPModule):
+            return None
+        copies = CopiesUnderway(self._local_parameters(), layer.copy_routes, layer.groups)
+        copies.send()
+        assert copies.underway is not None
+        return layer.copy_routes, copies.underway
 
     def _serve(
         self,

@@ -1,0 +1,119 @@
+"""Copies that are sent one layer ahead: when they are, and that what is stale is never used."""
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
+from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.rows import RowsUnderway
+from tests.parallel.test_redundancy import EXPERTS, HOT_RANK_ZERO, WIDTH, Experts
+from tests.workers import Workers
+
+LAYERS = 3
+log: list[str] = []
+
+
+class Stack(nn.Module):
+    """Layers that are called in the order of ``path``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Experts() for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor, path: tuple[int, ...]) -> Tensor:
+        index = torch.tensor(HOT_RANK_ZERO)[:, None]
+        for layer in path:
+            log.append(f"layer {layer}")
+            hidden = hidden + 0.1 * self.layers[layer](hidden, index, torch.ones(len(index), 1, dtype=torch.float64))
+        return hidden
+
+
+def train(model: nn.Module, paths: list[tuple[int, ...]], balancer: ExpertLoadBalancer | None = None) -> list[Tensor]:
+    """A step on each path, then what the last one computes; a path of which ``-1`` is the end is broken off."""
+    optimizer, outputs = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for path in paths:
+        hidden = torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64)
+        output = model(hidden, [layer for layer in path if layer >= 0])
+        outputs.append(output.detach())
+        if path[-1] >= 0:
+            output.sum().backward()
+        else:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        if balancer is not None:
+            balancer.step()
+    return outputs
+
+
+def spread() -> tuple[nn.Module, ExpertLoadBalancer]:
+    model = Stack()
+    parallelize_experts(model, num_redundant_experts=2)
+    balancer = ExpertLoadBalancer(model, policy=StaticPolicy())
+    balancer.rearrange(ExpertPlacement(np.array([[0, 1, 2, 2, 3, 0]] * LAYERS), EXPERTS, 2))
+    return model, balancer
+
+
+def events(paths: list[tuple[int, ...]]) -> list[str]:
+    """On every worker: when copies are sent, and when tokens are, in the forward of the last path."""
+    model, balancer = spread()
+    start, dispatch = RowsUnderway.__init__, TokenDispatcher.dispatch
+
+    def noted_start(self: RowsUnderway, *args: Any, **kwargs: Any) -> None:
+        log.append("copies")
+        start(self, *args, **kwargs)
+
+    def noted_dispatch(self: TokenDispatcher, *args: Any) -> Any:
+        log.append("tokens")
+        return dispatch(self, *args)
+
+    train(model, paths[:-1], balancer)
+    log.clear()
+    with (
+        torch.no_grad(),
+        patch.object(RowsUnderway, "__init__", noted_start),
+        patch.object(TokenDispatcher, "dispatch", noted_dispatch),
+    ):
+        model(torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64), paths[-1])
+    return log.copy()
+
+
+def test_the_next_layers_copies_travel_while_one_computes(workers: Workers) -> None:
+    for seen in workers.run(2, events, [(0, 1, 2), (0, 1, 2)]):
+        assert seen == [
+            *("layer 0", "tokens", "copies", "copies"),  # its own and the next one's
+            *("layer 1", "tokens", "copies"),
+            *("layer 2", "tokens"),
+        ]
+
+
+def test_in_the_first_forward_each_layer_sends_its_own(workers: Workers) -> None:
+    for seen in workers.run(2, events, [(0, 1)]):
+        assert seen == ["layer 0", "tokens", "copies", "layer 1", "tokens", "copies"]
+
+
+def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:
+    model, balancer = spread()
+    return train(model, paths, balancer)
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        [(0, 1, 2)] * 3,
+        [(0, 1, 2), (0, 2), (0, 1, 2), (1, 2), (0, 2)],  # another layer follows than the one that was sent ahead
+        [(0, 1, 2), (0, -1), (1, 2), (0, -1), (0, 1)],  # broken off, the weights change, and it goes on behind
+        [(0, 1), (1, 0), (0, 1, 1, 2)],
+    ],
+)
+def test_outputs_are_those_of_the_unmodified_model(paths: list[tuple[int, ...]], workers: Workers) -> None:
+    expected = train(Stack(), paths)
+    for outputs in workers.run(2, outputs_of, paths):
+        for ours, theirs in zip(outputs, expected, strict=True):
+            assert float((ours - theirs).abs().max()) < 1e-12

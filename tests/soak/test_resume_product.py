@@ -1,0 +1,16 @@
+"""A run goes on elsewhere: every kind of checkpoint, under every strategy, on all ranks and redundancies."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import test_resume
+from tests.test_resume import TABLE, half
+from tests.workers import Workers
+
+__all__ = ["half"]
+
+
+@pytest.mark.parametrize(("half", "kind", "ranks", "redundant"), TABLE, indirect=["half"])
+def test_same_training_from_each_to_each(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
+    test_resume.test_same_training_as_uninterrupted(half, kind, ranks, redundant, workers)
