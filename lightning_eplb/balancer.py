@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eplb.agreement import check_successor, decided_by_rank_zero
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
@@ -83,6 +84,7 @@ class ExpertLoadBalancer:
         min_tokens_per_copy: int | None = None,
         use_async: bool = False,
     ) -> None:
+        check_whole_numbers(window_size=window_size, step_interval=step_interval)
         for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 optimizer step")

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
@@ -118,6 +120,11 @@ class EPLBCallback(Callback):
         use_async: bool = False,
     ) -> None:
         check_redundancy(redundancy, min_tokens_per_copy)
+        check_whole_numbers(
+            num_redundant_experts=num_redundant_experts, window_size=window_size, step_interval=step_interval
+        )
+        if ep_size is not None:
+            check_whole_numbers(ep_size=ep_size)
         if num_redundant_experts < 0:
             raise ValueError(f"num_redundant_experts={num_redundant_experts} must not be negative; 0 is none")
         if ep_size is not None and ep_size < 1:
@@ -127,6 +134,10 @@ class EPLBCallback(Callback):
         for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1 optimizer step")
+        if trace is not None and os.path.isdir(trace):
+            raise ValueError(
+                f"trace={str(trace)!r} is a folder; name a file, such as {os.path.join(trace, 'trace.npy')!r}"
+            )
         self.num_redundant_experts = num_redundant_experts
         self.ep_size = ep_size
         self.policy = policy
@@ -385,15 +396,13 @@ class EPLBCallback(Callback):
         return not pl_module.automatic_optimization or (every > 0 and trainer.global_step % every == 0)
 
     def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
+        assert self.balancer is not None
+        if self.balancer.groups.size > 1:
+            _warn_of_idle_layers([layer.name for layer, _ in expert_layers(self.balancer.model)], done.load)
         if done.before == done.after:
             rank_zero_info(f"step {trainer.global_step}: no expert moved, in no layer would it pay")
             return
-        rank_zero_info(
-            f"step {trainer.global_step}: {done.num_rows} experts in {done.num_layers} layers changed ranks,"
-            f" {done.num_copies} redundant slots changed, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s;"
-            " balancedness of the window"
-            f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
-        )
+        rank_zero_info(f"step {trainer.global_step}: {_in_words(done)}")
         if takes_pictures(trainer.loggers):
             before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
             before_YP, after_YP = slot_tokens(done.load, done.before), slot_tokens(done.load, done.after)
@@ -403,6 +412,37 @@ class EPLBCallback(Callback):
                 RANK_LOAD: draw_before_after(before_YR, after_YR),
             }
             log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+def _in_words(done: Rearrangement) -> str:
+    moved = "no expert changed ranks"
+    if done.num_rows:
+        moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"
+    copies = ""
+    if done.num_copies:  # fewer copies may level less: those that were given up cost more than they saved
+        redundant_YRE = done.after.by_rank[:, :, done.after.primaries_per_rank :]
+        filled = int((redundant_YRE >= 0).sum())
+        copies = f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
+    return (
+        f"{moved}{copies}, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
+        f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _warn_of_idle_layers(names: list[str], load_YL: np.ndarray) -> None:
+    """A second copy of a model is placed by its own load: parameter by parameter the two no longer correspond."""
+    tokens_Y = load_YL.sum(axis=1)
+    idle = [name for name, tokens in zip(names, tokens_Y, strict=True) if not tokens]
+    if idle and tokens_Y.any():
+        rank_zero_warn(
+            f"{len(idle)} of {len(names)} MoE layers got no token in the window, {idle[0]} first. If they belong to a"
+            " copy of the model, such as an average of its weights: experts of model and copy change ranks apart, so"
+            " average what state_dict() returns, not parameters"
+        )
 
 
 def _keeps_gradients(module: "pl.LightningModule") -> bool:

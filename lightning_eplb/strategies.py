@@ -10,6 +10,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.consolidate import is_distributed_checkpoint
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
@@ -59,6 +60,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
+        check_whole_numbers(replicate_size=replicate_size)
+        if ep_size is not None:
+            check_whole_numbers(ep_size=ep_size)
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size={ep_size} must be at least 1; None takes all ranks that are not replicas")
         if replicate_size < 1:

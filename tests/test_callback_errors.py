@@ -1,5 +1,7 @@
 """What can't work is refused in words: argument, value, what would do; on every rank, and nothing hangs or moves."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -12,8 +14,17 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_eplb import EPLBCallback, ExpertLoadBalancer, ExpertPlacement, Policy, Topology, parallelize_experts
+from lightning_eplb import (
+    EPLBCallback,
+    ExpertLoadBalancer,
+    ExpertParallelStrategy,
+    ExpertPlacement,
+    Policy,
+    Topology,
+    parallelize_experts,
+)
 from lightning_eplb.parallel.groups import ExpertGroups
 from tests.fidelity import SEQUENCES, trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, optimizer_of, token_batches
@@ -27,12 +38,22 @@ from tests.workers import Workers
         ({"step_interval": 0}, "step_interval=0 must be at least 1"),
         ({"ep_size": 0}, "ep_size=0 must be at least 1; None takes every"),
         ({"num_redundant_experts": -2}, "num_redundant_experts=-2 must not be negative; 0 is none"),
+        ({"num_redundant_experts": "8"}, "num_redundant_experts='8' must be a whole number"),
+        ({"ep_size": 2.0}, r"ep_size=2\.0 must be a whole number"),
+        ({"window_size": True}, "window_size=True must be a whole number"),
+        ({"step_interval": float("inf")}, "step_interval=inf must be a whole number"),
+        ({"trace": "."}, r"trace='\.' is a folder; name a file, such as './trace\.npy'"),
         ({"policy": "balanced"}, "policy='balanced' must be a lightning_eplb.Policy"),
     ],
 )
 def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EPLBCallback(**arguments)
+
+
+def test_arguments_that_fit_no_strategy() -> None:
+    with pytest.raises(ValueError, match="ep_size='2' must be a whole number"):
+        ExpertParallelStrategy(ep_size="2")  # type: ignore[arg-type]
 
 
 def fails_in_setup(arguments: dict[str, Any], more_callbacks: list[pl.Callback] | None = None, **trainer: Any) -> str:
@@ -96,6 +117,59 @@ def test_weight_averaging(name: str, workers: Workers) -> None:
     assert message.startswith(
         f"{name} is not supported with EPLBCallback: it averages the rows of experts by the place"
     )
+
+
+def averaged_by_hand() -> str:
+    model = hugging_face_model("mixtral")
+    return fails_in_setup({}, model=nn.ModuleDict({"model": model, "average": AveragedModel(model)}))
+
+
+def test_an_average_by_hand(workers: Workers) -> None:
+    (message,) = set(workers.run(2, averaged_by_hand))
+    assert message.startswith("model.average is an AveragedModel: it averages the rows of experts by the place where")
+
+
+class ParamWrapper(nn.Module):
+    """As PEFT wraps experts that ``target_parameters`` names."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(16, 8 * 2)
+
+
+def adapted() -> str:
+    model: Any = hugging_face_model("mixtral")
+    model.model.layers[1].mlp.experts = ParamWrapper(model.model.layers[1].mlp.experts)
+    return fails_in_setup({}, model=model)
+
+
+def test_adapters_for_experts(workers: Workers) -> None:
+    (message,) = set(workers.run(2, adapted))
+    assert message.startswith("model.model.layers.1.mlp.experts.base_layer is wrapped in a ParamWrapper, an adapter")
+
+
+class WithCopy(LanguageModel):
+    """Keeps a copy of its model that it never calls."""
+
+    def __init__(self, model: nn.Module, optimizer: str) -> None:
+        super().__init__(model, optimizer)
+        self.average = copy.deepcopy(model).requires_grad_(False)
+
+
+def warnings_of(module: type[LanguageModel]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [EPLBCallback(step_interval=4)]
+        trainer_for(2, max_steps=1, callbacks=callbacks).fit(module(hugging_face_model("mixtral"), "adamw"), tokens())
+    return [str(each.message) for each in caught if "MoE layers" in str(each.message)]
+
+
+def test_a_copy_of_the_model_that_is_never_called_is_told(workers: Workers) -> None:
+    (message,), nothing = workers.run(2, warnings_of, WithCopy)  # rank 0 warns
+    assert message.startswith("2 of 4 MoE layers got no token in the window, average.model.layers.0.mlp.experts first")
+    assert nothing == []
+    assert workers.run(2, warnings_of, LanguageModel) == [[], []]
 
 
 def only_experts_trained() -> str:

@@ -180,10 +180,13 @@ NAMES = ("static", "deepseek", "balanced")
     [
         (["simulate"], "give either a TRACE or --synthetic NAME"),
         (["simulate", "nowhere.npy"], "nowhere.npy"),
-        (["simulate", "--synthetic", "zipf", "--ep-size", "7"], "must be"),
+        (
+            ["simulate", "--synthetic", "zipf", "--ep-size", "7"],
+            "--ep-size 7 must divide the 64 experts; one of [1, 2, 4,",
+        ),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "3"],
-            "num_redundant_experts=3 must be zero or",
+            "--num-redundant-experts 3 must be a multiple of --ep-size 8; 0 or 8 would do",
         ),
         (["simulate", "--synthetic", "zipf", "--step-interval", "0"], "step_interval=0 must be at least 1"),
     ],

@@ -39,7 +39,8 @@ def test_in_a_terminal(workers: Workers) -> None:
     (output, error, log), (silent, _, silent_log) = workers.run(2, train, True)
     assert re.search(r"balancedness=[01]\.\d", output + error)
     lines = re.findall(
-        r"step (\d+): \d+ experts in \d layers changed ranks, \d+ redundant slots changed, [\d.]+ MiB in [\d.]+ s;"
+        r"step (\d+): \d+ experts? in \d layers? changed ranks, \d+ redundant slots? changed \(\d+ of \d+ filled now\),"
+        r" [\d.]+ MiB in [\d.]+ s;"
         r" balancedness of the window [\d.]+ -> [\d.]+",
         log,
     )

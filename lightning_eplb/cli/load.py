@@ -77,6 +77,16 @@ def read_load(arguments: argparse.Namespace) -> tuple[np.ndarray, str]:
             interval=arguments.step_interval,
             seed=arguments.seed,
         )
+    experts = load_WYL.shape[-1]
+    if experts % arguments.ep_size:
+        sizes = [size for size in range(1, experts + 1) if experts % size == 0]
+        raise ValueError(f"--ep-size {arguments.ep_size} must divide the {experts} experts; one of {sizes} would do")
+    if arguments.num_redundant_experts < 0 or arguments.num_redundant_experts % arguments.ep_size:
+        below = max(0, arguments.num_redundant_experts // arguments.ep_size * arguments.ep_size)
+        raise ValueError(
+            f"--num-redundant-experts {arguments.num_redundant_experts} must be a multiple of --ep-size"
+            f" {arguments.ep_size}; {below} or {below + arguments.ep_size} would do"
+        )
     if max(1, arguments.step_interval // 4) >= len(load_WYL):
         raise ValueError(
             f"--step-interval {arguments.step_interval} is too long: the first decision comes after a quarter of it,"

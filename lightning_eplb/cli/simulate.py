@@ -18,9 +18,11 @@ for example:
 """
 MEANINGS = """
 Balancedness is that of single steps after the first decision: mean over ranks / fullest rank, 1 is perfect.
-Moved are primaries, with their optimizer state; traffic is theirs, within nodes + between nodes.
+Moved are primaries, with their optimizer state.{traffic}
 Planning is the time of the slowest decision.
 Speed-up is that of the experts' part of a step, over the placement that training starts from."""
+
+TRAFFIC = " Traffic is theirs, within nodes + between nodes."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,5 +45,5 @@ def run(arguments: argparse.Namespace) -> int:
     print("\nbalancedness over time, 0 to 1")
     for each in replays:
         print(f"{each.name.ljust(max(len(row[0]) for row in rows))}  {draw_over_time(each.balancedness)}")
-    print(MEANINGS)
+    print(MEANINGS.format(traffic="" if arguments.bytes_per_expert is None else TRAFFIC))
     return 0

@@ -59,7 +59,7 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
         else:
             raise ValueError(
                 f"path={str(path)!r} is no checkpoint: a folder with {SINGLE_FILE} or {INDEX_FILE} would do, as would"
-                " a file or folder that Trainer.save_checkpoint has written"
+                " a file or folder that Trainer.save_checkpoint has written (nothing is downloaded)"
             )
 
 

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.swa_utils import AveragedModel
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
@@ -135,6 +137,7 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             f"ep_size={size} must divide the {num_experts} experts of {next(iter(found))}; "
             f"{_choices(divisor for divisor in range(1, num_experts + 1) if num_experts % divisor == 0)} would do"
         )
+    check_whole_numbers(num_redundant_experts=num_redundant_experts)
     if num_redundant_experts < 0 or num_redundant_experts % size:
         below = max(0, num_redundant_experts // size * size)
         raise ValueError(
@@ -151,6 +154,25 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
                     " layers that share experts can't be spread over ranks"
                 )
             owners[id(parameter)] = full_name
+    if size > 1:
+        _check_owners(model, found)
+
+
+def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    """Refuse what reads the experts' parameters by its own count of them: it would not see that rows are elsewhere."""
+    experts = {id(module): name for name, module in found.items()}
+    for name, module in model.named_modules():
+        inner = next((experts[id(child)] for child in module.children() if id(child) in experts), None)
+        if inner is not None and hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{inner} is wrapped in a {type(module).__name__}, an adapter for the weights of all experts, and these"
+                " are to be spread over ranks; leave experts out of PEFT's target_parameters"
+            )
+        if isinstance(module, AveragedModel) and any(id(child) in experts for child in module.modules()):
+            raise ValueError(
+                f"{name or 'the model'} is an AveragedModel: it averages the rows of experts by the place where they"
+                " are, and they move; average what state_dict() returns instead"
+            )
 
 
 def _choices(numbers: Iterator[int]) -> str:

@@ -55,6 +55,11 @@ def fully_shard_moe(
         ValueError: The mesh has other dimensions or ranks, or an expert can't be cut into ``efsdp`` equal parts. All
             ranks raise it, before any communication.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise ValueError(
+            f"mesh={mesh!r} must be the mesh that ExpertParallelStrategy makes, self.device_mesh in configure_model;"
+            " under DDP call parallelize_experts(model, num_redundant_experts=...) instead"
+        )
     check_mesh(mesh, model, dist.get_world_size())
     if EFSDP not in (mesh.mesh_dim_names or ()):
         raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}; 'efsdp' must be among them, of size 1 at least")

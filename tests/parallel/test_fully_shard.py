@@ -1,5 +1,6 @@
 """One call shards a whole Hugging Face model: experts, blocks, and what is outside of blocks."""
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -13,6 +14,11 @@ from tests.workers import Workers
 
 def mesh_of(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def test_no_mesh() -> None:
+    with pytest.raises(ValueError, match=r"mesh=None must be the mesh that ExpertParallelStrategy makes"):
+        fully_shard_moe(hugging_face_model("mixtral"), None)  # type: ignore[arg-type]
 
 
 def test_every_block_is_sharded_by_itself(workers: Workers) -> None:
