@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eplb.agreement import check_successor, decided_by_rank_zero
-from lightning_eplb.arguments import check_whole_numbers
+from lightning_eplb.arguments import check_redundancy, check_steps
 from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
@@ -84,10 +84,7 @@ class ExpertLoadBalancer:
         min_tokens_per_copy: int | None = None,
         use_async: bool = False,
     ) -> None:
-        check_whole_numbers(window_size=window_size, step_interval=step_interval)
-        for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 optimizer step")
+        check_steps(window_size=window_size, step_interval=step_interval)
         check_redundancy(redundancy, min_tokens_per_copy)
         self._modules = list(expert_layers(model))
         if not self._modules:
@@ -505,16 +502,6 @@ class ExpertLoadBalancer:
 
     def _ask_policy(self, outlook: Outlook, topology: Topology) -> ExpertPlacement:
         return self.policy.look_ahead(outlook, self.placement, topology)
-
-
-def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:
-    """Raise ``ValueError`` for arguments of :class:`ExpertLoadBalancer` that do not fit by themselves."""
-    if redundancy not in ("window", "batch"):
-        raise ValueError(f"redundancy={redundancy!r} must be 'window' or 'batch'")
-    if min_tokens_per_copy is not None and (type(min_tokens_per_copy) is not int or min_tokens_per_copy < 1):
-        raise ValueError(
-            f"min_tokens_per_copy={min_tokens_per_copy!r} must be a whole number from 1 up; None to measure it"
-        )
 
 
 def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:

@@ -1,49 +1,33 @@
 """The Lightning callback."""
 
 import os
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.arguments import check_whole_numbers
-from lightning_eplb.balancer import ExpertLoadBalancer, check_redundancy
+from lightning_eplb.arguments import check_redundancy, check_steps, check_whole_numbers
+from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.fsdp import SpreadExperts, check_fsdp
-from lightning_eplb.functional import rank_tokens, slot_tokens
-from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
-from lightning_eplb.logging.loggers import (
-    EXPERT_LOAD,
-    RANK_LOAD,
-    SLOT_LOAD,
-    log_heatmaps,
-    log_histogram,
-    log_placement,
-    takes_pictures,
-)
-from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
+from lightning_eplb.fsdp import SpreadExperts
+from lightning_eplb.logging.loggers import log_histogram, log_placement
+from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
-from lightning_eplb.parallel.flat_parameters import check_not_flattened, shard_groups
-from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.flat_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
+from lightning_eplb.precision import clip_as_before, clip_by_global_norm, shared_scaler
+from lightning_eplb.requirements import check_adopted, checked_ep_size, ep_size_in
 from lightning_eplb.scalars import scalars_of
-from lightning_eplb.steps import Rearrangement
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
 from lightning_eplb.trace import TraceWriter
@@ -120,9 +104,8 @@ class EPLBCallback(Callback):
         use_async: bool = False,
     ) -> None:
         check_redundancy(redundancy, min_tokens_per_copy)
-        check_whole_numbers(
-            num_redundant_experts=num_redundant_experts, window_size=window_size, step_interval=step_interval
-        )
+        check_steps(window_size=window_size, step_interval=step_interval)
+        check_whole_numbers(num_redundant_experts=num_redundant_experts)
         if ep_size is not None:
             check_whole_numbers(ep_size=ep_size)
         if num_redundant_experts < 0:
@@ -131,9 +114,6 @@ class EPLBCallback(Callback):
             raise ValueError(f"ep_size={ep_size} must be at least 1; None takes every data-parallel rank")
         if policy is not None and not isinstance(policy, Policy):
             raise ValueError(f"policy={policy!r} must be a lightning_eplb.Policy, such as BalancedPolicy(), or None")
-        for name, value in {"window_size": window_size, "step_interval": step_interval}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 optimizer step")
         if trace is not None and os.path.isdir(trace):
             raise ValueError(
                 f"trace={str(trace)!r} is a folder; name a file, such as {os.path.join(trace, 'trace.npy')!r}"
@@ -157,10 +137,8 @@ class EPLBCallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        ep_size = self._check_trainer(trainer)
-        ignored = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())
-        if not isinstance(ignored, _IgnoredByDDP):
-            pl_module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(pl_module, ignored)  # type: ignore[assignment]
+        ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
+        keep_experts_from_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
@@ -191,7 +169,7 @@ class EPLBCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._check_adopted(trainer, pl_module)
+        check_adopted(trainer, pl_module, ep_size_in(trainer, self.ep_size), self.num_redundant_experts)
         if self.balancer is None or self.balancer.model is not pl_module:
             self.balancer = ExpertLoadBalancer(
                 pl_module,
@@ -207,11 +185,11 @@ class EPLBCallback(Callback):
         self.balancer.optimizers = trainer.optimizers
         for optimizer in trainer.optimizers:
             install_optimizer_hooks(optimizer, pl_module)
-            if self._scaler(trainer) is not None:
+            if shared_scaler(trainer) is not None:
                 check_scaled_optimizer(optimizer)
         check_not_flattened(pl_module)
-        _clip_by_global_norm(trainer, pl_module, self.balancer)
-        _average_when_ddp_does(trainer.strategy.model, pl_module)
+        clip_by_global_norm(trainer, pl_module, self.balancer.groups)
+        average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -240,7 +218,7 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         assert self.balancer is not None
-        if (scaler := self._scaler(trainer)) is not None:
+        if (scaler := shared_scaler(trainer)) is not None:
             share_overflow(scaler, optimizer, self.balancer.groups)
         self.balancer.before_optimizer_step(optimizer)
 
@@ -260,7 +238,7 @@ class EPLBCallback(Callback):
         if self._trace_writer is not None:
             self._trace_writer.append(load.load)
         if load.rearrangement is not None:
-            self._report(trainer, load.rearrangement)
+            report_rearrangement(trainer, load.rearrangement, self._layer_names())
         # A value that is logged costs a third of a millisecond, also in the steps that no logger writes.
         if trainer.progress_bar_callback is not None:
             pl_module.log("balancedness", load.balancedness, prog_bar=True, logger=False)  # a bar is narrow
@@ -274,7 +252,7 @@ class EPLBCallback(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         if (done := self.balancer.finish_rearrangement()) is not None:
-            self._report(trainer, done)
+            report_rearrangement(trainer, done, self._layer_names())
         if self._summary.last and self.balancer.groups.size > 1:
             load_YL = self.balancer.load.compute()["load"].cpu().numpy()
             log_placement(trainer.loggers, trainer.global_step - 1, self.balancer.placement, load_YL)
@@ -289,8 +267,7 @@ class EPLBCallback(Callback):
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
-            vars(trainer.precision_plugin).pop(name, None)
+        clip_as_before(trainer)
         self._undo_spread_experts()
         if self._trace_writer is not None:
             self._trace_writer.close()
@@ -309,41 +286,6 @@ class EPLBCallback(Callback):
             self._spread_experts.undo()
             self._spread_experts = None
 
-    def _scaler(self, trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
-        """The gradient scaler, where several ranks must agree about what it does."""
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return scaler if scaler is not None and trainer.world_size > 1 else None
-
-    def _check_trainer(self, trainer: "pl.Trainer") -> int:
-        """The size of an EP group, once it is sure that trainer and arguments go together."""
-        ep_size = self._ep_size_in(trainer)
-        if trainer.world_size % ep_size:
-            sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
-            raise ValueError(
-                f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
-            )
-        if self.num_redundant_experts % ep_size:
-            below = self.num_redundant_experts // ep_size * ep_size
-            raise ValueError(
-                f"num_redundant_experts={self.num_redundant_experts} must be a multiple of ep_size={ep_size};"
-                f" {below} or {below + ep_size} would do"
-            )
-        if isinstance(trainer.strategy, FSDPStrategy):
-            check_fsdp(trainer.strategy)
-        elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
-            raise ValueError(
-                f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
-                " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
-            )
-        check_nodes(ep_size, trainer.num_devices)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-                raise ValueError(
-                    f"{type(callback).__name__} is not supported with EPLBCallback: it averages the rows of experts by"
-                    " the place where they are, and they move; remove one of the two callbacks"
-                )
-        return ep_size
-
     def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
         """Lightning loads a file right into the shards and takes them to be in the order of the unmodified model."""
         if not any(expert_layers(pl_module)):
@@ -353,146 +295,17 @@ class EPLBCallback(Callback):
             balancer = ExpertLoadBalancer(pl_module)
         balancer.reset()
 
-    def _ep_size_in(self, trainer: "pl.Trainer") -> int:
-        if not isinstance(trainer.strategy, ExpertParallelStrategy):
-            return trainer.world_size if self.ep_size is None else self.ep_size
-        theirs = trainer.strategy.ep_size
-        if self.ep_size not in (None, theirs):
-            raise ValueError(
-                f"ep_size={self.ep_size} must be that of ExpertParallelStrategy, which is {theirs}; leave it out here"
-            )
-        return theirs
-
-    def _check_adopted(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """A model that ``configure_model`` built and converted must be what the arguments say."""
-        layers = [layer for layer, _ in expert_layers(pl_module)]
-        ep_size = self._ep_size_in(trainer)
-        is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
-        if not layers:
-            check_experts(pl_module, dict(find_experts(pl_module)), ep_size, self.num_redundant_experts)
-            call = "fully_shard_moe(self.model, self.device_mesh, " if is_sharded else "parallelize_experts(self, "
-            raise ValueError(
-                "configure_model built MoE layers and did not convert them; call"
-                f" {call}num_redundant_experts={self.num_redundant_experts}) at its end"
-            )
-        for layer, module in expert_layers(pl_module):
-            if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
-                raise ValueError(
-                    f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
-                    " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
-                    " shard_placement_fn=lambda parameter: Shard(1))"
-                )
-        redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
-        if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
-            raise ValueError(
-                f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={self.num_redundant_experts};"
-                f" parallelize_experts was called for {layers[0].groups.size} ranks with"
-                f" num_redundant_experts={redundant}; give both the same"
-            )
+    def _layer_names(self) -> list[str]:
+        assert self.balancer is not None
+        return [layer.name for layer, _ in expert_layers(self.balancer.model)]
 
     def _is_logged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # Under manual optimization Lightning counts batches, which `global_step` doesn't tell.
         return not pl_module.automatic_optimization or (every > 0 and trainer.global_step % every == 0)
 
-    def _report(self, trainer: "pl.Trainer", done: Rearrangement) -> None:
-        assert self.balancer is not None
-        if self.balancer.groups.size > 1:
-            _warn_of_idle_layers([layer.name for layer, _ in expert_layers(self.balancer.model)], done.load)
-        if done.before == done.after:
-            rank_zero_info(f"step {trainer.global_step}: no expert moved, in no layer would it pay")
-            return
-        rank_zero_info(f"step {trainer.global_step}: {_in_words(done)}")
-        if takes_pictures(trainer.loggers):
-            before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
-            before_YP, after_YP = slot_tokens(done.load, done.before), slot_tokens(done.load, done.after)
-            figures = {
-                EXPERT_LOAD: draw_expert_load(done.load),
-                SLOT_LOAD: draw_slot_load(before_YP, after_YP),
-                RANK_LOAD: draw_before_after(before_YR, after_YR),
-            }
-            log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
-
-
-def _in_words(done: Rearrangement) -> str:
-    moved = "no expert changed ranks"
-    if done.num_rows:
-        moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"
-    copies = ""
-    if done.num_copies:  # fewer copies may level less: those that were given up cost more than they saved
-        redundant_YRE = done.after.by_rank[:, :, done.after.primaries_per_rank :]
-        filled = int((redundant_YRE >= 0).sum())
-        copies = f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
-    return (
-        f"{moved}{copies}, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
-        f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _warn_of_idle_layers(names: list[str], load_YL: np.ndarray) -> None:
-    """A second copy of a model is placed by its own load: parameter by parameter the two no longer correspond."""
-    tokens_Y = load_YL.sum(axis=1)
-    idle = [name for name, tokens in zip(names, tokens_Y, strict=True) if not tokens]
-    if idle and tokens_Y.any():
-        rank_zero_warn(
-            f"{len(idle)} of {len(names)} MoE layers got no token in the window, {idle[0]} first. If they belong to a"
-            " copy of the model, such as an average of its weights: experts of model and copy change ranks apart, so"
-            " average what state_dict() returns, not parameters"
-        )
-
 
 def _keeps_gradients(module: "pl.LightningModule") -> bool:
     """Whether gradients may be used again after an optimizer step: Lightning's own loop zeroes them before."""
     overridden = (is_overridden(name, module) for name in ("optimizer_step", "optimizer_zero_grad"))
     return not module.automatic_optimization or any(overridden)
-
-
-class _IgnoredByDDP:
-    """The names that DDP must leave alone, looked up when DDP asks: by then ``configure_model`` has run."""
-
-    def __init__(self, module: nn.Module, others: Any) -> None:
-        self._module = module
-        self._others = others
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._others
-        experts = {
-            id(parameter)
-            for layer, module in expert_layers(self._module)
-            if layer.groups.size > 1
-            for parameter in module.parameters(recurse=False)
-        }
-        yield from (name for name, parameter in self._module.named_parameters() if id(parameter) in experts)
-
-
-def _clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule", balancer: ExpertLoadBalancer) -> None:
-    """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
-
-    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
-    and it refuses those of several meshes.
-    """
-    precision = trainer.precision_plugin
-    experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
-    cut = shard_groups(trainer.strategy.model or pl_module)
-
-    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, balancer.groups, cut)
-
-    def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_value_(precision.main_params(optimizer), float(clip_val))
-
-    if balancer.groups.size > 1 or isinstance(trainer.strategy, (ExpertParallelStrategy, FSDPStrategy)):
-        precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-        precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
-
-
-def _average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
-    """Average the experts' gradients over EP groups in those backward passes in which DDP averages all others."""
-    if isinstance(wrapped, DistributedDataParallel):
-        for layer, _ in expert_layers(module):
-            if layer.average is not None:
-                layer.average.blocked = lambda: not wrapped.require_backward_grad_sync

@@ -109,7 +109,7 @@ def reports(costs: Costs | None) -> tuple[list[str], list[int]]:
             callback.balancer.costs = costs
 
     trainer = trainer_for(2, max_steps=STEPS, callbacks=[callback, WithCosts()])
-    with patch("lightning_eplb.callback.rank_zero_info", told.append):
+    with patch("lightning_eplb.logging.rearrangement.rank_zero_info", told.append):
         trainer.fit(Skewed(), loader(token_batches(STEPS * 2), 1))
     assert callback.balancer is not None
     latest = callback.balancer.last_rearrangement

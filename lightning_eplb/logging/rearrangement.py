@@ -1,0 +1,65 @@
+"""What a person is told of a rearrangement: a line, pictures, and what looks wrong."""
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_eplb.functional import rank_tokens, slot_tokens
+from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
+from lightning_eplb.logging.loggers import EXPERT_LOAD, RANK_LOAD, SLOT_LOAD, log_heatmaps, takes_pictures
+from lightning_eplb.steps import Rearrangement
+
+
+def report_rearrangement(trainer: "pl.Trainer", done: Rearrangement, layers: Sequence[str]) -> None:
+    """A line in the log of rank 0, and the pictures of those loggers that take any. All ranks may call it.
+
+    Args:
+        layers: Names of the MoE layers.
+    """
+    _warn_of_idle_layers(layers, done.load)
+    if done.before == done.after:
+        rank_zero_info(f"step {trainer.global_step}: no expert moved, in no layer would it pay")
+        return
+    rank_zero_info(f"step {trainer.global_step}: {_in_words(done)}")
+    if takes_pictures(trainer.loggers):
+        before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
+        before_YP, after_YP = slot_tokens(done.load, done.before), slot_tokens(done.load, done.after)
+        figures = {
+            EXPERT_LOAD: draw_expert_load(done.load),
+            SLOT_LOAD: draw_slot_load(before_YP, after_YP),
+            RANK_LOAD: draw_before_after(before_YR, after_YR),
+        }
+        log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+def _in_words(done: Rearrangement) -> str:
+    moved = "no expert changed ranks"
+    if done.num_rows:
+        moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"
+    copies = ""
+    if done.num_copies:  # fewer copies may level less: those that were given up cost more than they saved
+        redundant_YRE = done.after.by_rank[:, :, done.after.primaries_per_rank :]
+        filled = int((redundant_YRE >= 0).sum())
+        copies = f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
+    return (
+        f"{moved}{copies}, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
+        f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _warn_of_idle_layers(names: Sequence[str], load_YL: np.ndarray) -> None:
+    """A second copy of a model is placed by its own load: parameter by parameter the two no longer correspond."""
+    tokens_Y = load_YL.sum(axis=1)
+    idle = [name for name, tokens in zip(names, tokens_Y, strict=True) if not tokens]
+    if idle and tokens_Y.any():
+        rank_zero_warn(
+            f"{len(idle)} of {len(names)} MoE layers got no token in the window, {idle[0]} first. If they belong to a"
+            " copy of the model, such as an average of its weights: experts of model and copy change ranks apart, so"
+            " average what state_dict() returns, not parameters"
+        )

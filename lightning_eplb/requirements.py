@@ -1,0 +1,83 @@
+"""What a trainer, its callbacks and a converted model must be for ``EPLBCallback``; said before any communication."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_eplb.fsdp import check_fsdp
+from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
+from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.strategies import ExpertParallelStrategy
+
+
+def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
+    """The size of an EP group, once it is sure that the trainer and the callback's arguments go together."""
+    ep_size = ep_size_in(trainer, ep_size)
+    if trainer.world_size % ep_size:
+        sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
+        raise ValueError(
+            f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
+        )
+    if num_redundant_experts % ep_size:
+        below = num_redundant_experts // ep_size * ep_size
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={ep_size};"
+            f" {below} or {below + ep_size} would do"
+        )
+    if isinstance(trainer.strategy, FSDPStrategy):
+        check_fsdp(trainer.strategy)
+    elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
+        raise ValueError(
+            f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
+            " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
+        )
+    check_nodes(ep_size, trainer.num_devices)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"{type(callback).__name__} is not supported with EPLBCallback: it averages the rows of experts by"
+                " the place where they are, and they move; remove one of the two callbacks"
+            )
+    return ep_size
+
+
+def ep_size_in(trainer: "pl.Trainer", ep_size: int | None) -> int:
+    """The size of an EP group: the argument, or what the strategy says."""
+    if not isinstance(trainer.strategy, ExpertParallelStrategy):
+        return trainer.world_size if ep_size is None else ep_size
+    theirs = trainer.strategy.ep_size
+    if ep_size not in (None, theirs):
+        raise ValueError(
+            f"ep_size={ep_size} must be that of ExpertParallelStrategy, which is {theirs}; leave it out here"
+        )
+    return theirs
+
+
+def check_adopted(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int, num_redundant_experts: int
+) -> None:
+    """A model that ``configure_model`` built and converted must be what the arguments say."""
+    layers = [layer for layer, _ in expert_layers(pl_module)]
+    is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
+    if not layers:
+        check_experts(pl_module, dict(find_experts(pl_module)), ep_size, num_redundant_experts)
+        call = "fully_shard_moe(self.model, self.device_mesh, " if is_sharded else "parallelize_experts(self, "
+        raise ValueError(
+            "configure_model built MoE layers and did not convert them; call"
+            f" {call}num_redundant_experts={num_redundant_experts}) at its end"
+        )
+    for layer, module in expert_layers(pl_module):
+        if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+            raise ValueError(
+                f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
+                " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
+                " shard_placement_fn=lambda parameter: Shard(1))"
+            )
+    redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
+    if layers[0].groups.size != ep_size or redundant != num_redundant_experts:
+        raise ValueError(
+            f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={num_redundant_experts};"
+            f" parallelize_experts was called for {layers[0].groups.size} ranks with"
+            f" num_redundant_experts={redundant}; give both the same"
+        )
