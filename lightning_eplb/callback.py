@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -382,6 +383,8 @@ class EPLBCallback(Callback):
                     " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
                     " shard_placement_fn=lambda parameter: Shard(1))"
                 )
+        if is_sharded and trainer.world_size > 1:
+            _check_sharded(pl_module)
         redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
         if layers[0].groups.size != ep_size or redundant != self.num_redundant_experts:
             raise ValueError(
@@ -412,6 +415,16 @@ class EPLBCallback(Callback):
                 RANK_LOAD: draw_before_after(before_YR, after_YR),
             }
             log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+def _check_sharded(module: nn.Module) -> None:
+    """The strategy itself averages nothing: what ``fully_shard`` was not called for would differ from rank to rank."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} was not sharded, so that nobody averages its gradient; under ExpertParallelStrategy"
+                " configure_model must call fully_shard_moe(model, self.device_mesh), or fully_shard for all else"
+            )
 
 
 def _in_words(done: Rearrangement) -> str:
