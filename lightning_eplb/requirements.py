@@ -3,7 +3,9 @@
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_eplb.fsdp import check_fsdp
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
@@ -74,6 +76,8 @@ def check_adopted(
                 " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
                 " shard_placement_fn=lambda parameter: Shard(1))"
             )
+    if is_sharded and trainer.world_size > 1:
+        _check_sharded(pl_module)
     redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
     if layers[0].groups.size != ep_size or redundant != num_redundant_experts:
         raise ValueError(
@@ -81,3 +85,13 @@ def check_adopted(
             f" parallelize_experts was called for {layers[0].groups.size} ranks with"
             f" num_redundant_experts={redundant}; give both the same"
         )
+
+
+def _check_sharded(module: nn.Module) -> None:
+    """The strategy itself averages nothing: what ``fully_shard`` was not called for would differ from rank to rank."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} was not sharded, so that nobody averages its gradient; under ExpertParallelStrategy"
+                " configure_model must call fully_shard_moe(model, self.device_mesh), or fully_shard for all else"
+            )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from lightning_eplb import EPLBCallback, ExpertParallelStrategy
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy, parallelize_experts
 from lightning_eplb.parallel.groups import check_nodes
 from tests.fidelity import SEQUENCES, trainer_for
 from tests.models import ShardedLanguageModel, hugging_face_model, loader, token_batches
@@ -150,8 +150,6 @@ class OnlySpread(ShardedLanguageModel):
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        from lightning_eplb import parallelize_experts
-
         assert self.device_mesh is not None
         parallelize_experts(self.model, self.device_mesh)
         fully_shard(self.model.lm_head, mesh=self.device_mesh["data_parallel"])
@@ -163,9 +161,28 @@ def test_experts_whose_gradients_nobody_averages(workers: Workers) -> None:
 
 
 def only_spread() -> str:
-    module = OnlySpread(hugging_face_model("mixtral"), "adamw")
-    trainer = trainer_for(4, ExpertParallelStrategy(2), max_steps=1, callbacks=[EPLBCallback()])
+    return refused_after_configuring(OnlySpread, 4)
+
+
+class AsUnderDDP(ShardedLanguageModel):
+    def configure_model(self) -> None:
+        parallelize_experts(self.model)
+
+
+def test_dense_parameters_whose_gradients_nobody_averages(workers: Workers) -> None:
+    for message in workers.run(2, as_under_ddp):
+        assert message.startswith(
+            "model.model.embed_tokens.weight was not sharded, so that nobody averages its gradient"
+        )
+
+
+def as_under_ddp() -> str:
+    return refused_after_configuring(AsUnderDDP, 2)
+
+
+def refused_after_configuring(module: type[ShardedLanguageModel], world_size: int) -> str:
+    trainer = trainer_for(world_size, ExpertParallelStrategy(2), max_steps=1, callbacks=[EPLBCallback()])
     with pytest.raises(ValueError, match=r"\w") as raised:
-        trainer.fit(module, loader(token_batches(8), SEQUENCES))
+        trainer.fit(module(hugging_face_model("mixtral"), "adamw"), loader(token_batches(8), SEQUENCES))
     torch.distributed.barrier()
     return str(raised.value)

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.ahead import CopiesAhead
@@ -87,6 +89,7 @@ class ExpertLayer:
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
         """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
+        self._checked_ddp: weakref.ref[nn.Module] | None = None
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
@@ -142,6 +145,21 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
+    @torch.compiler.disable()
+    def check_left_out(self, module: nn.Module) -> None:
+        """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or (self._checked_ddp is not None and self._checked_ddp() is ddp):
+            return
+        rows = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if any(id(parameter) in rows for parameter in ddp._module_parameters):
+            raise RuntimeError(
+                f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and gave all"
+                " ranks those of rank 0; add EPLBCallback to the trainer, or name the experts' parameters in"
+                " DistributedDataParallel._set_params_and_buffers_to_ignore_for_model before you wrap the model"
+            )
+        self._checked_ddp = weakref.ref(ddp)
+
     def record(self, load: LayerLoad) -> None:
         """Add one forward to the layer's load, unless it is a recomputation in the backward pass."""
         if self.records_load and not _is_recomputing():
@@ -179,6 +197,7 @@ class ParallelExperts(nn.Module):
             output = super().forward(*args, **kwargs)
             self._count_alone(index_TK)  # behind what it launched: the device does not wait for the host to get here
             return output
+        self.expert_layer.check_left_out(self)
         return self._forward_over_ranks(hidden_TD, index_TK, weights_TK)
 
     def _count_alone(self, index_TK: Tensor) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
@@ -273,3 +274,26 @@ def test_one_rank_runs_the_module_as_it_was() -> None:
     assert load is not None
     assert load.load.tolist() == [[2, 4, 1, 1, 0, 1, 0, 1]]
     assert load.balancedness == 1.25 / 4  # of experts: 10 tokens of 8 experts, the hottest has 4
+
+
+def wrapped(ignored: bool) -> str:
+    block = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH, dtype=torch.float64), "experts": layer()})
+    parallelize_experts(block)
+    if ignored:
+        names = [name for name, _ in block.named_parameters() if name.startswith("experts.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
+    block.forward = lambda hidden, index, weights: block["experts"](block["norm"](hidden), index, weights)  # type: ignore[method-assign]
+    ddp = DistributedDataParallel(block)
+    try:
+        ddp(*routing(4, 2)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
+    """It would average the gradients of different experts, in silence: as where EPLBCallback was forgotten."""
+    for message in workers.run(2, wrapped, False):
+        assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
+        assert "add EPLBCallback" in message
+    assert workers.run(2, wrapped, True) == ["", ""]

@@ -1,0 +1,59 @@
+"""Redundant experts hold nothing between steps: no weights, no gradients and no optimizer state."""
+
+import gc
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_eplb import ExpertParallelStrategy
+from lightning_eplb.parallel.shards import local_shard
+from tests.fidelity import trainer_for
+from tests.fsdp1 import DoublePrecision, fsdp1
+from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
+from tests.test_checkpoint import batches, callback
+from tests.workers import Workers
+
+RANKS, STEPS = 4, 2
+
+
+class BytesHeld(pl.Callback):
+    """Of all tensors that there are on this rank when a step is over."""
+
+    def __init__(self) -> None:
+        self.after_steps: list[int] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecated objects, which warn when they are looked at
+            tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        memory = [local_shard(tensor).untyped_storage() for tensor in tensors]
+        self.after_steps.append(sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values()))
+
+
+def bytes_held(kind: str, copies: int) -> tuple[int, int]:
+    """On every worker: the most after a step, and the weights of one slot in each layer."""
+    held, eplb, model, plugins = BytesHeld(), callback(RANKS, copies), hugging_face_model("mixtral"), []
+    module, strategy = LanguageModel(model, "adamw"), None
+    if kind == "sharded":
+        eplb.num_redundant_experts = 2 * copies
+        module, strategy = ShardedLanguageModel(model, "adamw", 2 * copies), ExpertParallelStrategy(ep_size=2)
+    if kind == "fsdp1":
+        strategy, plugins = fsdp1(), [DoublePrecision()]
+    trainer_for(RANKS, strategy, plugins=plugins, max_steps=STEPS, callbacks=[eplb, held]).fit(module, batches(RANKS))
+    assert eplb.balancer is not None
+    assert eplb.balancer.num_rearrangements == STEPS
+    filled = int((eplb.balancer.placement.by_rank[:, :, eplb.balancer.placement.primaries_per_rank :] >= 0).sum())
+    assert bool(filled) == bool(copies)
+    experts = [local_shard(p) for name, p in module.named_parameters() if ".experts." in name]
+    return max(held.after_steps), sum(tensor.nbytes // len(tensor) for tensor in experts)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1"])
+def test_redundant_experts_hold_nothing_between_steps(kind: str, workers: Workers) -> None:
+    without, with_copies = (workers.run(RANKS, bytes_held, kind, copies) for copies in (0, 1))
+    for (bytes_without, slot), (bytes_with, _) in zip(without, with_copies, strict=True):
+        assert bytes_with - bytes_without < 0.02 * slot  # which rows they are copies of, some 8-byte indices
