@@ -84,6 +84,14 @@ def test_redundant_experts_that_do_not_divide(workers: Workers) -> None:
     assert message == "num_redundant_experts=3 must be a multiple of ep_size=2; 2 or 4 would do"
 
 
+def test_more_redundant_experts_than_ranks_can_use(workers: Workers) -> None:
+    (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 10}))
+    assert message == (
+        "num_redundant_experts=10 is more than 2 ranks can use: each has 4 of the 8 experts, and could hold a copy of"
+        " every other with 8"
+    )
+
+
 def test_ranks_that_do_not_divide(workers: Workers) -> None:
     (message,) = set(workers.run(4, fails_in_setup, {"ep_size": 3}))
     assert message == "ep_size=3 must divide the 4 data-parallel ranks; one of [1, 2, 4] would do"

@@ -144,6 +144,13 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={size};"
             f" {below} or {below + size} would do"
         )
+    others = num_experts - num_experts // size
+    if size > 1 and num_redundant_experts > others * size:
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} is more than {size} ranks can use: each has"
+            f" {num_experts // size} of the {num_experts} experts, and could hold a copy of every other with"
+            f" {others * size}"
+        )
     owners: dict[int, str] = {}
     for name, module in found.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -33,11 +34,17 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tens
     Raises:
         ValueError: Names the optimizer, the parameter and the state.
     """
+    experts = {id(parameter) for parameter in parameters.values()}
     for optimizer in optimizers:
         if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer and its kin
             raise ValueError(
                 f"{type(optimizer).__name__} gives every rank other parameters to update and to keep state for, while"
                 f" every rank has experts of its own. {_REMEDY}"
+            )
+        if any(id(p) in experts for group in optimizer.param_groups for p in group["params"]) and mixes_rows(optimizer):
+            raise ValueError(
+                f"{type(optimizer).__name__} updates each row of a parameter by what is in the others, and a rank has"
+                f" some of the experts only: it would not be the same training. {_REMEDY}"
             )
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
@@ -54,6 +61,29 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tens
                         f"{type(optimizer).__name__} keeps {key!r} of {name} as {_describe(value)}, which has no row"
                         f" for each of the rank's {parameter.shape[0]} experts and can't follow them. {_REMEDY}"
                     )
+
+
+def mixes_rows(optimizer: Optimizer) -> bool:
+    """Whether what an optimizer does to a row depends on other rows of the parameter, as a norm of it all does.
+
+    It is tried: an optimizer of the same class and settings steps on two rows, and on the first of them alone. One that
+    can't be made that way is taken to update by element.
+    """
+    settings = {key: value for key, value in optimizer.defaults.items() if not isinstance(value, Tensor)}
+    start = torch.arange(1.0, 9.0, dtype=torch.float64).view(2, 2, 2)
+    grad = torch.tensor([[[1.0, -2.0], [3.0, 0.5]], [[50.0, 40.0], [-90.0, 7.0]]], dtype=torch.float64)
+    first_rows = []
+    for num_rows in (1, 2):
+        rows = nn.Parameter(start[:num_rows].clone())
+        try:
+            tried = type(optimizer)([rows], **settings)
+            for step in (1, 2):
+                rows.grad = step * grad[:num_rows]
+                tried.step()
+        except Exception:
+            return False
+        first_rows.append(rows.detach()[0])
+    return not torch.allclose(*first_rows, rtol=1e-9, atol=1e-12)
 
 
 _REMEDY = (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
-from lightning_eplb.relocation.optimizer import check_optimizers, state_rows
+from lightning_eplb.relocation.optimizer import check_optimizers, mixes_rows, state_rows
 
 
 def stepped(optimizer_class: type[Optimizer], rows: int = 3, **kwargs: object) -> tuple[Optimizer, nn.Parameter]:
@@ -34,8 +34,32 @@ def stepped(optimizer_class: type[Optimizer], rows: int = 3, **kwargs: object) -
 )
 def test_state_with_rows(optimizer_class: type[Optimizer], kwargs: dict, shapes: list[tuple[int, ...]]) -> None:
     optimizer, parameter = stepped(optimizer_class, **kwargs)
-    check_optimizers([optimizer], {"experts.up": parameter})
     assert [tuple(tensor.shape) for tensor in state_rows([optimizer], parameter)] == shapes
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs"),
+    [
+        (AdamW, {}),
+        (AdamW, {"amsgrad": True, "foreach": True}),
+        (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.Adagrad, {}),
+    ],
+)
+def test_updates_by_element_are_welcome(optimizer_class: type[Optimizer], kwargs: dict) -> None:
+    optimizer, parameter = stepped(optimizer_class, **kwargs)
+    assert not mixes_rows(optimizer)
+    check_optimizers([optimizer], {"experts.up": parameter})
+
+
+def test_updates_by_a_norm_of_all_rows_are_refused() -> None:
+    """Adafactor scales a step by the root mean square of the parameter, and of the update: of all experts."""
+    optimizer, parameter = stepped(Adafactor)
+    assert mixes_rows(optimizer)
+    with pytest.raises(ValueError, match="Adafactor updates each row of a parameter by what is in the others"):
+        check_optimizers([optimizer], {"experts.up": parameter})
+    check_optimizers([optimizer], {"experts.up": nn.Parameter(torch.zeros(3, 4, 5))})  # not its parameter
 
 
 def test_flat_state_is_refused_by_name() -> None:
