@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,20 @@ from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.steps import Rearrangement, StepLoad
+
+
+class _Decision(NamedTuple):
+    """What all ranks have agreed to do.
+
+    Attributes:
+        rearrangement: As far as it is known beforehand.
+        capacity: How much work each EP rank gets from then on.
+        most_bytes: That may travel behind a step.
+    """
+
+    rearrangement: Rearrangement
+    capacity: tuple[float, ...] | None
+    most_bytes: int
 
 
 class ExpertLoadBalancer:
@@ -136,7 +150,7 @@ class ExpertLoadBalancer:
         self._under_way: Rearrangement | None = None
         self._untold: Rearrangement | None = None
         self._is_due = False
-        self._capacity_agreed: tuple[float, ...] | None = None
+        self._decision: _Decision | None = None
         self._last_step_at: float | None = None
         self._seconds_between_steps: float | None = None
         self._schedule = Schedule(step_interval)
@@ -205,17 +219,20 @@ class ExpertLoadBalancer:
         self.load.update(served.load)
         self.num_steps += 1
         self._load_since_forecast += served.load
+        was_due = self._is_due
         self._is_due |= self._schedule.step(served.balancedness) and self.groups.size > 1
-        if self._is_due and self._under_way is None and done is None:
-            self._is_due = False
-            done = self._decide(None, with_gradients, self._mover.goes_behind)
+        waits_for_decision = self._mover.goes_behind and not was_due  # made before the next step, behind the backward
+        if self._is_due and not waits_for_decision and self._under_way is None and done is None:
+            decision = self._decision or self._decide(None, with_gradients)
+            done = self._carry_out(decision, with_gradients, self._mover.goes_behind)
         self.last_step = replace(served, rearrangement=done)
         return self.last_step
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
-        """Put in place what moved behind this step. Every rank must call it, right before ``optimizer.step()``.
+        """Put in place what moved behind this step, or decide. Every rank must call it, right before the step.
 
-        Only with ``use_async`` there is something to do. Gradients move here, those of the experts that arrive.
+        Only with ``use_async`` there is something to do: gradients move, those of the experts that arrive; or, when it
+        is time, what moves from this step on is decided while the device is still busy with the backward pass.
 
         Args:
             optimizer: That is about to step; nothing happens before the step of one that holds no experts. ``None``:
@@ -223,10 +240,15 @@ class ExpertLoadBalancer:
 
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
+            ValueError: The policy fails, see :meth:`step`.
         """
-        if self._mover.is_moving and (optimizer is None or self._holds_experts(optimizer)):
+        if not self._mover.goes_behind or (optimizer is not None and not self._holds_experts(optimizer)):
+            return
+        if self._mover.is_moving:
             self._mover.put_in_place()
             self.load.placement = self.placement
+        elif self._is_due and self._decision is None:
+            self._decision = self._decide(None, with_gradients=False)
 
     def finish_rearrangement(self) -> Rearrangement | None:
         """Put in place what is under way, and leave it at that. Every rank must call it, after an optimizer step.
@@ -250,7 +272,7 @@ class ExpertLoadBalancer:
         It communicates with nobody, so that it will do after a failure, too.
         """
         self._mover.abandon()
-        self._under_way = None
+        self._under_way, self._decision = None, None
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -276,32 +298,34 @@ class ExpertLoadBalancer:
         if placement is not None:
             self._agree(placement, None)  # or raise, before anything is put in place
         self.finish_rearrangement()
-        return self._decide(placement, with_gradients, in_background=False)
+        return self._carry_out(self._decide(placement, with_gradients), with_gradients, in_background=False)
 
-    def _decide(
-        self, placement: ExpertPlacement | None, with_gradients: bool, in_background: bool
-    ) -> Rearrangement | None:
-        """Do what is decided, or begin with it and return ``None``."""
+    def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> _Decision:
+        """What the policy decides, or to go to ``placement``."""
         start = time.perf_counter()
         before, load_YL = self.placement, self.load.compute()["load"].cpu().numpy()
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
         outlook = self._outlook(with_gradients) if placement is None else None
-        after, self._capacity_agreed, most_bytes = self._agree(placement, outlook)
-        decided = time.perf_counter()
+        after, capacity, most_bytes = self._agree(placement, outlook)
         begun = Rearrangement(
             before=before,
             load=load_YL,
             **_extent(before, after),
-            plan_seconds=decided - start,
-            predicted_balancedness=self._predict(outlook, after) if outlook is not None else None,
+            plan_seconds=time.perf_counter() - start,
+            predicted_balancedness=self._predict(outlook, after, capacity) if outlook is not None else None,
         )
+        return _Decision(begun, capacity, most_bytes)
+
+    def _carry_out(self, decision: _Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
+        """Do what is decided, or begin with it and return ``None``."""
+        self._is_due, self._decision = False, None
         if in_background:
-            self._mover.begin(after, self._capacity_agreed, most_bytes)
+            self._mover.begin(decision.rearrangement.after, decision.capacity, decision.most_bytes)
         else:
-            self._mover.move(after, self._capacity_agreed, with_gradients)
+            self._mover.move(decision.rearrangement.after, decision.capacity, with_gradients)
         self.load.placement = self.placement
-        self._under_way = begun
+        self._under_way = decision.rearrangement
         return self._close_rearrangement()
 
     def _close_rearrangement(self) -> Rearrangement | None:
@@ -370,7 +394,7 @@ class ExpertLoadBalancer:
             "num_rearrangements": self.num_rearrangements,
             "rearranged_rows": self.rearranged_rows,
             "rearranged_bytes": self.rearranged_bytes,
-            "is_rearranging": self._mover.is_moving,
+            "is_rearranging": self._mover.is_moving or self._is_due,
             "num_ranks": self.groups.size,
             "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
         }
@@ -453,12 +477,10 @@ class ExpertLoadBalancer:
         costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)
         return Outlook(steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self.step_interval, costs)
 
-    def _predict(self, outlook: Outlook, after: ExpertPlacement) -> float:
+    def _predict(self, outlook: Outlook, after: ExpertPlacement, capacity: tuple[float, ...] | None) -> float:
         """Balancedness of a step that gets what is forecast."""
         load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
-        weight_R = rank_weights(
-            np.ones(after.num_ranks) if self._capacity_agreed is None else np.array(self._capacity_agreed)
-        )
+        weight_R = rank_weights(np.ones(after.num_ranks) if capacity is None else np.array(capacity))
         if self._copies_by_batch:
             slots_YRS = np.stack(
                 [

@@ -27,7 +27,7 @@ class FailsOnce(Model):
     has_failed = False
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        if self.trainer.global_step == 2 and not self.has_failed:
+        if self.trainer.global_step == 3 and not self.has_failed:
             self.has_failed = True
             raise ValueError("once")
         return super().training_step(batch, batch_idx)
@@ -118,7 +118,7 @@ def fail_and_resume(use_async: bool, folder: str) -> dict[str, Tensor]:
     checkpoint = ModelCheckpoint(folder, "x", every_n_train_steps=1, enable_version_counter=False)
     with patch("lightning_eplb.balancer.BACKGROUND_BYTES", 1):
         with pytest.raises(ValueError, match="once"):
-            trainer_for(RANKS, max_steps=3, callbacks=[callback, checkpoint], enable_checkpointing=True).fit(
+            trainer_for(RANKS, max_steps=4, callbacks=[callback, checkpoint], enable_checkpointing=True).fit(
                 model, data()
             )
         assert callback.balancer is not None
@@ -158,3 +158,23 @@ def save_under_way(path: str) -> tuple[int, int]:
 
 def test_a_run_that_was_saved_under_way_is_leveled_when_it_goes_on(workers: Workers, tmp_path: Path) -> None:
     assert workers.run(RANKS, save_under_way, str(tmp_path / "x.ckpt")) == [(0, 1)] * RANKS
+
+
+def save_when_due(path: str) -> tuple[int, int]:
+    """On every worker: the same, saved after the step in which a decision became due and before it was made."""
+    first, second = eplb(True), eplb(True)
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(path)
+
+    trainer_for(RANKS, max_steps=2, callbacks=[first, Save()]).fit(Model(), data())
+    trainer_for(RANKS, max_steps=3, callbacks=[second]).fit(Model(), data(), ckpt_path=path)
+    assert first.balancer is not None
+    assert second.balancer is not None
+    return first.balancer.num_rearrangements, second.balancer.num_rearrangements
+
+
+def test_a_decision_that_was_due_when_a_run_was_saved_is_made_when_it_goes_on(workers: Workers, tmp_path: Path) -> None:
+    assert workers.run(RANKS, save_when_due, str(tmp_path / "x.ckpt")) == [(0, 1)] * RANKS
