@@ -45,6 +45,8 @@ FRACTIONS = (0.1, 0.5)
 LAYERS = 8
 """Of the model whose rows move without training."""
 INTERVAL = 8
+BATCH_FACTOR = 2
+"""In training, so that GPUs of their own are not waiting for their hosts, which would hide what moving takes."""
 BANDWIDTH_BAR, EXPOSED_BAR = 0.8, 0.15
 
 
@@ -93,6 +95,7 @@ def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[st
         print_moves(found, replace(size, layers=LAYERS))
     del lane
     even_YL = even_YL[: size.layers]
+    size = replace(size, sequences=BATCH_FACTOR * size.sequences)
     lanes = {
         "still": make_lane(size, device, step_interval=10**6),
         "at once": make_lane(size, device, step_interval=INTERVAL, policy=MoveSome()),
