@@ -8,10 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.compiled import compiled
 from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.base import Outlook, Policy, Topology, checked_load
+from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.even import plan_even
 from lightning_eplb.policies.level import plan_level
 from lightning_eplb.policies.spill import PARTS_BITS, scale_to_parts
@@ -72,6 +73,7 @@ class BalancedPolicy(Policy):
     def __init__(
         self, max_moves: int | None = None, num_groups: int = 1, split: Literal["even", "level"] = "level"
     ) -> None:
+        check_whole_numbers(num_groups=num_groups, **({} if max_moves is None else {"max_moves": max_moves}))
         if max_moves is not None and (max_moves < 0 or max_moves != int(min(max_moves, MOST_MOVES))):
             raise ValueError(
                 f"max_moves={max_moves} must be a whole number from 0 to {MOST_MOVES}; None for as many as pay"
@@ -102,7 +104,7 @@ class BalancedPolicy(Policy):
 
     def warm_up(self, placement: ExpertPlacement) -> None:
         """Compile what a plan needs, by planning for a small layer."""
-        del placement
+        check_groups(self.num_groups, placement)
         small = ExpertPlacement.initial(1, 4, 2, 2)
         BalancedPolicy(split=self.split)._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
 
@@ -182,10 +184,7 @@ class BalancedPolicy(Policy):
         """The ranks of each node where groups must stay on their node; None where experts may go anywhere."""
         if self.num_groups == 1:
             return None
-        if placement.num_logical_experts % self.num_groups:
-            raise ValueError(
-                f"num_groups={self.num_groups} must divide the {placement.num_logical_experts} logical experts"
-            )
+        check_groups(self.num_groups, placement)
         if topology.num_nodes == 1:
             return None
         node_R = np.array(topology.node_of_rank)

@@ -185,6 +185,16 @@ class Policy(ABC):
         """Do now what would otherwise delay the first decision, such as compiling. Called at set-up, on every rank."""
 
 
+def check_groups(num_groups: int, placement: ExpertPlacement) -> None:
+    """Raise ``ValueError`` unless the experts can be routed in so many groups."""
+    experts = placement.num_logical_experts
+    if experts % num_groups:
+        divisors = [number for number in range(1, experts + 1) if experts % number == 0]
+        raise ValueError(
+            f"num_groups={num_groups} must divide the {experts} logical experts; one of {divisors} would do"
+        )
+
+
 def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -> np.ndarray:
     """The load as int64, once it is sure that load, placement and topology speak of the same experts and ranks.
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.base import Policy, Topology, checked_load, order_slots
+from lightning_eplb.policies.base import Policy, Topology, check_groups, checked_load, order_slots
 
 
 def rebalance_experts(
@@ -119,19 +120,20 @@ class DeepSeekPolicy(Policy):
     """
 
     def __init__(self, num_groups: int = 1) -> None:
+        check_whole_numbers(num_groups=num_groups)
         if num_groups < 1:
             raise ValueError(f"num_groups={num_groups} must be 1 or more; 1 for a model without expert groups")
         self.num_groups = num_groups
         self._has_warned = False
 
+    def warm_up(self, placement: ExpertPlacement) -> None:
+        """Nothing is compiled; but whether groups and experts go together is said here, not at the first decision."""
+        check_groups(self.num_groups, placement)
+
     def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Plan all layers that have tokens; see :meth:`Policy.rearrange` for the arguments."""
         load_YL = checked_load(load_YL, placement, topology)
-        if placement.num_logical_experts % self.num_groups:
-            raise ValueError(
-                f"num_groups={self.num_groups} must divide the {placement.num_logical_experts} logical experts;"
-                f" {_divisors(placement.num_logical_experts)} would do"
-            )
+        check_groups(self.num_groups, placement)
         layers = np.flatnonzero(load_YL.any(axis=1))
         if not layers.size:
             return placement

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
+from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.balanced import ENOUGH
 from lightning_eplb.policies.split import level_tokens
 
@@ -392,6 +392,8 @@ def test_slots_stay_empty_when_copies_do_not_pay(split, copy):
     [
         ({"max_moves": -1}, "max_moves=-1"),
         ({"num_groups": 0}, "num_groups=0"),
+        ({"num_groups": "8"}, "num_groups='8' must be a whole number"),
+        ({"max_moves": "a"}, "max_moves='a' must be a whole number"),
         ({"split": "x"}, "split='x'"),
     ],
 )
@@ -500,3 +502,9 @@ def test_a_forecast_that_does_not_fit_is_refused(part):
 def test_moves_are_counted_in_whole_numbers(max_moves):
     with pytest.raises(ValueError, match="max_moves="):
         BalancedPolicy(max_moves=max_moves)
+
+
+@pytest.mark.parametrize("policy", [BalancedPolicy, DeepSeekPolicy])
+def test_groups_that_do_not_divide_the_experts_are_refused_at_set_up(policy):
+    with pytest.raises(ValueError, match=r"num_groups=3 must divide the 4 logical experts; one of \[1, 2, 4\]"):
+        policy(num_groups=3).warm_up(ExpertPlacement.initial(1, 4, 2, 2))
