@@ -171,7 +171,7 @@ def trade_copies(
     Args:
         least: Parts that a further copy must serve.
         most_changes: No more are made.
-        others: As in :func:`take_stock`; kept up to date.
+        copies_L, ..., order: As in :func:`take_stock`; kept up to date.
 
     Returns:
         The weighted parts of the fullest rank.
@@ -251,8 +251,9 @@ def trade_copies(
                 relief -= share_L[here]
             tokens_R[full] -= relief
             tokens_R[other] += relief
-            line_R[full], line_R[other] = tokens_R[full] * weight_R[full], tokens_R[other] * weight_R[other]
+            line_R[full] = tokens_R[full] * weight_R[full]
             sink(order, line_R, np.int64(num_ranks - 1))
+            line_R[other] = tokens_R[other] * weight_R[other]
             at = index_of
             while order[at] != other:
                 at += 1
