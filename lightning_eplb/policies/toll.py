@@ -18,8 +18,6 @@ DROP_SWEEPS = np.int64(12)
 """Of the quotas, to judge what remains when copies are dropped."""
 SLOW_DROP = 1.0 / 16
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
-MOST_RISES = 2
-"""Fewer and fewer copies are tried until so many plans in turn take longer than the best one."""
 LEVEL, EVEN = np.bool_(False), np.bool_(True)
 """How tokens are divided among copies. Variables of numpy's: for literals, all loops would be compiled twice."""
 
@@ -127,7 +125,7 @@ def drop_copies(
     """Drop the copies without which a step takes less time, in place.
 
     The busiest ranks go without the copies that serve least, until they send and receive one copy less, and so on
-    down to none. What takes least time of all these is kept. Copies that nobody waits for stay: they cost nothing.
+    as long as that takes less time; with quotas, none at all are the last to be tried. What takes least time is kept. Copies that nobody waits for stay: they cost nothing.
 
     Args: as for :func:`weigh_copies`, and
         limit: What takes as long is of no use: so many copies that their travel alone takes too long are not tried.
@@ -146,7 +144,6 @@ def drop_copies(
         load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, quota_RS, tokens_R
     )  # fmt: skip
     most = count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
-    rises = 0
     while most > 0:
         most -= max(most // 5, 1)  # by so much at once, or a thousand copies would have to be judged one by one
         most = min(most, np.int64(max(min(limit, lowest) - enough, 0.0) / copy))
@@ -166,14 +163,13 @@ def drop_copies(
             time += likely_peak(load_L, likely_L, trial_RS, weight_R, is_even, trial_quota_RS, trial_tokens_R)
         else:
             time = lowest
-        rises += 1
-        if rises == MOST_RISES and not is_even:
-            break
         if time < lowest:
-            lowest, rises = time, 0
+            lowest = time
             slots_RS[:] = trial_RS
             quota_RS[:] = trial_quota_RS
             tokens_R[:] = trial_tokens_R
+        elif not is_even:
+            most = min(most, np.int64(1))  # fewer still would take longer, but for none at all
     return lowest
 
 
