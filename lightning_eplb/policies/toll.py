@@ -16,7 +16,7 @@ CHANGE = 1.0 / 8
 would gain and lose copies in turn where both are as good."""
 DROP_SWEEPS = np.int64(12)
 """Of the quotas, to judge what remains when copies are dropped."""
-SLOW_DROP = 1.0 / 16
+SLOW_DROP = 1.0 / 8
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
 LEVEL, EVEN = np.bool_(False), np.bool_(True)
 """How tokens are divided among copies. Variables of numpy's: for literals, all loops would be compiled twice."""
@@ -125,7 +125,8 @@ def drop_copies(
     """Drop the copies without which a step takes less time, in place.
 
     The busiest ranks go without the copies that serve least, until they send and receive one copy less, and so on
-    as long as that takes less time; with quotas, none at all are the last to be tried. What takes least time is kept. Copies that nobody waits for stay: they cost nothing.
+    as long as that takes less time; with quotas, none at all are the last to be tried. What takes least time is kept.
+    Copies that nobody waits for stay: they cost nothing.
 
     Args: as for :func:`weigh_copies`, and
         limit: What takes as long is of no use: so many copies that their travel alone takes too long are not tried.
