@@ -144,6 +144,18 @@ def settle(items, at, size, key, item):
 
 
 @compiled
+def sorted_by(key):
+    """The indices of the keys, parts of a layer, in the order of the keys; lower index first."""
+    order = np.empty_like(key)
+    for index in range(key.size):
+        order[index] = key[index] * key.size + index
+    order.sort()
+    for index in range(key.size):
+        order[index] %= key.size
+    return order
+
+
+@compiled
 def balance_counts(load_L, own_RN, least, copies_L, share_L):
     """Let experts leave copies to others as long as that lowers the fullest rank. In place.
 
@@ -162,13 +174,13 @@ def balance_counts(load_L, own_RN, least, copies_L, share_L):
         for expert in own_RN[rank]:
             owner_L[expert] = rank
             base_R[rank] += share_L[expert]
-    ranks = np.argsort(base_R, kind="mergesort")
+    ranks = sorted_by(base_R)
     at_R = np.empty(num_ranks, dtype=np.int64)
     for place in range(num_ranks):
         at_R[ranks[place]] = place
     copied, at_L = np.empty_like(load_L), np.empty_like(load_L)  # the experts with copies, the smallest share first
     num_copied = num_items = 0
-    for expert in np.argsort(share_L, kind="mergesort"):
+    for expert in sorted_by(share_L):
         if copies_L[expert] > 1:
             copied[num_copied], at_L[expert] = expert, num_copied
             num_copied += 1
