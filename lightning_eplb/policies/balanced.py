@@ -250,8 +250,11 @@ def plan_layers(
     mean_speed = speed / num_ranks
     for rank in range(num_ranks):
         weight_R[rank] = mean_speed / max(capacity_R[rank], LEAST_CAPACITY * mean_speed)
+    # Between ranks of one primary each, all alike, a swap changes names only.
+    has_swaps = num_primaries > 1 or weight_R.min() < weight_R.max()
     for layer in range(layers):
         gain_Y[layer], swaps_Y[layer] = 0.0, 0
+        most_swaps = most_Y[layer] if has_swaps else np.int64(0)
         shift = scale_to_parts(load_YL[layer], parts_L)
         total = spreads = np.int64(0)
         for expert in range(parts_L.size):
@@ -275,11 +278,11 @@ def plan_layers(
         if is_even and has_copies:
             gain, swaps = plan_even(
                 parts_L, likely_L, slots_YRS[layer], num_primaries, weight_R, node_R, costs, copy_parts,
-                least_gain, ENOUGH * mean, most_Y[layer],
+                least_gain, ENOUGH * mean, most_swaps,
             )  # fmt: skip
         else:
             gain, swaps = plan_level(
                 parts_L, spread_L, likely_L, slots_YRS[layer], num_primaries, level_R, weight_R, node_R, costs,
-                copy_parts, least_gain, ENOUGH * mean, most_Y[layer],
+                copy_parts, least_gain, ENOUGH * mean, most_swaps,
             )  # fmt: skip
         gain_Y[layer], swaps_Y[layer] = gain / token, swaps

@@ -59,17 +59,26 @@ def best_swap(rank, tokens_R, weight_R, share_L, own_RN, node_R, price_within, p
         The other rank and the two positions, of ``rank`` and of the other; -1 three times where no swap helps. Ties
         go to the lower index.
     """
+    per_rank = own_RN.shape[1]
     before = tokens_R[rank] * weight_R[rank]
     lowest, found = before, (np.int64(-1), np.int64(-1), np.int64(-1))
+    share_N = np.empty(per_rank, dtype=np.int64)
     for other in range(tokens_R.size):
-        if tokens_R[other] * weight_R[other] >= lowest:
-            continue
         price = price_within if node_R[other] == node_R[rank] else price_between
-        for mine in range(own_RN.shape[1]):
+        limit = min(before, lowest - price)
+        if tokens_R[other] * weight_R[other] >= limit:
+            continue
+        most = limit / weight_R[other] - tokens_R[other]  # relief that leaves neither of both as full as the limit
+        least = max(tokens_R[rank] - limit / weight_R[rank], 0.0)
+        if least >= most:
+            continue
+        for theirs in range(per_rank):
+            share_N[theirs] = share_L[own_RN[other, theirs]]
+        for mine in range(per_rank):
             load = share_L[own_RN[rank, mine]]
-            for theirs in range(own_RN.shape[1]):
-                relief = load - share_L[own_RN[other, theirs]]
-                if relief <= 0:
+            for theirs in range(per_rank):
+                relief = load - share_N[theirs]
+                if relief <= 0 or relief < least or relief > most:
                     continue
                 here, there = (tokens_R[rank] - relief) * weight_R[rank], (tokens_R[other] + relief) * weight_R[other]
                 peak = max(here, there)

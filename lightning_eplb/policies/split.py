@@ -183,62 +183,77 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
             num_places += copies
             divided[num_divided], end_of[num_divided] = expert, num_places
             num_divided += 1
-    rank_of = np.empty(num_places, dtype=np.int64)  # the copies of each of these, lowest water line first
-    slot_of = np.empty(num_places, dtype=np.int64)
+    rank_of = np.empty(num_places, dtype=np.int64)  # the copies of each of these
+    slot_of, quota_of = np.empty_like(rank_of), np.empty_like(rank_of)
     for rank in range(num_ranks):
         for slot in range(num_slots):
             expert = slots_RS[rank, slot]
             if expert >= 0 and next_L[expert] >= 0:
-                rank_of[next_L[expert]], slot_of[next_L[expert]] = rank, slot
+                place = next_L[expert]
+                rank_of[place], slot_of[place], quota_of[place] = rank, slot, quota_RS[rank, slot]
                 next_L[expert] += 1
     speed_R = np.empty(num_ranks)
     for rank in range(num_ranks):
         speed_R[rank] = 1.0 / weight_R[rank]
     for _ in range(sweeps):
         moved = np.int64(0)
+        end = np.int64(0)
         for index in range(num_divided):
-            expert, end = divided[index], end_of[index]
-            start = end_of[index - 1] if index > 0 else np.int64(0)
+            start, end = end, end_of[index]
+            load = load_L[divided[index]]
+            if end - start == 2:  # most have two copies
+                one, two = start, start + 1
+                if speed_R[rank_of[one]] < speed_R[rank_of[two]]:
+                    one, two = two, one
+                rank, other = rank_of[one], rank_of[two]
+                here, there = tokens_R[rank] - quota_of[one], tokens_R[other] - quota_of[two]
+                line = (load + here + there) / (speed_R[rank] + speed_R[other])
+                quota = min(max(np.int64(line * speed_R[other]) - there, 0), load)
+                moved = max(moved, abs(quota - quota_of[two]))
+                quota_of[one], quota_of[two] = load - quota, quota  # what rounding leaves, to the faster rank
+                tokens_R[rank], tokens_R[other] = here + load - quota, there + quota
+                continue
+            fastest = start
             for place in range(start, end):
-                tokens_R[rank_of[place]] -= quota_RS[rank_of[place], slot_of[place]]
-            for place in range(start + 1, end):  # insertion sort: the order hardly changes from sweep to sweep
-                rank, slot = rank_of[place], slot_of[place]
-                line = tokens_R[rank] * weight_R[rank]
-                other = place - 1
-                while other >= start and tokens_R[rank_of[other]] * weight_R[rank_of[other]] > line:
-                    rank_of[other + 1], slot_of[other + 1] = rank_of[other], slot_of[other]
-                    other -= 1
-                rank_of[other + 1], slot_of[other + 1] = rank, slot
-            held, room = float(load_L[expert]), 0.0
-            used = start
-            while used < end:
-                rank = rank_of[used]
-                if used > start and held <= tokens_R[rank] * weight_R[rank] * room:
+                tokens_R[rank_of[place]] -= quota_of[place]
+                if speed_R[rank_of[place]] > speed_R[rank_of[fastest]]:
+                    fastest = place
+            line, room, used = np.inf, 0.0, np.int64(0)
+            while True:  # the line that those below it can be filled up to: lower, once others are left out
+                held, speed, below, highest = load, 0.0, np.int64(0), 0.0
+                for place in range(start, end):
+                    rank = rank_of[place]
+                    filled = tokens_R[rank] * weight_R[rank]
+                    if filled < line:
+                        held += tokens_R[rank]
+                        speed += speed_R[rank]
+                        below += 1
+                        highest = max(highest, filled)
+                if below == used or below == 0:
                     break
-                held += tokens_R[rank]
-                room += speed_R[rank]
-                used += 1
-            line = held / room
-            rest = load_L[expert]
+                line, room, used = held / speed, speed, below
+                if highest < line:
+                    break
+            rest = load
             for place in range(start, end):
-                rank, slot = rank_of[place], slot_of[place]
-                quota = np.int64(0)
-                if place < used:
-                    quota = max(np.int64(line * speed_R[rank]) - tokens_R[rank], 0)
-                    quota = min(quota, rest)
-                    rest -= quota
-                moved = max(moved, abs(quota - quota_RS[rank, slot]))
-                quota_RS[rank, slot] = quota
-            place = used - 1
-            while rest > 0:  # what rounding left, one token each, a rank of no capacity last
-                quota_RS[rank_of[place], slot_of[place]] += 1
-                rest -= 1
-                place = place - 1 if place > start else used - 1
+                rank = rank_of[place]
+                quota = min(max(np.int64(line * speed_R[rank]) - tokens_R[rank], 0), rest)
+                rest -= quota
+                moved = max(moved, abs(quota - quota_of[place]))
+                quota_of[place] = quota
+            for place in range(start, end):  # what rounding leaves: one token each, but to slow ranks
+                rank = rank_of[place]
+                if rest > 0 and tokens_R[rank] * weight_R[rank] < line and 2 * used * speed_R[rank] >= room:
+                    quota_of[place] += 1
+                    rest -= 1
+            quota_of[fastest] += rest
             for place in range(start, end):
-                tokens_R[rank_of[place]] += quota_RS[rank_of[place], slot_of[place]]
+                tokens_R[rank_of[place]] += quota_of[place]
         before, peak = peak, fullest(tokens_R, weight_R)
         if moved <= 1 or peak <= enough or before - peak < slow * (peak - enough):
             break
+    for place in range(num_places):
+        quota_RS[rank_of[place], slot_of[place]] = quota_of[place]
     return peak
 
 

@@ -8,7 +8,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.split import even_quotas, fullest, level_quotas
 
 CHANGE = 1.0 / 8
@@ -16,10 +16,8 @@ CHANGE = 1.0 / 8
 would gain and lose copies in turn where both are as good."""
 DROP_SWEEPS = np.int64(12)
 """Of the quotas, to judge what remains when copies are dropped."""
-SLOW_DROP = 1.0 / 16
+SLOW_DROP = 1.0 / 8
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
-MOST_RISES = 3
-"""Fewer and fewer copies are tried until so many plans in turn take longer than the best one."""
 LEVEL, EVEN = np.bool_(False), np.bool_(True)
 """How tokens are divided among copies. Variables of numpy's: for literals, all loops would be compiled twice."""
 
@@ -73,18 +71,24 @@ def likely_peak(load_L, likely_L, slots_RS, weight_R, is_even, quota_RS, tokens_
         for expert in slots_RS[rank]:
             if expert >= 0:
                 copies_L[expert] += 1
+    spread_L = np.empty(load_L.size)  # in parts of the load
+    for expert in range(load_L.size):
+        spread_L[expert] = likely_L[expert] / max(load_L[expert], 1)
     peak = 0.0
     for rank in range(num_ranks):
         variance, loose = 0.0, np.int64(0)
         for slot in range(num_slots):
             expert = slots_RS[rank, slot]
             if expert >= 0 and quota_RS[rank, slot] > 0:
-                spread = likely_L[expert] * (quota_RS[rank, slot] / load_L[expert])
+                spread = spread_L[expert] * quota_RS[rank, slot]
                 variance += spread * spread
                 if copies_L[expert] > 1 and not is_even:
                     loose += quota_RS[rank, slot]
-        growth = max(reach * np.sqrt(variance) - loose, 0.0)
-        peak = max(peak, (tokens_R[rank] + growth) * weight_R[rank])
+        peak = max(peak, tokens_R[rank] * weight_R[rank])
+        growth = peak / weight_R[rank] - tokens_R[rank] + loose  # as much would make it the fullest
+        if reach * reach * variance > growth * growth:
+            growth = reach * np.sqrt(variance) - loose
+            peak = max(peak, (tokens_R[rank] + growth) * weight_R[rank])
     return peak
 
 
@@ -121,7 +125,8 @@ def drop_copies(
     """Drop the copies without which a step takes less time, in place.
 
     The busiest ranks go without the copies that serve least, until they send and receive one copy less, and so on
-    down to none. What takes least time of all these is kept. Copies that nobody waits for stay: they cost nothing.
+    as long as that takes less time; with quotas, none at all are the last to be tried. What takes least time is kept.
+    Copies that nobody waits for stay: they cost nothing.
 
     Args: as for :func:`weigh_copies`, and
         limit: What takes as long is of no use: so many copies that their travel alone takes too long are not tried.
@@ -140,9 +145,8 @@ def drop_copies(
         load_L, likely_L, slots_RS, num_primaries, weight_R, copy, present, is_even, quota_RS, tokens_R
     )  # fmt: skip
     most = count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
-    rises = 0
     while most > 0:
-        most -= max(most // 8, 1)  # by so much at once, or a thousand copies would have to be judged one by one
+        most -= max(most // 5, 1)  # by so much at once, or a thousand copies would have to be judged one by one
         most = min(most, np.int64(max(min(limit, lowest) - enough, 0.0) / copy))
         thin_out(trial_RS, num_primaries, owner_L, most, sent_R, received_R, trial_quota_RS, trial_tokens_R)
         if is_even:
@@ -154,17 +158,19 @@ def drop_copies(
             )
         if peak >= lowest and not is_even:  # as it is with fewer still
             break
-        time = weigh_copies(
-            load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, is_even, trial_quota_RS, trial_tokens_R
-        )
-        rises += 1
-        if rises == MOST_RISES and not is_even:
-            break
+        busy = max(sent_R.max(), received_R.max())
+        time = copy * (busy + (CHANGE if busy != present else 0.0))
+        if time + peak < lowest:
+            time += likely_peak(load_L, likely_L, trial_RS, weight_R, is_even, trial_quota_RS, trial_tokens_R)
+        else:
+            time = lowest
         if time < lowest:
-            lowest, rises = time, 0
+            lowest = time
             slots_RS[:] = trial_RS
             quota_RS[:] = trial_quota_RS
             tokens_R[:] = trial_tokens_R
+        elif not is_even:
+            most = min(most, np.int64(1))  # fewer still would take longer, but for none at all
     return lowest
 
 
@@ -178,23 +184,50 @@ def thin_out(slots_RS, num_primaries, owner_L, most, sent_R, received_R, quota_R
         sent_R, received_R: Copies that each rank sends and receives; kept up to date.
     """
     num_ranks, num_slots = slots_RS.shape
+    busy_L = np.full(owner_L.size, -1)  # of the experts of ranks that send too many, the rank
     for rank in range(num_ranks):
-        while received_R[rank] > most or sent_R[rank] > most:
-            start, end = (rank, rank + 1) if received_R[rank] > most else (0, num_ranks)
-            target = least_slot = np.int64(-1)
-            for other in range(start, end):
-                for slot in range(num_primaries, num_slots):
-                    expert = slots_RS[other, slot]
-                    if expert < 0 or (received_R[rank] <= most and owner_L[expert] // num_slots != rank):
-                        continue
-                    if target < 0 or quota_RS[other, slot] < quota_RS[target, least_slot]:
-                        target, least_slot = np.int64(other), np.int64(slot)
-            place = owner_L[slots_RS[target, least_slot]]
-            owner, own_slot = place // num_slots, place % num_slots
-            slots_RS[target, least_slot] = -1
-            received_R[target] -= 1
-            sent_R[owner] -= 1
-            quota_RS[owner, own_slot] += quota_RS[target, least_slot]
-            tokens_R[owner] += quota_RS[target, least_slot]
-            tokens_R[target] -= quota_RS[target, least_slot]
-            quota_RS[target, least_slot] = 0
+        if sent_R[rank] > most:
+            for expert in slots_RS[rank, :num_primaries]:
+                busy_L[expert] = rank
+    head_R, next_P = np.full(num_ranks, -1), np.empty(num_ranks * num_slots, dtype=np.int64)  # lists of what they send
+    for target in range(num_ranks - 1, -1, -1):
+        for slot in range(num_slots - 1, num_primaries - 1, -1):
+            expert = slots_RS[target, slot]
+            if expert >= 0 and busy_L[expert] >= 0:
+                place = target * num_slots + slot
+                next_P[place], head_R[busy_L[expert]] = head_R[busy_L[expert]], place
+    for rank in range(num_ranks):
+        while received_R[rank] > most:
+            least_slot = np.int64(-1)
+            for slot in range(num_primaries, num_slots):
+                if slots_RS[rank, slot] >= 0 and (least_slot < 0 or quota_RS[rank, slot] < quota_RS[rank, least_slot]):
+                    least_slot = np.int64(slot)
+            drop_copy(slots_RS, owner_L, sent_R, received_R, quota_RS, tokens_R, rank, least_slot)
+        while sent_R[rank] > most:
+            least_place = np.int64(-1)
+            place = head_R[rank]
+            while place >= 0:
+                target, slot = place // num_slots, place % num_slots
+                if slots_RS[target, slot] >= 0 and (
+                    least_place < 0
+                    or quota_RS[target, slot] < quota_RS[least_place // num_slots, least_place % num_slots]
+                ):
+                    least_place = place
+                place = next_P[place]
+            target, slot = least_place // num_slots, least_place % num_slots
+            drop_copy(slots_RS, owner_L, sent_R, received_R, quota_RS, tokens_R, target, slot)
+
+
+@inlined
+def drop_copy(slots_RS, owner_L, sent_R, received_R, quota_RS, tokens_R, target, slot):
+    """Empty a redundant slot. Its tokens go back to the primary."""
+    num_slots = slots_RS.shape[1]
+    place = owner_L[slots_RS[target, slot]]
+    owner, own_slot = place // num_slots, place % num_slots
+    slots_RS[target, slot] = -1
+    received_R[target] -= 1
+    sent_R[owner] -= 1
+    quota_RS[owner, own_slot] += quota_RS[target, slot]
+    tokens_R[owner] += quota_RS[target, slot]
+    tokens_R[target] -= quota_RS[target, slot]
+    quota_RS[target, slot] = 0
