@@ -51,7 +51,6 @@ def test_trades_lower_the_fullest_rank_and_the_books_are_kept(layer, most_change
     peak = trade_copies(load_L, slots_RS, own, weight_R, np.int64(least), most_changes, *kept)
     assert peak == kept[7].max() == kept[7][kept[8][-1]]
     assert peak <= before[7].max()
-    assert peak < before[7].max() or (before[7] == peak).any()  # several ranks may be as full
     if most_changes == 0:
         assert (slots_RS == before_RS).all()
     assert (slots_RS[:, :own] == before_RS[:, :own]).all()
