@@ -15,11 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb.parallel import dispatch, grouped
-from lightning_eplb.parallel.ahead import CopiesAhead
+from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
-from lightning_eplb.parallel.rows import RowsUnderway
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -219,7 +218,7 @@ class ParallelExperts(nn.Module):
         seconds = time.perf_counter() - start
         copies = CopiesUnderway(self._local_parameters(), routes, groups)
         if is_first := not _is_recomputing():
-            copies.underway = layer.ahead.take(layer.index, routes, self._send_ahead)
+            copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
@@ -235,7 +234,7 @@ class ParallelExperts(nn.Module):
             others_MD = self._serve(weights, others_MD, plan, served, weights_TK.dtype)
         return layer.dispatcher.combine(own_MD, others_MD, weights_TK, plan)
 
-    def _send_ahead(self) -> tuple[CopyRoutes, RowsUnderway] | None:
+    def _send_ahead(self) -> SentAhead | None:
         """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
         layer = self.expert_layer
         if layer.copies_by_batch or not layer.copy_routes.num_copies or isinstance(self, FSDPModule):
@@ -243,7 +242,11 @@ class ParallelExperts(nn.Module):
         copies = CopiesUnderway(self._local_parameters(), layer.copy_routes, layer.groups)
         copies.send()
         assert copies.underway is not None
-        return layer.copy_routes, copies.underway
+        return SentAhead(layer.copy_routes, self._versions(), copies.underway)
+
+    def _versions(self) -> list[int]:
+        """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
+        return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
 
     def _serve(
         self,

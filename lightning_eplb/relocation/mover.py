@@ -57,11 +57,12 @@ class ExpertMover:
         for hook in self._hooks:
             hook.remove()
         self.optimizers = list(optimizers)
-        watched = self.optimizers if self.goes_behind else []
+        watched = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Optimizer)]
         self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
 
     def _note_step(self, *_: Any) -> None:
         self._has_stepped = True
+        self._modules[0][0].ahead.discard()  # fused optimizers change weights without a new version of them
 
     @property
     def is_moving(self) -> bool:

@@ -1,5 +1,7 @@
 """Copies that are sent one layer ahead: when they are, and that what is stale is never used."""
 
+import gc
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -117,3 +119,46 @@ def test_outputs_are_those_of_the_unmodified_model(paths: list[tuple[int, ...]],
     for outputs in workers.run(2, outputs_of, paths):
         for ours, theirs in zip(outputs, expected, strict=True):
             assert float((ours - theirs).abs().max()) < 1e-12
+
+
+def output_of_changed_weights(change: str) -> float:
+    """On every worker: a forward ends at layer 0, weights change, and the next begins at layer 1."""
+    outputs = []
+    for model, balancer in ((Stack(), None), spread()):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=change == "fused")
+        if balancer is not None and change == "fused":  # which changes weights without a new version of them
+            balancer.optimizers = [optimizer]
+        hidden = torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64)
+        for path in [(0, 1, 2), (1, 2), (0,)]:
+            model(hidden, path).sum().backward()
+        if change == "load_state_dict":
+            model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()})
+        else:
+            optimizer.step()
+        outputs.append(model(hidden, (1, 2)).detach())
+    return float((outputs[0] - outputs[1]).abs().max())
+
+
+@pytest.mark.parametrize("change", ["step", "fused", "load_state_dict"])
+def test_copies_of_weights_that_changed_are_sent_again(change: str, workers: Workers) -> None:
+    assert max(workers.run(2, output_of_changed_weights, change)) < 1e-12
+
+
+def is_freed() -> list[bool]:
+    """On every worker: whether layers of a model that nobody has are gone, before garbage in cycles is looked for."""
+    model, balancer = spread()
+    for _ in range(2):
+        model(torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64), (0, 1, 2))
+    layers = [weakref.ref(layer) for layer in model.layers]  # type: ignore[attr-defined]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, balancer
+        return [layer() is None for layer in layers]
+    finally:
+        gc.enable()
+
+
+def test_a_model_is_freed_when_nobody_has_it(workers: Workers) -> None:
+    for freed in workers.run(2, is_freed):
+        assert all(freed)
