@@ -53,6 +53,37 @@ def test_updates_by_element_are_welcome(optimizer_class: type[Optimizer], kwargs
     check_optimizers([optimizer], {"experts.up": parameter})
 
 
+class Langevin(SGD):
+    """Adds noise to each element."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        super().step(closure)  # type: ignore[arg-type]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=group["lr"])
+
+
+def test_noise_is_no_dependence_on_other_rows() -> None:
+    """Nor does trying it out take numbers from the generator that training draws from."""
+    optimizer, parameter = stepped(Langevin, lr=0.1)
+    before = torch.get_rng_state()
+    check_optimizers([optimizer], {"experts.up": parameter})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Wrapper:
+    """Steps an optimizer, and is none."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+def test_what_can_not_be_tried_is_welcome() -> None:
+    optimizer, parameter = stepped(AdamW)
+    check_optimizers([Wrapper(optimizer)], {"experts.up": parameter})  # type: ignore[list-item]
+
+
 def test_updates_by_a_norm_of_all_rows_are_refused() -> None:
     """Adafactor scales a step by the root mean square of the parameter, and of the update: of all experts."""
     optimizer, parameter = stepped(Adafactor)
