@@ -419,6 +419,7 @@ class ExpertLoadBalancer:
         self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it
         self.rearranged_bytes = state["rearranged_bytes"]
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
+        self._is_due, self._decision = False, None
 
     def _set_floor(self, costs: Costs | None) -> None:
         if self.min_tokens_per_copy is None and costs is not None:

@@ -386,6 +386,24 @@ def test_a_resumed_run_does_not_wait_longer_than_its_interval(workers: Workers) 
     assert workers.run(2, shorter_interval) == [5, 5]
 
 
+def due_when_loaded() -> tuple[bool, bool]:
+    """A decision is due and not made yet, and an earlier state is loaded."""
+    model = Model()
+    parallelize_experts(model)
+    balancer = ExpertLoadBalancer(model, policy=StaticPolicy(), step_interval=8, use_async=True)
+    early = balancer.state_dict()
+    for step in range(2):
+        model(inputs(step, dist.get_rank()))
+        balancer.step()
+    was_due = balancer.state_dict()["is_rearranging"]
+    balancer.load_state_dict(early)
+    return was_due, balancer.state_dict()["is_rearranging"]
+
+
+def test_a_decision_that_was_due_is_not_when_an_earlier_state_is_loaded(workers: Workers) -> None:
+    assert workers.run(2, due_when_loaded) == [(True, False)] * 2
+
+
 def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
     """The hot expert changes its rank with every step."""
     loads = [[24, 4, 4, 4], [4, 4, 4, 24], [8, 8, 8, 8]] * 2
