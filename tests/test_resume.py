@@ -26,6 +26,8 @@ from tests.test_checkpoint import (
 from tests.workers import Workers
 
 SECONDS = 200
+ON_META = pytest.mark.parametrize("half", ["ddp", "sharded"], indirect=True)
+"""A file and a folder: what becomes of a model on the meta device is no matter of who saved."""
 KINDS = ["ddp", "sharded", "fsdp1"]
 SAVED_BY = ["ddp", "sharded", "sharded into one file", "fsdp1", "fsdp1 into one file"]
 
@@ -131,6 +133,7 @@ def resume_on_meta(path: str) -> tuple[list[float], dict[str, Tensor]]:
     return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
 
 
+@ON_META
 def test_a_model_built_on_the_meta_device(half: Path, workers: Workers) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(4, resume_on_meta, str(half), seconds=SECONDS)
@@ -161,6 +164,7 @@ def resume_on_meta_under_ddp(path: str, in_configure_model: bool) -> tuple[list[
     return module.losses, {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
 
 
+@ON_META
 @pytest.mark.parametrize("in_configure_model", [True, False])
 def test_a_model_built_on_the_meta_device_under_ddp(half: Path, in_configure_model: bool, workers: Workers) -> None:
     losses, weights = uninterrupted()
