@@ -73,7 +73,8 @@ class Rearrangement:
         num_copies: Redundant slots that hold another expert than before, or none any more.
         num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
         seconds: What training waited for it, on this rank: all of it, or what was not behind the steps that followed.
-        plan_seconds: What of these went by until all ranks knew the decision.
+        plan_seconds: What of these went by until all ranks knew the decision; behind steps it is the host's time,
+            while the device has a backward pass to do.
         exchange_seconds: What of these went by while rows were compared, sent or waited for, and maps switched.
         predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
             nothing was.

@@ -17,7 +17,7 @@ MAX_STAGING_BYTES = 256 * 2**20
 
 ALIGNED_BYTES = 512
 """A row's part of a chunk is a multiple of this: what NCCL sends to each rank then begins where wide words do. Without,
-half the bandwidth was seen."""
+two thirds of the bandwidth were seen (180 and 268 GB/s between four H200)."""
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The collective under its newer name, where torch has it (2.13); the older name warns there."""

@@ -37,20 +37,19 @@ def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tens
     Raises:
         ValueError: Names the optimizer, the parameter and the state.
     """
-    experts = {id(parameter) for parameter in parameters.values()}
     for optimizer in optimizers:
         if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer and its kin
             raise ValueError(
                 f"{type(optimizer).__name__} gives every rank other parameters to update and to keep state for, while"
                 f" every rank has experts of its own. {_REMEDY}"
             )
-        if any(id(p) in experts for group in optimizer.param_groups for p in group["params"]) and mixes_rows(optimizer):
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
+        if mine and mixes_rows(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} updates each row of a parameter by what is in the others, and a rank has"
                 f" some of the experts only: it would not be the same training. {_REMEDY}"
             )
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
         for name, parameter in mine.items():
             state = optimizer.state.get(parameter, {})
             if not state and parameter.grad is not None and _keeps_tensors(optimizer):
