@@ -49,7 +49,10 @@ SCALARS: dict[str, tuple[str, str]] = {
         "weights, optimizer state and, where they move too, gradients that crossed ranks in the latest, over all ranks",
     ),
     "eplb/rearrange_seconds": ("seconds", "what training waited for the latest, on rank 0"),
-    "eplb/rearrange_plan_seconds": ("seconds", "of these, until all ranks knew what was decided"),
+    "eplb/rearrange_plan_seconds": (
+        "seconds",
+        "of these, until all ranks knew what was decided; with `use_async` the host's time, behind the backward pass",
+    ),
     "eplb/rearrange_exchange_seconds": ("seconds", "of these, while rows moved"),
 }
 """Unit and meaning of each. Tokens are summed over layers; where nothing else is said it is that optimizer step's."""
