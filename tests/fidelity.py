@@ -1,7 +1,9 @@
 """Training with experts that move all the time, against one process with the unmodified model."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, ExpertPlacement, Policy, Topology
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import (
     LanguageModel,
@@ -47,6 +50,8 @@ class Case:
     """Under ``ExpertParallelStrategy`` with so many; None is DDP."""
     fsdp1: str | None = None
     """Under Lightning's ``FSDPStrategy``, by this ``sharding_strategy``."""
+    parts: Literal[1, 2] = 1
+    """In which tokens travel."""
 
     def __str__(self) -> str:
         return (
@@ -57,6 +62,7 @@ class Case:
             + (f"-flat_{self.fsdp1}" if self.fsdp1 else "")
             + ("-batch" if self.redundancy == "batch" else "")
             + ("-async" if self.use_async else "")
+            + ("-halves" if self.parts == 2 else "")
             + (f"-{self.checkpointing}" if self.checkpointing != "off" else "")
         )
 
@@ -174,7 +180,8 @@ def distributed(case: Case) -> Outcome:
         gradient_clip_algorithm=case.clip if case.clip != "off" else None,
         callbacks=[callback],
     )
-    trainer.fit(module, loader(tokens_of(case), SEQUENCES))
+    with patch.object(TokenDispatcher, "bytes_in_parts", 0 if case.parts == 2 else math.inf):
+        trainer.fit(module, loader(tokens_of(case), SEQUENCES))
     assert callback.balancer is not None
     if case.ep_size != 1:
         assert callback.balancer.num_rearrangements >= (STEPS // 4 if case.use_async else STEPS)

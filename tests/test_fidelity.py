@@ -15,6 +15,7 @@ SETTINGS = {
     "optimizer": ["adamw", "sgd"],
     "redundancy": ["window", "batch"],
     "checkpointing": ["off", "reentrant", "non-reentrant"],
+    "parts": [1, 2],
 }
 CASES = sorted((Case(**settings) for settings in all_pairs(SETTINGS)), key=lambda case: case.ranks)
 WIDE = [Case(ranks=2, redundant=1, top_k=top_k) for top_k in (1, 8)]
@@ -25,16 +26,16 @@ GROUPS = [
 
 SHARDED = [
     Case(ranks=4, ep_size=4, replicas=1, redundant=1, clip="norm", accumulation=2),
-    Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, redundancy="batch"),
+    Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, redundancy="batch", parts=2),
     Case(
         ranks=4, ep_size=2, replicas=1, model="gpt_oss", clip="value", accumulation=2, redundant=1, optimizer="foreach"
     ),
     Case(ranks=4, ep_size=1, replicas=1, clip="norm", accumulation=2, optimizer="fused"),
-    Case(ranks=4, ep_size=2, replicas=2, redundant=1, clip="norm", accumulation=2),
+    Case(ranks=4, ep_size=2, replicas=2, redundant=1, clip="norm", accumulation=2, parts=2),
     Case(ranks=4, ep_size=2, replicas=2, clip="value", accumulation=2, optimizer="sgd", redundancy="batch"),
 ]
 ASYNC = [
-    Case(ranks=2, redundant=1, accumulation=2, clip="norm", use_async=True),
+    Case(ranks=2, redundant=1, accumulation=2, clip="norm", use_async=True, parts=2),
     Case(model="gpt_oss", ranks=4, optimizer="sgd", clip="value", redundant=1, redundancy="batch", use_async=True),
     Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, checkpointing="reentrant", use_async=True),
     Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, use_async=True),
@@ -42,7 +43,7 @@ ASYNC = [
 FSDP1 = [
     Case(ranks=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2),
     Case(model="gpt_oss", ranks=4, redundant=1, fsdp1="SHARD_GRAD_OP", clip="value", optimizer="sgd", use_async=True),
-    Case(ranks=4, ep_size=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2, redundancy="batch"),
+    Case(ranks=4, ep_size=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2, redundancy="batch", parts=2),
     Case(ranks=4, ep_size=2, redundant=1, fsdp1="NO_SHARD", clip="norm", checkpointing="non-reentrant"),
     Case(ranks=4, ep_size=2, fsdp1="FULL_SHARD", clip="norm", checkpointing="reentrant", use_async=True),
     Case(ranks=2, ep_size=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2),

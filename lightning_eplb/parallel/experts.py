@@ -212,8 +212,9 @@ class ParallelExperts(nn.Module):
         counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts_RL)
+        pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
         plan = dispatch.plan_dispatch(
-            order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries
+            order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries, pairs_in_parts
         )
         seconds = time.perf_counter() - start
         copies = CopiesUnderway(self._local_parameters(), routes, groups)
@@ -222,17 +223,19 @@ class ParallelExperts(nn.Module):
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
-        primaries, ticket = copies.attach()
-        own_MD, others_MD = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
+        primaries, ticket = copies.attach([part.primaries for part in plan.parts])
+        trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
         if is_first:
             layer.ahead.send_next(layer.index)
-        own_MD = self._serve(primaries, own_MD, plan, slice(0, layer.num_primaries), weights_TK.dtype)
-        if routes.num_copies:  # their weights travelled meanwhile
-            weights, served = copies.receive(ticket), slice(layer.num_primaries, None)
-            others_MD = self._serve(weights, others_MD, plan, served, weights_TK.dtype)
-        return layer.dispatcher.combine(own_MD, others_MD, weights_TK, plan)
+        for i, part in enumerate(plan.parts):
+            own_MD, others_MD = layer.dispatcher.receive(trip, i)
+            own_MD = self._serve(primaries[i], own_MD, part.primary_ends, weights_TK.dtype)
+            if routes.num_copies and part is plan.parts[-1]:  # their weights travelled meanwhile
+                others_MD = self._serve(copies.receive(ticket), others_MD, part.copy_ends, weights_TK.dtype)
+            layer.dispatcher.send_home(trip, i, own_MD, others_MD)
+        return layer.dispatcher.combine(trip, weights_TK)
 
     def _send_ahead(self) -> SentAhead | None:
         """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
@@ -248,24 +251,14 @@ class ParallelExperts(nn.Module):
         """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
         return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
 
-    def _serve(
-        self,
-        weights: list[Tensor],
-        hidden_MD: Tensor,
-        plan: dispatch.Dispatch,
-        served: slice,
-        weights_dtype: torch.dtype,
-    ) -> Tensor:
-        """Run the original forward on the tokens of the experts ``served`` of the plan; ``weights`` are theirs.
+    def _serve(self, weights: list[Tensor], hidden_MD: Tensor, ends_S: Tensor, weights_dtype: torch.dtype) -> Tensor:
+        """Run the original forward on tokens in the order of their experts: where each one's end, and its ``weights``.
 
         Every tensor that was exchanged is tied into the output.
         """
         forward, device = self.expert_layer.original_class.forward, hidden_MD.device
         if len(hidden_MD):
             local = self._original_with(weights)
-            ends_S = plan.served_ends[served]
-            if served.start:
-                ends_S = ends_S - plan.num_primary
             if grouped.takes_sorted_rows(local):
                 grouped.let_take_sorted_rows(local, ends_S)
             rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=device)

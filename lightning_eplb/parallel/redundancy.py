@@ -5,6 +5,7 @@ Forward: :meth:`CopiesUnderway.attach`, the tokens' dispatch, :meth:`CopiesUnder
 gradients are sent home, the primaries' tokens, the tokens' way home, the gradients are waited for and added.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,18 @@ class CopiesUnderway:
         weights = sum(parameter[0].nbytes for parameter in self.parameters)
         return self.routes.num_copies * (weights + sum(self.parameters[i][0].nbytes for i in returning))
 
-    def attach(self) -> tuple[list[Tensor], Tensor]:
-        """The weights that the primaries compute with, views of the parameters; and the ticket for :meth:`receive`."""
-        *primaries, ticket = _Attach.apply(self, *self.parameters)
-        return primaries, ticket
+    def attach(self, parts: Sequence[slice]) -> tuple[list[list[Tensor]], Tensor]:
+        """The weights that the primaries compute with, views of the parameters; and the ticket for :meth:`receive`.
+
+        Args:
+            parts: Primaries that are computed together: together all of them, in order.
+
+        Returns:
+            For each part a tensor of each parameter.
+        """
+        *primaries, ticket = _Attach.apply(self, parts, *self.parameters)
+        num_parameters = len(self.parameters)
+        return [primaries[i * num_parameters : (i + 1) * num_parameters] for i in range(len(parts))], ticket
 
     def send(self) -> None:
         """Send the weights off."""
@@ -134,17 +143,23 @@ class _Attach(torch.autograd.Function):
     """Views of the parameters, and a ticket by which the backward pass comes here after :class:`_Receive`."""
 
     @staticmethod
-    def forward(ctx: Any, copies: CopiesUnderway, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.copies = copies
-        return *(parameter.view_as(parameter) for parameter in parameters), parameters[0].new_empty(0)
+    def forward(ctx: Any, copies: CopiesUnderway, parts: Sequence[slice], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.copies, ctx.parts = copies, parts
+        views = (parameter[part] for part in parts for parameter in parameters)
+        return *views, parameters[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         copies: CopiesUnderway = ctx.copies
-        grad_of = {i: grads[i] / copies.groups.size for i in copies.trained}
+        num_parameters = len(copies.parameters)
+        grad_of = {}
+        for i in copies.trained:
+            grad_of[i] = torch.empty_like(copies.parameters[i])
+            for part, grad in zip(ctx.parts, grads[i::num_parameters], strict=False):
+                torch.div(grad, copies.groups.size, out=grad_of[i][part])
         if copies.underway is not None:
             copies.add_home(grad_of)
-        return None, *(grad_of.get(i) for i in range(len(grads) - 1))
+        return None, None, *(grad_of.get(i) for i in range(num_parameters))
 
 
 class _Receive(torch.autograd.Function):

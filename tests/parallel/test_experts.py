@@ -1,6 +1,8 @@
 """The forward and the backward of a converted layer, against the unmodified module in the same process."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -100,7 +102,14 @@ def largest(ours: Tensor | None, theirs: Tensor | None) -> float:
     return float((ours - theirs).abs().max()) if ours.numel() else 0.0
 
 
+class HalvesDispatcher(TokenDispatcher):
+    """Has even one token travel in two parts."""
+
+    bytes_in_parts = 0
+
+
 BOTH = pytest.mark.parametrize("redundancy", ["window", "batch"])
+PARTS = pytest.mark.parametrize("dispatcher", [TokenDispatcher, HalvesDispatcher])
 
 
 @BOTH
@@ -114,49 +123,57 @@ def any_top_k(name: str, top_k: int, redundancy: str) -> float:
     return compare(4, lambda rank: 7 + rank, top_k, name=name, redundancy=redundancy)
 
 
+@PARTS
 @BOTH
 @pytest.mark.parametrize("redundant", [0, 4])
-def test_a_rank_without_tokens(redundant: int, redundancy: str, workers: Workers) -> None:
-    assert max(workers.run(4, rank_without_tokens, redundant, redundancy)) < 1e-12
+def test_a_rank_without_tokens(
+    redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
+    assert max(workers.run(4, rank_without_tokens, redundant, redundancy, dispatcher)) < 1e-12
 
 
-def rank_without_tokens(redundant: int, redundancy: str) -> float:
-    return compare(redundant, lambda rank: 5 * rank, redundancy=redundancy)
+def rank_without_tokens(redundant: int, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(redundant, lambda rank: 5 * rank, redundancy=redundancy, dispatcher=dispatcher)
 
 
+@PARTS
 @BOTH
 @pytest.mark.parametrize("redundant", [0, 2])
-def test_ranks_and_experts_that_get_none(redundant: int, redundancy: str, workers: Workers) -> None:
+def test_ranks_and_experts_that_get_none(
+    redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
     """Every token goes to two experts, so some ranks compute nothing; they take part in each collective."""
-    assert max(workers.run(2, experts_without_tokens, redundant, redundancy)) < 1e-12
+    assert max(workers.run(2, experts_without_tokens, redundant, redundancy, dispatcher)) < 1e-12
 
 
-def experts_without_tokens(redundant: int, redundancy: str) -> float:
-    return compare(redundant, lambda rank: 6, experts=range(2, 4), redundancy=redundancy)
+def experts_without_tokens(redundant: int, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(redundant, lambda rank: 6, experts=range(2, 4), redundancy=redundancy, dispatcher=dispatcher)
 
 
+@PARTS
 @BOTH
-def test_no_token_anywhere(redundancy: str, workers: Workers) -> None:
-    assert max(workers.run(2, no_token, redundancy)) == 0.0
+def test_no_token_anywhere(redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers) -> None:
+    assert max(workers.run(2, no_token, redundancy, dispatcher)) == 0.0
 
 
-def no_token(redundancy: str) -> float:
-    return compare(2, lambda rank: 0, redundancy=redundancy)
+def no_token(redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(2, lambda rank: 0, redundancy=redundancy, dispatcher=dispatcher)
 
 
+@PARTS
 @BOTH
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_repeats_the_forward_and_counts_once(
-    reentrant: bool, redundancy: str, workers: Workers
+    reentrant: bool, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
 ) -> None:
-    assert max(workers.run(2, checkpointed, reentrant, redundancy)) < 1e-12
+    assert max(workers.run(2, checkpointed, reentrant, redundancy, dispatcher)) < 1e-12
 
 
-def checkpointed(reentrant: bool, redundancy: str) -> float:
+def checkpointed(reentrant: bool, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
     def run(module: nn.Module, *args: Tensor) -> Tensor:
         return checkpoint(module, *args, use_reentrant=reentrant)  # type: ignore[return-value]
 
-    return compare(2, lambda rank: 9, run=run, redundancy=redundancy)
+    return compare(2, lambda rank: 9, run=run, redundancy=redundancy, dispatcher=dispatcher)
 
 
 @BOTH
@@ -222,41 +239,63 @@ def grouped_kernels(redundancy: Any) -> float:
 
 
 class GatheringDispatcher(TokenDispatcher):
-    """Another way to exchange tokens: every rank gathers all tokens of all ranks, and picks those that it serves."""
+    """Another way to exchange tokens: every rank gathers what all ranks have, and picks what it needs."""
 
-    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> tuple[Tensor, Tensor]:
-        sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.groups.size)]
-        dist.all_gather(sizes, torch.tensor(len(hidden_TD)), group=self.groups.exchange)
-        tokens = [hidden_TD.new_zeros(int(size), hidden_TD.shape[1]) for size in sizes]
-        gathered = torch.cat(list(_gather(hidden_TD, tokens, self.groups.exchange)))
-        wanted = [torch.zeros(0)] * self.groups.size
-        dist.all_gather_object(wanted, plan.pairs // top_k, group=self.groups.exchange)
-        sent = [[0] * self.groups.size for _ in range(self.groups.size)]
-        dist.all_gather_object(sent, plan.send_counts, group=self.groups.exchange)
-        rank, rows, first = self.groups.rank, [], 0
-        for source, size in enumerate(sizes):
-            start = sum(sent[source][:rank])
-            rows.append(first + wanted[source][start : start + sent[source][rank]])
-            first += int(size)
-        served = gathered[torch.cat(rows)][plan.by_slot]
-        return served[: plan.num_primary], served[plan.num_primary :]
+    bytes_in_parts = math.inf
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> "GatheredTrip":
+        (part,) = plan.parts
+        sent: list[list[int]] = [[] for _ in range(self.groups.size)]
+        dist.all_gather_object(sent, part.send_counts, group=self.groups.exchange)
+        rank = self.groups.rank
+        pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.exchange)
+        received = [pairs.split(counts)[rank] for pairs, counts in zip(pairs_of, sent, strict=True)]
+        return GatheredTrip(plan, sent, torch.cat(received))
+
+    def receive(self, trip: "GatheredTrip", part: int) -> tuple[Tensor, Tensor]:
+        rows = trip.plan.parts[part]
+        return trip.rows[rows.primary_rows], trip.rows[rows.copy_rows]
+
+    def send_home(self, trip: "GatheredTrip", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        rows = trip.plan.parts[part]
+        places = torch.cat((rows.primary_rows, rows.copy_rows))
+        trip.rows = torch.cat((primaries_MD, copies_MD))[torch.argsort(places)]
+
+    def combine(self, trip: "GatheredTrip", weights_TK: Tensor) -> Tensor:
+        rank = self.groups.rank
+        served = [sum(counts[server] for counts in trip.sent) for server in range(self.groups.size)]
+        home = [
+            rows.split([counts[server] for counts in trip.sent])[rank]
+            for server, rows in enumerate(_gather(trip.rows, served, self.groups.exchange))
+        ]
+        pairs = torch.zeros(weights_TK.numel(), trip.rows.shape[1], dtype=trip.rows.dtype)
+        pairs = pairs.index_copy(0, trip.plan.pairs, torch.cat(home))
+        return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
 
 
-def _gather(hidden: Tensor, tokens: list[Tensor], group: Any) -> Any:
+@dataclass
+class GatheredTrip:
+    plan: Dispatch
+    sent: list[list[int]]
+    rows: Tensor
+
+
+def _gather(rows: Tensor, lengths: list[int], group: Any) -> list[Tensor]:
+    """The rows of all ranks, as many as ``lengths`` says."""
     from torch.distributed.nn.functional import all_gather
 
-    width = max(len(t) for t in tokens)
-    padded = torch.cat((hidden, hidden.new_zeros(width - len(hidden), hidden.shape[1])))
-    return [part[: len(t)] for part, t in zip(all_gather(padded, group=group), tokens, strict=True)]
+    padded = torch.cat((rows, rows.new_zeros(max(lengths) - len(rows), rows.shape[1])))
+    return [part[:length] for part, length in zip(all_gather(padded, group=group), lengths, strict=True)]
 
 
 @BOTH
-def test_another_dispatcher(redundancy: str, workers: Workers) -> None:
-    assert max(workers.run(2, with_another_dispatcher, redundancy)) < 1e-12
+@pytest.mark.parametrize("dispatcher", [GatheringDispatcher, HalvesDispatcher])
+def test_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, with_another_dispatcher, dispatcher, redundancy)) < 1e-12
 
 
-def with_another_dispatcher(redundancy: str) -> float:
-    return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=GatheringDispatcher)
+def with_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str) -> float:
+    return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=dispatcher, name="gpt_oss")
 
 
 def test_one_rank_runs_the_module_as_it_was() -> None:

@@ -8,7 +8,11 @@ from tests.fidelity import TOLERANCE, Case, distributed, largest_difference, ref
 from tests.test_fidelity import SETTINGS
 from tests.workers import Workers
 
-PRODUCT = [Case(**dict(zip(SETTINGS, values, strict=True))) for values in product(*SETTINGS.values())]
+OTHERS = {name: values for name, values in SETTINGS.items() if name != "parts"}
+PRODUCT = [
+    Case(**dict(zip(OTHERS, values, strict=True)), parts=1 + i % 2)
+    for i, values in enumerate(product(*OTHERS.values()))
+]
 CASES = [case for case in PRODUCT if case.redundant or case.redundancy == "window"]
 """Without redundant slots a batch has nothing to choose."""
 
