@@ -18,13 +18,14 @@ from lightning_eplb.arguments import check_redundancy, check_steps
 from lightning_eplb.forecast import Forecast, forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
+from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.batch import choose_copies
-from lightning_eplb.policies.split import level_tokens, rank_weights, split_tokens
+from lightning_eplb.policies.split import level_tokens, rank_weights
 from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
@@ -461,9 +462,7 @@ class ExpertLoadBalancer:
         forecast(np.ones((8, 1, 2), dtype=np.int64))
         choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
         level_tokens(np.ones((1, 2), dtype=np.int64), np.array([[[0, 1], [1, 0]]]))
-        split_tokens(
-            np.ones((2, 2), dtype=np.int64), np.array([[0, 1], [1, 0]]), np.zeros(2, dtype=np.int64), np.ones(2), 0
-        )
+        dispatch.warm_up()
         if self.groups.size > 1:
             self.policy.warm_up(self.placement)
 

@@ -4,7 +4,9 @@ Shape suffixes: ``N`` token-expert pairs of this rank (tokens times top-k), ``M`
 tokens, ``K`` top-k, ``L`` logical experts, ``P`` slots, ``R`` ranks, ``S`` slots of a rank, ``D`` model width.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.layout import lay_out
 from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, put_together, take_apart
 from lightning_eplb.parallel.pieces import to_device
 from lightning_eplb.parallel.rows import all_gather_single
@@ -199,62 +202,36 @@ def plan_dispatch(
         pairs_in_parts: Where the fullest rank serves as many pairs, there are two parts. The same on all ranks.
     """
     sent_RS, recv_RS, tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank)
-    middle = (num_primaries + 1) // 2
     is_whole = num_primaries == 1 or tokens_R.max() < pairs_in_parts
-    slots_of = [slice(0, None)] if is_whole else [slice(0, middle), slice(middle, None)]
-
-    # Sorted by expert, the pairs of a slot are one run: behind those of the expert's earlier slots.
-    by_expert_P, sent_P = np.argsort(slot_map.slots.ravel(), kind="stable"), sent_RS.ravel()
-    first_P = np.empty_like(sent_P)
-    first_P[by_expert_P] = _firsts(sent_P[by_expert_P])
-    first_RS = first_P.reshape(sent_RS.shape)
-    runs = [(first_RS[:, slots].ravel(), sent_RS[:, slots].ravel()) for slots in slots_of]
-    # Received rank by rank, and within a rank slot by slot, they are served slot by slot.
-    ends = []
-    for slots in slots_of:
-        order, own = serving_order[slots] - slots.start, num_primaries - slots.start
-        recv_SR, first_SR = recv_RS[:, slots].T[order], _firsts(recv_RS[:, slots]).T[order]
-        runs.append((first_SR.ravel(), recv_SR.ravel()))
-        served = recv_SR.sum(axis=1)
-        ends += [np.cumsum(served[:own]), np.cumsum(served[own:])]
-
-    shifts, lengths, sizes = _runs(runs)
-    on_device = to_device(np.concatenate((shifts, lengths, *ends)), order_N.device)
-    shifts, lengths, ends_S = on_device.split((len(shifts), len(lengths), sum(map(len, ends))))
-    index = torch.repeat_interleave(shifts, lengths, output_size=sum(sizes))
-    index += torch.arange(sum(sizes), device=index.device)
-    *indices, ends_S = *index.split(sizes), ends_S.to(torch.int32)
-    ends_of = ends_S.split([len(array) for array in ends])
+    starts = [0] if is_whole else [0, (num_primaries + 1) // 2]
+    table, counts = lay_out(
+        counts_RL[rank], slot_map.slots, sent_RS, recv_RS, serving_order, num_primaries, np.array(starts)
+    )
+    num_runs, num_served = (len(table) - len(serving_order)) // 2, len(serving_order)
+    shifts, lengths, ends_S = to_device(table, order_N.device).split((num_runs, num_runs, num_served))
+    num_sent, *num_received = int(counts[0].sum()), *counts[1].sum(axis=1).tolist()
+    index = torch.repeat_interleave(shifts, lengths, output_size=num_sent + sum(num_received))
+    index += torch.arange(len(index), device=index.device)
+    sent, *received = index.split((num_sent, *num_received))
+    ends_S = ends_S.to(torch.int32)
     parts = []
-    for i, slots in enumerate(slots_of):
-        num_primary = int(ends[2 * i][-1])
+    for i, (start, stop) in enumerate(pairwise([*starts, num_primaries])):
+        num_own = int(table[2 * num_runs + stop - 1])
         parts.append(
             Part(
-                primaries=slice(slots.start, min(num_primaries, slots.stop or num_primaries)),
-                send_counts=sent_RS[:, slots].sum(axis=1).tolist(),
-                recv_counts=recv_RS[:, slots].sum(axis=1).tolist(),
-                primary_rows=indices[len(slots_of) + i][:num_primary],
-                copy_rows=indices[len(slots_of) + i][num_primary:],
-                primary_ends=ends_of[2 * i],
-                copy_ends=ends_of[2 * i + 1],
+                primaries=slice(start, stop),
+                send_counts=counts[0, i].tolist(),
+                recv_counts=counts[1, i].tolist(),
+                primary_rows=received[i][:num_own],
+                copy_rows=received[i][num_own:],
+                primary_ends=ends_S[start:stop],
+                copy_ends=ends_S[num_primaries:] if stop == num_primaries else ends_S[:0],
             )
         )
-    return Dispatch(pairs=order_N[index[: sum(sizes[: len(slots_of)])]], parts=parts, tokens=tokens_R)
+    return Dispatch(pairs=order_N[sent], parts=parts, tokens=tokens_R)
 
 
-def _firsts(lengths: np.ndarray) -> np.ndarray:
-    """Where each run begins, of runs that lie one behind the other."""
-    return (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape)
-
-
-def _runs(runs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Lists of runs as one. Of a run, its first index and its length become a shift from its place, and its length.
-
-    So ``shifts`` repeated ``lengths`` times, plus ``0, 1, 2 ...``, are all lists' indices one after the other.
-
-    Returns:
-        Shifts and lengths of all runs, and how many indices each list has.
-    """
-    lengths = np.concatenate([length for _, length in runs])
-    shifts = np.concatenate([first for first, _ in runs]) - _firsts(lengths)
-    return shifts, lengths, [int(length.sum()) for _, length in runs]
+def warm_up() -> None:
+    """Compile now what would otherwise be compiled in the first forward."""
+    slot_map = SlotMap(np.array([[0, 1], [1, 0]]), np.zeros(2, dtype=np.int64), np.ones(2))
+    plan_dispatch(torch.arange(2), np.ones((2, 2), dtype=np.int64), slot_map, 0, np.arange(2), 1, math.inf)

@@ -76,6 +76,12 @@ def lay_to_quotas(counts_RL, slots_RS, node_R, quota_RS, rank, sent_RS, received
             next_L[expert] += 1
     left_R = np.empty(num_ranks, dtype=np.int64)
     for expert in range(experts):
+        if first_L[expert + 1] - first_L[expert] == 1:
+            target, slot = place_of[first_L[expert]] // num_slots, place_of[first_L[expert]] % num_slots
+            sent_RS[target, slot] = counts_RL[rank, expert]
+            if target == rank:
+                received_RS[:, slot] = counts_RL[:, expert]
+            continue
         for source in range(num_ranks):
             left_R[source] = counts_RL[source, expert]
         for distance in range(3):  # on the rank itself, on its node, anywhere
