@@ -2,13 +2,15 @@
 
 ``one rank``: each rank by itself, transformers' ``grouped_mm`` experts and the same module converted for a group of one
 rank. ``all ranks``: transformers' own expert parallelism (its all-to-all implementation, from 5.24 on) and ours, under
-an even router. The lanes take turns in one run; every rank waits for all others before and behind each turn.
+an even router. ``in one part``, ``in two parts``: ours, with tokens that travel so, however many they are. The lanes
+take turns in one run; every rank waits for all others before and behind each turn.
 
 On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` and
 ``LOCAL_RANK`` set, as ``torchrun`` does. Without ``RANK`` it starts two processes of one thread each on the CPU.
 """
 
 import copy
+import math
 import os
 import sys
 import time
@@ -26,13 +28,26 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.parallel.convert import find_experts
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.benchmarks.lanes import on_all_ranks, slowest_rank, wait_for_all
 from tests.benchmarks.models import CPU, GPU, Size, steered_model
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 
-REFERENCE = {"ours, one rank": "theirs, one rank", "ours, all ranks": "theirs, all ranks"}
+REFERENCE = {
+    "ours, one rank": "theirs, one rank",
+    "ours, all ranks": "theirs, all ranks",
+    "in two parts": "in one part",
+}
 BARS = {"ours, one rank": 1.02, "ours, all ranks": 1.0}
 """Most time over that of the reference."""
+
+
+class OnePart(TokenDispatcher):
+    bytes_in_parts = math.inf
+
+
+class TwoParts(TokenDispatcher):
+    bytes_in_parts = 0
 
 
 def main() -> int:
@@ -67,9 +82,14 @@ def make_lanes(device: torch.device, size: Size) -> dict[str, tuple[Callable[...
     _, experts = next(find_experts(model))
     lanes: dict[str, Any] = {"theirs, one rank": copy.deepcopy(experts)}
     alone, _ = dist.new_subgroups(1)
-    for name, group in (("ours, one rank", alone), ("ours, all ranks", None)):
+    for name, group, dispatcher in (
+        ("ours, one rank", alone, TokenDispatcher),
+        ("ours, all ranks", None, TokenDispatcher),
+        ("in one part", None, OnePart),
+        ("in two parts", None, TwoParts),
+    ):
         holder = nn.ModuleDict({"experts": copy.deepcopy(experts)})
-        parallelize_experts(holder, group)
+        parallelize_experts(holder, group, dispatcher=dispatcher)
         ExpertLoadBalancer(holder)
         lanes[name] = holder["experts"]
     found: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
@@ -116,7 +136,7 @@ def report(found: dict[str, list[float]], size: Size, json_file: Path | None) ->
         if name in BARS and reference:
             bars.append(Bar(f"time over that of Hugging Face's, {name}", float(middle), BARS[name]))
     print(f"a layer of {size}, forward and backward\n")
-    print_table(["lane", "ms", "over theirs (10th-90th)"], rows)
+    print_table(["lane", "ms", "over its reference (10th-90th)"], rows)
     return finish(bars, found, json_file)
 
 
