@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,9 +13,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eplb.agreement import check_successor, decided_by_rank_zero
 from lightning_eplb.arguments import check_redundancy, check_steps
-from lightning_eplb.forecast import Forecast, forecast
+from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
+from lightning_eplb.forecast import forecast
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
@@ -23,29 +23,14 @@ from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
+from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.batch import choose_copies
-from lightning_eplb.policies.split import level_tokens, rank_weights
+from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
-from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.steps import Rearrangement, StepLoad
-
-
-class _Decision(NamedTuple):
-    """What all ranks have agreed to do.
-
-    Attributes:
-        rearrangement: As far as it is known beforehand.
-        capacity: How much work each EP rank gets from then on.
-        most_bytes: That may travel behind a step.
-    """
-
-    rearrangement: Rearrangement
-    capacity: tuple[float, ...] | None
-    most_bytes: int
 
 
 class ExpertLoadBalancer:
@@ -106,7 +91,6 @@ class ExpertLoadBalancer:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
         _warn_of_idle_arguments(redundancy, min_tokens_per_copy, self._modules[0][0])
         self.model = model
-        self.policy = policy if policy is not None else BalancedPolicy()
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
         self._copies_by_batch = redundancy == "batch"
@@ -115,6 +99,9 @@ class ExpertLoadBalancer:
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
         first_layer, _ = self._modules[0]
         self.groups = first_layer.groups
+        self._maker = DecisionMaker(
+            policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
+        )
         self._mover = ExpertMover(self._modules, optimizers, use_async)
         if self._copies_by_batch:
             self._mover.placement = self._mover.placement.without_copies()
@@ -144,19 +131,15 @@ class ExpertLoadBalancer:
         that is to be drained. ``None``: all the same."""
         self.costs: Costs | None = None
         """What the policy is told that moves cost; rank 0 reads it. ``None``: what was measured in the first step."""
-        self.forecast_error: float | None = None
-        """How far off the forecast of the last whole interval was; 0 is exact."""
         self.predicted_balancedness: float | None = None
         """What the latest decision expects of the steps that follow it; ``None`` before the first."""
         self._under_way: Rearrangement | None = None
         self._untold: Rearrangement | None = None
         self._is_due = False
-        self._decision: _Decision | None = None
+        self._decision: Decision | None = None
         self._last_step_at: float | None = None
         self._seconds_between_steps: float | None = None
         self._schedule = Schedule(step_interval)
-        self._forecast: Forecast | None = None
-        self._load_since_forecast = torch.zeros_like(self.load.ring[0], device="cpu")
         self._speed: Speed | None = None
         self._first_step_is_done = False
         self._warm_up()
@@ -166,6 +149,16 @@ class ExpertLoadBalancer:
     def placement(self) -> ExpertPlacement:
         """Where experts are."""
         return self._mover.placement
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides where experts go."""
+        return self._maker.policy
+
+    @property
+    def forecast_error(self) -> float | None:
+        """How far off the forecast of the last whole interval was; 0 is exact."""
+        return self._maker.forecast_error
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -219,7 +212,7 @@ class ExpertLoadBalancer:
             return None
         self.load.update(served.load)
         self.num_steps += 1
-        self._load_since_forecast += served.load
+        self._maker.note(served.load)
         was_due = self._is_due
         self._is_due |= self._schedule.step(served.balancedness) and self.groups.size > 1
         waits_for_decision = self._mover.goes_behind and not was_due  # made before the next step, behind the backward
@@ -264,7 +257,7 @@ class ExpertLoadBalancer:
         self._mover.stop()
         self.load.placement = self.placement
         assert self._under_way is not None
-        self._under_way = replace(self._under_way, **_extent(self._under_way.before, self.placement))
+        self._under_way = replace(self._under_way, **extent(self._under_way.before, self.placement))
         return self._close_rearrangement()
 
     def abandon_rearrangement(self) -> None:
@@ -297,28 +290,20 @@ class ExpertLoadBalancer:
         if self.groups.size == 1:
             return None
         if placement is not None:
-            self._agree(placement, None)  # or raise, before anything is put in place
+            self._maker.agree(self.placement, placement, None, self._surroundings(with_gradients))  # or raise
         self.finish_rearrangement()
         return self._carry_out(self._decide(placement, with_gradients), with_gradients, in_background=False)
 
-    def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> _Decision:
+    def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
-        start = time.perf_counter()
-        before, load_YL = self.placement, self.load.compute()["load"].cpu().numpy()
-        if self._forecast is not None:
-            self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
-        outlook = self._outlook(with_gradients) if placement is None else None
-        after, capacity, most_bytes = self._agree(placement, outlook)
-        begun = Rearrangement(
-            before=before,
-            load=load_YL,
-            **_extent(before, after),
-            plan_seconds=time.perf_counter() - start,
-            predicted_balancedness=self._predict(outlook, after, capacity) if outlook is not None else None,
-        )
-        return _Decision(begun, capacity, most_bytes)
+        steps_WYL = self.load.steps().cpu().numpy()
+        steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
+        if not len(steps_WYL):
+            steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
+        load_YL = self.load.compute()["load"].cpu().numpy()
+        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, self._surroundings(with_gradients))
 
-    def _carry_out(self, decision: _Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
+    def _carry_out(self, decision: Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
         """Do what is decided, or begin with it and return ``None``."""
         self._is_due, self._decision = False, None
         if in_background:
@@ -466,29 +451,9 @@ class ExpertLoadBalancer:
         if self.groups.size > 1:
             self.policy.warm_up(self.placement)
 
-    def _outlook(self, with_gradients: bool) -> Outlook:
-        """What the policy is told. Every rank forecasts, so that each can tell later how good the forecast was."""
-        steps_WYL = self.load.steps().cpu().numpy()
-        steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
-        if not len(steps_WYL):
-            steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
-        self._forecast = forecast(steps_WYL)
-        self._load_since_forecast.zero_()
+    def _surroundings(self, with_gradients: bool) -> Surroundings:
         costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)
-        return Outlook(steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self.step_interval, costs)
-
-    def _predict(self, outlook: Outlook, after: ExpertPlacement, capacity: tuple[float, ...] | None) -> float:
-        """Balancedness of a step that gets what is forecast."""
-        load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
-        weight_R = rank_weights(np.ones(after.num_ranks) if capacity is None else np.array(capacity))
-        if self._copies_by_batch:
-            slots_YRS = np.stack(
-                [
-                    choose_copies(load_L, slots_RS, after.primaries_per_rank, weight_R, layer.min_tokens_per_copy)
-                    for load_L, slots_RS, (layer, _) in zip(load_YL, slots_YRS, self._modules, strict=True)
-                ]
-            )
-        return balancedness(level_tokens(load_YL, slots_YRS, 1.0 / weight_R))
+        return Surroundings(self.capacity, costs, self._bytes_behind_a_step())
 
     def _measured_costs(self, with_gradients: bool) -> Costs | None:
         if self._speed is None:
@@ -497,33 +462,12 @@ class ExpertLoadBalancer:
         weights = [math.prod(p.shape[1:]) * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
         return self._speed.costs(row_bytes, sum(weights), self.groups.node_of_rank)
 
-    def _agree(
-        self, placement: ExpertPlacement | None, outlook: Outlook | None
-    ) -> tuple[ExpertPlacement, tuple[float, ...] | None, int]:
-        """Rank 0's decision, its capacities and the bytes that may travel behind a step, on every rank."""
-
-        def decide() -> tuple[list[list[int]], tuple[float, ...] | None, int]:
-            topology = Topology(self.groups.node_of_rank, self.capacity)
-            decided = self._ask_policy(outlook, topology) if outlook is not None else placement
-            decided = check_successor(decided, self.placement)
-            if self._copies_by_batch:
-                decided = decided.without_copies()  # a plan's are those of a mean batch
-            return decided.physical_to_logical.tolist(), topology.capacity, self._bytes_behind_a_step()
-
-        source = "rearrange()" if placement is not None else f"{type(self.policy).__name__}.rearrange()"
-        slots_YP, capacity, most_bytes = decided_by_rank_zero(decide, source, self.groups)
-        after = ExpertPlacement(slots_YP, self.placement.num_logical_experts, self.placement.num_ranks)
-        return after, capacity, most_bytes
-
     def _bytes_behind_a_step(self) -> int:
         """As many as travel in half the time between two steps, if the staging buffers hold them."""
         if self._speed is None or self._seconds_between_steps is None:
             return BACKGROUND_BYTES
         per_second = self._speed.bytes_per_second(self.groups.node_of_rank)
         return max(1, min(int(self._seconds_between_steps / 2 * per_second), BACKGROUND_BYTES))
-
-    def _ask_policy(self, outlook: Outlook, topology: Topology) -> ExpertPlacement:
-        return self.policy.look_ahead(outlook, self.placement, topology)
 
 
 def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:
@@ -539,14 +483,3 @@ def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, la
             f"min_tokens_per_copy={min_tokens_per_copy} has no effect with redundancy='window', where the policy"
             " decides about copies; redundancy='batch' would use it"
         )
-
-
-def _extent(before: ExpertPlacement, after: ExpertPlacement) -> dict[str, Any]:
-    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.steps.Rearrangement`."""
-    plan, n = plan_relocation(before, after), before.primaries_per_rank
-    return {
-        "after": after,
-        "num_layers": len(plan),
-        "num_rows": sum(moves.num_rows_between_ranks for moves in plan),
-        "num_copies": int((before.by_rank[:, :, n:] != after.by_rank[:, :, n:]).sum()),
-    }
