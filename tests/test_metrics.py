@@ -1,22 +1,20 @@
 """ExpertLoad: the window slides by steps, is kept by logical id, and adds up over ranks."""
 
-import faulthandler
 import inspect
 import subprocess
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.placement import ExpertPlacement
+from tests.workers import Workers
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -290,10 +288,8 @@ def test_import_is_light():
 # -- over ranks
 
 
-def _rank_of_two(rank: int, store_path: str) -> None:
-    faulthandler.dump_traceback_later(90, exit=True)
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", store=dist.FileStore(store_path, 2), rank=rank, world_size=2, timeout=limit)
+def counts_of_two() -> None:
+    rank = dist.get_rank()
     placement = ExpertPlacement.initial(num_layers=2, num_logical_experts=4, num_ranks=2)
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=2, placement=placement)
     own = [numbered_step(step) * (1 + rank) for step in range(3)]
@@ -329,14 +325,10 @@ def _rank_of_two(rank: int, store_path: str) -> None:
     local = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=2, sync_on_compute=False)
     local.update(both[1])
     assert torch.equal(local.compute()["load"], both[1])
-    dist.barrier()
-    dist.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.mark.timeout(150)
-def test_counts_of_two_processes_add_up(tmp_path: Path):
-    mp.start_processes(_rank_of_two, args=(str(tmp_path / "store"),), nprocs=2, start_method="spawn")
+def test_counts_of_two_processes_add_up(workers: Workers):
+    workers.run(2, counts_of_two)
 
 
 # -- pictures
