@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, StaticPolicy, fully_shard_moe
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.fidelity import ShufflePolicy
 
 VOCABULARY, SEQUENCE = 1024, 256
@@ -143,6 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ep-size", type=int, default=None)
     parser.add_argument("--every", type=int, default=2, help="steps between relocations")
     parser.add_argument("--use-async", action="store_true", help="experts move behind the steps")
+    parser.add_argument("--halves", action="store_true", help="where experts move, tokens travel in two parts, too")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -157,6 +159,8 @@ def main() -> int:
     torch.set_num_threads(1)
     redundant = arguments.ep_size or int(os.environ["WORLD_SIZE"])
     first, second = (train(arguments, moves=False, redundant=0) for _ in range(2))
+    if arguments.halves:
+        TokenDispatcher.bytes_in_parts = 0
     moved, copied = train(arguments, True, 0), train(arguments, True, redundant)
     spread = float((first["losses"] - second["losses"]).abs().max())
     change, copies_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, copied))
