@@ -1,5 +1,6 @@
 """Find expert modules by their structure and spread their experts over ranks, in place."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 
@@ -219,14 +220,18 @@ def _near_misses(model: nn.Module) -> str:
 def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
     layer.set_placement(placement)
     module.expert_layer = layer  # type: ignore[assignment]
-    module.__class__ = type(
-        f"Parallel{layer.original_class.__name__}", (ParallelExperts, layer.original_class), {"__doc__": None}
-    )
+    module.__class__ = _class_over_ranks(layer.original_class)
     if layer.groups.size == 1:
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
     install_state_dict_hooks(module, layer)
+
+
+@functools.cache
+def _class_over_ranks(original: type[nn.Module]) -> type[nn.Module]:
+    """One for all layers: ``torch.compile`` compiles anew for each class that it meets."""
+    return type(f"Parallel{original.__name__}", (ParallelExperts, original), {"__doc__": None})
 
 
 def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:

@@ -187,7 +187,7 @@ class ParallelExperts(nn.Module):
 
     expert_layer: ExpertLayer
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names."""
         named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
