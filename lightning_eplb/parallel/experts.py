@@ -144,7 +144,6 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
-    @torch.compiler.disable()
     def check_left_out(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
         ddp = DistributedDataParallel._active_ddp_module
@@ -187,24 +186,29 @@ class ParallelExperts(nn.Module):
 
     expert_layer: ExpertLayer
 
-    @torch.compiler.disable()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names."""
-        named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
-        hidden_TD, index_TK, weights_TK = (named[name] for name in self.expert_layer.argument_names)
         if self.expert_layer.groups.size == 1:
             output = super().forward(*args, **kwargs)
-            self._count_alone(index_TK)  # behind what it launched: the device does not wait for the host to get here
+            self._count_alone(*args, **kwargs)  # behind what it launched: no device waits for the host to get here
             return output
-        self.expert_layer.check_left_out(self)
-        return self._forward_over_ranks(hidden_TD, index_TK, weights_TK)
+        return self._forward_over_ranks(*args, **kwargs)
 
-    def _count_alone(self, index_TK: Tensor) -> None:
+    @torch.compiler.disable()
+    def _count_alone(self, *args: Any, **kwargs: Any) -> None:
         layer = self.expert_layer
         if layer.records_load and not _is_recomputing():
+            _, index_TK, _ = self._arguments(*args, **kwargs)
             layer.record(LayerLoad(dispatch.count_tokens(index_TK, layer.num_logical_experts)))
 
-    def _forward_over_ranks(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def _arguments(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
+        return [named[name] for name in self.expert_layer.argument_names]
+
+    @torch.compiler.disable()  # or autograd would see several exchanges as one, and each rank others
+    def _forward_over_ranks(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
+        self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
         if layer.average is not None:
             layer.average.watch(layer.index, list(self.parameters(recurse=False)))

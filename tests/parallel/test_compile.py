@@ -15,10 +15,10 @@ STEPS, TOKENS = 4, 6
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, EXPERTS, dtype=torch.float64)
-        self.experts = layer()
+        self.experts = experts
 
     def forward(self, hidden: Tensor) -> Tensor:
         weights, index = self.router(hidden).softmax(-1).topk(2, dim=-1)
@@ -46,9 +46,9 @@ def difference() -> float:
     """On every worker: between a compiled model whose experts move after each step and the unmodified one."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(LAYERS)))
+    model = nn.Sequential(*(Block(layer()) for _ in range(LAYERS)))
     torch.manual_seed(0)
-    original = nn.Sequential(*(Block() for _ in range(LAYERS)))
+    original = nn.Sequential(*(Block(layer()) for _ in range(LAYERS)))
     parallelize_experts(model, num_redundant_experts=2)
     balancer = ExpertLoadBalancer(model, policy=ShufflePolicy(), step_interval=1)
     for block in model:
@@ -60,3 +60,34 @@ def difference() -> float:
 
 def test_a_compiled_model_trains_as_the_unmodified_one(workers: Workers) -> None:
     assert max(workers.run(2, difference)) < 1e-12
+
+
+class Experts(nn.Module):
+    """Without the loop over experts that Hugging Face's ``eager`` ones have, which dynamo leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return torch.einsum("td,tkdw,tk->tw", hidden, self.weight[top_k_index], top_k_weights)
+
+
+def test_on_one_rank_the_experts_are_compiled_too() -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    block, original = Block(Experts()), Block(Experts())
+    original.load_state_dict(block.state_dict())
+    parallelize_experts(block)
+    balancer = ExpertLoadBalancer(block)
+    hidden = torch.randn(TOKENS, WIDTH, dtype=torch.float64)
+    assert torch.equal(torch.compile(block, backend=noted)(hidden), original(hidden))
+    balancer.step()
+    assert balancer.load.compute()["load"].sum() == 2 * TOKENS
+    assert any(node.target is torch.functional.einsum for graph in graphs for node in graph.graph.nodes)
