@@ -16,6 +16,9 @@ SLOW = 1.0 / 16
 """A sweep that lowers the fullest rank by so little of what is missing is the last one."""
 FAST = 1.0 / 4
 """The same where only those that become level matter."""
+SWEPT = 2
+"""So many of the trees that do not level the ranks, those that come closest, are swept over to find the best; all of
+them where copies cost."""
 FEW_SWEEPS = np.int64(2)
 """Of the quotas, to see how level a layer is."""
 NEARLY_LEVEL = 1.0 + 1.0 / 16
@@ -59,32 +62,39 @@ def best_swap(rank, tokens_R, weight_R, share_L, own_RN, node_R, price_within, p
         The other rank and the two positions, of ``rank`` and of the other; -1 three times where no swap helps. Ties
         go to the lower index.
     """
-    per_rank = own_RN.shape[1]
-    before = tokens_R[rank] * weight_R[rank]
-    lowest, found = before, (np.int64(-1), np.int64(-1), np.int64(-1))
-    share_N = np.empty(per_rank, dtype=np.int64)
-    for other in range(tokens_R.size):
-        price = price_within if node_R[other] == node_R[rank] else price_between
-        limit = min(before, lowest - price)
-        if tokens_R[other] * weight_R[other] >= limit:
-            continue
-        most = limit / weight_R[other] - tokens_R[other]  # relief that leaves neither of both as full as the limit
-        least = max(tokens_R[rank] - limit / weight_R[rank], 0.0)
-        if least >= most:
-            continue
+    num_ranks, per_rank = own_RN.shape
+    tokens, weight = tokens_R[rank], weight_R[rank]
+    before = tokens * weight
+    share_NR = np.empty((per_rank, num_ranks), dtype=np.int64)
+    lowest_R, price_R = np.empty(num_ranks), np.empty(num_ranks)
+    for other in range(num_ranks):
+        lowest_R[other] = before
+        price_R[other] = price_within if node_R[other] == node_R[rank] else price_between
         for theirs in range(per_rank):
-            share_N[theirs] = share_L[own_RN[other, theirs]]
+            share_NR[theirs, other] = share_L[own_RN[other, theirs]]
+    for mine in range(per_rank):
+        load = share_L[own_RN[rank, mine]]
+        for theirs in range(per_rank):
+            for other in range(num_ranks):  # without branches: several ranks at once
+                relief = load - share_NR[theirs, other]
+                here, there = (tokens - relief) * weight, (tokens_R[other] + relief) * weight_R[other]
+                peak = here if here > there else there
+                total = peak + price_R[other] if (relief > 0) & (peak < before) else before
+                lowest_R[other] = total if total < lowest_R[other] else lowest_R[other]
+    partner = np.int64(-1)
+    lowest = before
+    for other in range(num_ranks):
+        if lowest_R[other] < lowest:
+            partner, lowest = np.int64(other), lowest_R[other]
+    if partner >= 0:
         for mine in range(per_rank):
-            load = share_L[own_RN[rank, mine]]
             for theirs in range(per_rank):
-                relief = load - share_N[theirs]
-                if relief <= 0 or relief < least or relief > most:
-                    continue
-                here, there = (tokens_R[rank] - relief) * weight_R[rank], (tokens_R[other] + relief) * weight_R[other]
+                relief = share_L[own_RN[rank, mine]] - share_NR[theirs, partner]
+                here, there = (tokens - relief) * weight, (tokens_R[partner] + relief) * weight_R[partner]
                 peak = max(here, there)
-                if peak < before and peak + price < lowest:
-                    lowest, found = peak + price, (np.int64(other), np.int64(mine), np.int64(theirs))
-    return found
+                if relief > 0 and peak < before and peak + price_R[partner] == lowest:
+                    return partner, np.int64(mine), np.int64(theirs)
+    return np.int64(-1), np.int64(-1), np.int64(-1)
 
 
 @compiled
@@ -365,6 +375,7 @@ def copy_and_level(
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
     depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
     lowest = np.inf
+    peak_D = np.empty(len(DEPTHS))
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
     quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
     for attempt in range(len(DEPTHS)):
@@ -375,7 +386,7 @@ def copy_and_level(
         for rank in range(num_ranks):
             for slot in range(num_primaries):
                 quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
-        lowest = fullest(tokens_R, weight_R)
+        lowest = peak_D[attempt] = fullest(tokens_R, weight_R)
         if copy > 0:  # deep links make few copies: no other tree where quotas level this one
             lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if lowest <= enough:
@@ -383,8 +394,9 @@ def copy_and_level(
         tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
     if lowest > enough:  # no tree levels the ranks: the one of which quotas make most
         lowest, best = np.inf, 0
+        low = np.inf if copy > 0 else np.sort(peak_D)[SWEPT - 1]
         for attempt in range(len(DEPTHS)):
-            is_new = True
+            is_new = peak_D[attempt] <= low
             for other in range(attempt):
                 is_new &= not is_same(tried_DRE[attempt], tried_DRE[other])
             if not is_new:

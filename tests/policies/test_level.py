@@ -10,7 +10,7 @@ def shuffled_layer(seed):
     """A load, slots of which some are empty, and the capacities of the ranks."""
     generator = np.random.default_rng(seed)
     ranks, per_rank, redundant = generator.integers([2, 1, 1], [9, 4, 3])
-    load_L = np.int64(generator.lognormal(0, generator.choice([0.3, 1.2]), ranks * per_rank) * 10**6)
+    load_L = (generator.lognormal(0, generator.choice([0.3, 1.2]), ranks * per_rank) * 10**6).astype(np.int64)
     slots_RS = np.full((ranks, per_rank + redundant), -1)
     slots_RS[:, :per_rank] = generator.permutation(load_L.size).reshape(ranks, per_rank)
     for rank in range(ranks):
@@ -38,7 +38,7 @@ def test_of_trees_it_is_told_exactly():
     for seed in range(300):
         generator = np.random.default_rng(seed)
         ranks = int(generator.integers(2, 9))
-        load_L = np.int64(generator.lognormal(0, 1.0, 2 * ranks) * 10**6)
+        load_L = (generator.lognormal(0, 1.0, 2 * ranks) * 10**6).astype(np.int64)
         slots_RS = np.full((ranks, 3), -1)
         slots_RS[:, :2] = generator.permutation(2 * ranks).reshape(ranks, 2)
         copied = set()
