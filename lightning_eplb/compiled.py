@@ -31,10 +31,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop over numpy arrays with numba, and keep the result on disk for the next process.
 
     Without fast math and without threads: additions stay in their order and nothing is fused, so that the result is
-    the same, bit for bit, on every machine. It compiles when it is first called, which takes some seconds; whoever must
-    not wait then calls it before (see :meth:`lightning_eplb.policies.Policy.warm_up`). The result is kept beside the
-    package or, where that can't be written, where numba keeps those of the user; ``NUMBA_CACHE_DIR`` names another
-    place. Where none can be written, every process compiles anew.
+    the same, bit for bit, on every machine. A division by zero does not raise, so that loops have no way out in their
+    middle. It compiles when it is first called, which takes some seconds; whoever must not wait then calls it before
+    (see :meth:`lightning_eplb.policies.Policy.warm_up`). The result is kept beside the package or, where that can't be
+    written, where numba keeps those of the user; ``NUMBA_CACHE_DIR`` names another place. Where none can be written,
+    every process compiles anew.
     """
     return _compile(function)
 
@@ -52,8 +53,8 @@ def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     others = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:
         numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, error_model="numpy", **options)(function)
     except RuntimeError:  # no place can be written
-        return numba.njit(function, **options)
+        return numba.njit(function, error_model="numpy", **options)
     finally:
         numba.config.CACHE_DIR = others  # type: ignore[attr-defined]

@@ -151,6 +151,23 @@ class ExpertPlacement:
         """The rank that holds each expert's primary, ``[Y, L]``."""
         return self.primary_slot // self.slots_per_rank
 
+    def with_slots(self, slots_YRS: np.ndarray) -> "ExpertPlacement":
+        """The same ranks and experts with other slots; this placement itself where they are the same.
+
+        Nothing is checked, so this is for planners that are tested to make placements only: to check them would take as
+        long as a tenth of a plan. ``slots_YRS`` is taken over: whoever made it must not write to it any more.
+        """
+        count_YL = np.empty_like(self.replica_count)
+        if not _recount(slots_YRS, self.by_rank, self.primaries_per_rank, count_YL):
+            return self
+        after = object.__new__(type(self))
+        after.num_logical_experts, after.num_ranks = self.num_logical_experts, self.num_ranks
+        after.physical_to_logical = slots_YRS.reshape(self.physical_to_logical.shape)
+        after.replica_count = count_YL
+        after.physical_to_logical.setflags(write=False)
+        after.replica_count.setflags(write=False)
+        return after
+
     def without_copies(self) -> "ExpertPlacement":
         """The same primaries, and all redundant slots empty."""
         slots_YRS = self.by_rank.copy()
@@ -232,6 +249,24 @@ def _count_copies(slots_YRS, num_primaries, count_YL):
                     return False
                 is_primary_L[slots_YRS[layer, rank, slot]] = True
     return True
+
+
+@compiled
+def _recount(slots_YRS, before_YRS, num_primaries, count_YL):
+    """Fill in the copies of each expert, as long as the slots are a placement. Returns whether they are new."""
+    slots_P, before_P, count_L = slots_YRS.ravel(), before_YRS.ravel(), count_YL.ravel()
+    layers, ranks, num_slots = slots_YRS.shape
+    changed = np.int64(0)
+    for place in range(slots_P.size):
+        changed |= slots_P[place] ^ before_P[place]
+    count_L[:] = 1
+    for layer in range(layers):
+        for rank in range(ranks):
+            for slot in range(num_primaries, num_slots):
+                expert = slots_P[(layer * ranks + rank) * num_slots + slot]
+                if expert != EMPTY:
+                    count_L[layer * count_YL.shape[1] + expert] += 1
+    return changed != 0
 
 
 @compiled

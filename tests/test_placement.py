@@ -163,3 +163,19 @@ def test_a_copy_cannot_be_written_to_either():
 def test_the_initial_placement_refuses_numbers_that_cannot_be(numbers):
     with pytest.raises(ValueError, match="num_"):
         ExpertPlacement.initial(*numbers)
+
+
+def test_with_slots_is_what_a_checked_placement_is():
+    before = ExpertPlacement.initial(2, 6, 3, 3)
+    assert before.with_slots(before.by_rank.copy()) is before
+    for place in ((0, 0), (1, 2)):
+        slots_YRS = before.by_rank.copy()
+        slots_YRS[(*place, -1)] = -1
+        after = before.with_slots(slots_YRS)
+        checked = ExpertPlacement(slots_YRS.reshape(2, -1), 6, 3)
+        assert after == checked
+        assert after != before
+        assert (after.replica_count == checked.replica_count).all()
+        assert (after.logical_to_physical == checked.logical_to_physical).all()
+        for array in (after.physical_to_logical, after.replica_count):
+            assert not array.flags.writeable

@@ -93,7 +93,8 @@ class BalancedPolicy(Policy):
 
     def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Plan for the forecast, and move what pays within the interval; see :meth:`Policy.look_ahead`."""
-        for part_YL in (outlook.forecast.load, outlook.forecast.first, outlook.forecast.spread):
+        parts = {id(part): part for part in (outlook.forecast.load, outlook.forecast.first, outlook.forecast.spread)}
+        for part_YL in parts.values():  # where the first steps are as all are, they are one array
             checked_load(part_YL, placement, topology)
         prices, copy = (0.0, 0.0), 0.0
         if (costs := outlook.costs) is not None:
@@ -142,10 +143,7 @@ class BalancedPolicy(Policy):
                     flat_YP == EMPTY, EMPTY, np.take_along_axis(expert_YL, np.maximum(flat_YP, 0), axis=1)
                 )
                 slots_YRS[np.ix_(has_tokens_Y, ranks)] = global_YP.reshape(local_YRS.shape)[has_tokens_Y]
-        if np.array_equal(slots_YRS, placement.by_rank):
-            return placement
-        slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
-        return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
+        return placement.with_slots(slots_YRS)
 
     def _plan_parts(
         self, parts: list[tuple[np.ndarray, ...]], num_primaries: int, prices: tuple[float, float], copy: float
@@ -155,7 +153,7 @@ class BalancedPolicy(Policy):
         Args:
             parts: For ranks that are planned by themselves: load, spread, slots, capacities, nodes.
         """
-        before = [slots_YRS.copy() for _, _, slots_YRS, _, _ in parts]
+        before = [] if self.max_moves is None else [slots_YRS.copy() for _, _, slots_YRS, _, _ in parts]
         most = MOST_MOVES if self.max_moves is None else int(self.max_moves) // 2
         most_DY = np.full((len(parts), len(parts[0][0])), most)
         gain_DY, swaps_DY = np.zeros(most_DY.shape), np.zeros(most_DY.shape, dtype=np.int64)

@@ -210,9 +210,9 @@ def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -
         )
     if load_YL.dtype.kind not in "iu":
         raise ValueError(f"load_YL has dtype {load_YL.dtype}; tokens are counted in whole numbers, int64 would do")
-    if load_YL.max(initial=0) > np.iinfo(np.int64).max:
+    if load_YL.dtype.kind == "u" and load_YL.max(initial=0) > np.iinfo(np.int64).max:
         raise ValueError(f"load_YL holds {load_YL.max()} tokens for an expert, more than int64 counts")
-    load_YL = load_YL.astype(np.int64)
+    load_YL = load_YL.astype(np.int64, copy=False)
     if load_YL.min(initial=0) < 0:
         raise ValueError(f"load_YL holds {load_YL.min()} tokens for an expert; zero is the least")
     if topology.num_ranks != placement.num_ranks:

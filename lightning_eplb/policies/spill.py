@@ -18,6 +18,9 @@ LEAST_LINK = 4
 """A link carries at least the mean divided by this, or half of what the lowest donor has."""
 LINK_SPREADS = 2.0
 """In between, it carries so many standard deviations of what lies behind it."""
+FEW_RANKS = 128
+"""So many are put in order by counting, for each, those before it: more comparisons than to sort, all without branches.
+"""
 MARGIN_SPREADS = 2.5
 """A rank that is less than so many standard deviations below its level has load to give."""
 
@@ -62,39 +65,66 @@ def find_unused(next_unused, index):
 
 
 @inlined
-def give(expert_limit, least, giver, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R):
+def heaviest(rank, left_RN):
+    """Where the rank's expert with the most tokens left is among its primaries, and these tokens."""
+    found, most = np.int64(0), left_RN[rank, 0]
+    for position in range(1, left_RN.shape[1]):
+        left = left_RN[rank, position]
+        found = np.int64(position) if left > most else found
+        most = left if left > most else most
+    return found, most
+
+
+@inlined
+def give(expert_limit, least, giver, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R):
     """Copy the giver's expert with the most tokens left to the taker's next slot, with at most ``expert_limit`` tokens.
 
-    Returns the tokens that changed ranks; 0 if the giver has fewer than ``least`` to give, or the taker has a copy of
-    all it has.
+    ``position`` and ``most`` are what :func:`heaviest` says of the giver. Returns the tokens that changed ranks; 0 if
+    the giver has fewer than ``least`` to give, or the taker has a copy of all it has.
     """
-    best = np.int64(-1)
-    most = np.int64(0)
-    for expert in own_RN[giver]:
-        if left_L[expert] > most:
-            is_there = False
-            for slot in range(count_R[taker]):
-                is_there |= held_RE[taker, slot] == expert
-            if not is_there:
-                best, most = expert, left_L[expert]
+    count = count_R[taker]
+    is_there = False
+    for slot in range(count):
+        is_there |= held_RE[taker, slot] == own_RN[giver, position]
+    if is_there:
+        most = np.int64(0)
+        for other in range(left_RN.shape[1]):
+            if left_RN[giver, other] > most:
+                is_there = False
+                for slot in range(count):
+                    is_there |= held_RE[taker, slot] == own_RN[giver, other]
+                if not is_there:
+                    position, most = np.int64(other), left_RN[giver, other]
     amount = min(expert_limit, most)
-    if best < 0 or amount < least:
+    if amount < least:
         return np.int64(0)
-    left_L[best] -= amount
+    left_RN[giver, position] -= amount
     tokens_R[giver] -= amount
     tokens_R[taker] += amount
-    held_RE[taker, count_R[taker]] = best
-    quota_RE[taker, count_R[taker]] = amount
-    count_R[taker] += 1
+    held_RE[taker, count] = own_RN[giver, position]
+    quota_RE[taker, count] = amount
+    count_R[taker] = count + 1
     return amount
 
 
 @inlined
-def most_left(rank, own_RN, left_L):
-    most = np.int64(0)
-    for expert in own_RN[rank]:
-        most = max(most, left_L[expert])
-    return most
+def order_by(key_R, ranks):
+    """Fill in the ranks, the smallest key first; lower rank first."""
+    num_ranks = key_R.size
+    if num_ranks > FEW_RANKS:
+        for rank in range(num_ranks):
+            ranks[rank] = key_R[rank] * num_ranks + rank
+        ranks.sort()
+        for place in range(num_ranks):
+            ranks[place] %= num_ranks
+        return
+    for rank in range(num_ranks):
+        key_R[rank] = key_R[rank] * num_ranks + rank
+    for rank in range(num_ranks):
+        place = np.int64(0)
+        for other in range(num_ranks):
+            place += key_R[other] < key_R[rank]
+        ranks[place] = rank
 
 
 @compiled
@@ -128,41 +158,46 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
     num_ranks, num_slots = held_RE.shape
     held_RE[:] = -1
     quota_RE[:] = 0
-    left_L[:] = load_L
-    tokens_R[:] = 0
-    variance_R = np.zeros(num_ranks)
+    num_primaries = own_RN.shape[1]
+    left_RN = np.empty((num_ranks, num_primaries), dtype=np.int64)
+    variance_R = np.empty(num_ranks)
     count_R = np.zeros(num_ranks, dtype=np.int64)
+    key_R = np.empty(num_ranks, dtype=np.int64)
     total = np.int64(0)
     for rank in range(num_ranks):
-        for expert in own_RN[rank]:
-            tokens_R[rank] += load_L[expert]
-            variance_R[rank] += float(spread_L[expert]) * float(spread_L[expert])
+        tokens, variance = np.int64(0), 0.0
+        for position in range(num_primaries):
+            expert = own_RN[rank, position]
+            load, spread = load_L[expert], float(spread_L[expert])
+            left_RN[rank, position] = load
+            tokens += load
+            variance += spread * spread
+        tokens_R[rank], variance_R[rank] = tokens, variance
+        key_R[rank] = tokens - level_R[rank] + (np.int64(1) << 32)
         total += level_R[rank]
     if num_slots == 0:
+        left_L[:] = load_L
         return
     least = max(least, np.int64(1))
     mean = max(total // num_ranks, np.int64(1))
 
     # Who gives, from the lowest to the hottest, and who takes, from the largest gap to the smallest.
-    key_R = np.empty(num_ranks, dtype=np.int64)
-    for rank in range(num_ranks):
-        key_R[rank] = (tokens_R[rank] - level_R[rank] + (np.int64(1) << 32)) * num_ranks + rank
-    key_R.sort()
-    donors = np.empty(num_ranks, dtype=np.int64)
+    ranks = np.empty(num_ranks, dtype=np.int64)
+    order_by(key_R, ranks)
+    donors = np.empty(num_ranks + 1, dtype=np.int64)
     takers = np.empty(num_ranks + 1, dtype=np.int64)
     gap = np.empty(num_ranks + 1, dtype=np.int64)
     next_unused = np.arange(num_ranks + 1)
-    num_donors = num_takers = 0
+    num_donors = num_takers = np.int64(0)
     donor_tokens = np.int64(0)
     least_offer = mean
-    for key in key_R:
-        rank = key % num_ranks
+    for rank in ranks:
         below = level_R[rank] - tokens_R[rank]
         if below <= np.int64(MARGIN_SPREADS * np.sqrt(variance_R[rank])):
             donors[num_donors] = rank
             num_donors += 1
             donor_tokens += tokens_R[rank]
-            least_offer = min(least_offer, most_left(rank, own_RN, left_L))
+            least_offer = min(least_offer, heaviest(rank, left_RN)[1])
         else:
             takers[num_takers] = rank
             gap[num_takers] = below
@@ -173,37 +208,44 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
     first = last = 0
     due = np.int64(0)
     if num_donors > max(num_takers, 1) and link >= least:  # a ring: what the last donor gets here travels around it
-        give(link, least, donors[0], donors[num_donors - 1], own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
+        position, most = heaviest(donors[0], left_RN)
+        give(
+            link, least, donors[0], donors[num_donors - 1], position, most, own_RN, held_RE, quota_RE, count_R,
+            left_RN, tokens_R,
+        )  # fmt: skip
     for index in range(num_donors):
         donor = donors[index]
+        tokens, variance, level = tokens_R[donor], variance_R[donor], level_R[donor]
         is_root = index == num_donors - 1
-        deepest = max(link, np.int64(depth * level_R[donor]))
-        reserve = np.int64(LINK_SPREADS * np.sqrt(variance_R[donor]))
-        goal = level_R[donor] - (0 if is_root else min(deepest, max(link, reserve)))
-        floor = level_R[donor] - deepest
-        due += num_donors * tokens_R[donor]
-        while first < last and tokens_R[donor] > goal and (due >= donor_tokens or is_root):
+        deepest = max(link, np.int64(depth * level))
+        reserve = np.int64(LINK_SPREADS * np.sqrt(variance))
+        goal = level - (0 if is_root else min(deepest, max(link, reserve)))
+        floor = level - deepest
+        due += num_donors * tokens
+        position, most = heaviest(donor, left_RN)
+        while first < last and tokens > goal and (due >= donor_tokens or is_root):
             taker = waiting[first]
             missing = level_R[taker] - tokens_R[taker]
-            offer = most_left(donor, own_RN, left_L)
-            if not is_root and (missing > offer or tokens_R[donor] - missing < floor):
+            if not is_root and (missing > most or tokens - missing < floor):
                 break
             first += 1
             due -= donor_tokens
-            if min(missing, offer) >= least:
-                give(missing, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
-                variance_R[donor] += variance_R[taker]
-                reserve = np.int64(LINK_SPREADS * np.sqrt(variance_R[donor]))
-                goal = level_R[donor] - (0 if is_root else min(deepest, max(link, reserve)))
-        while tokens_R[donor] > goal:
-            limit = min(most_left(donor, own_RN, left_L), tokens_R[donor] - floor)
-            low, high = 0, num_takers
-            while low < high:
-                middle = (low + high) // 2
-                if gap[middle] <= limit:
-                    high = middle
-                else:
-                    low = middle + 1
+            if min(missing, most) >= least:
+                tokens -= give(
+                    missing, least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R
+                )
+                position, most = heaviest(donor, left_RN)
+                variance += variance_R[taker]
+                reserve = np.int64(LINK_SPREADS * np.sqrt(variance))
+                goal = level - (0 if is_root else min(deepest, max(link, reserve)))
+        while tokens > goal:
+            limit = min(most, tokens - floor)
+            low, size = np.int64(0), num_takers
+            while size > 0:
+                half = size // 2
+                is_above = gap[low + half] > limit
+                low = low + half + 1 if is_above else low
+                size = size - half - 1 if is_above else half
             choice = find_unused(next_unused, low)
             if choice >= num_takers or gap[choice] < least:
                 break
@@ -216,33 +258,55 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
                     break
                 other = find_unused(next_unused, other + 1)
             next_unused[choice] = choice + 1
-            give(gap[choice], least, donor, takers[choice], own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
-            variance_R[donor] += variance_R[takers[choice]]
-        while first < last and tokens_R[donor] > level_R[donor]:
+            tokens -= give(
+                gap[choice], least, donor, takers[choice], position, most, own_RN, held_RE, quota_RE, count_R, left_RN,
+                tokens_R,
+            )  # fmt: skip
+            position, most = heaviest(donor, left_RN)
+            variance += variance_R[takers[choice]]
+        while first < last and tokens > level:
             taker = waiting[first]
             first += 1
             missing = level_R[taker] - tokens_R[taker]
-            if min(missing, most_left(donor, own_RN, left_L)) >= least:
-                give(missing, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R)
-        if tokens_R[donor] < level_R[donor]:
+            if min(missing, most) >= least:
+                tokens -= give(
+                    missing, least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R
+                )
+                position, most = heaviest(donor, left_RN)
+        if tokens < level:
             waiting[last] = donor
             last += 1
+        variance_R[donor] = variance
 
     # What the tree left: the fullest rank to the emptiest with a free slot, as long as there is one.
+    free, num_free = waiting, 0
+    for rank in range(num_ranks):
+        free[num_free] = rank
+        num_free += count_R[rank] < num_slots
     for index in range(num_donors - 1, -1, -1):
         donor = donors[index]
-        while tokens_R[donor] - level_R[donor] >= least:
+        while num_free > 0 and tokens_R[donor] - level_R[donor] >= least:
             taker = np.int64(-1)
             most = least - 1
-            for rank in range(num_ranks):
+            for rank in free[:num_free]:
                 missing = level_R[rank] - tokens_R[rank]
                 if missing > most and count_R[rank] < num_slots and rank != donor:
                     taker, most = rank, missing
             if taker < 0:
                 break
             amount = min(most, tokens_R[donor] - level_R[donor])
-            if give(amount, least, donor, taker, own_RN, held_RE, quota_RE, count_R, left_L, tokens_R) < least:
+            position, most = heaviest(donor, left_RN)
+            given = give(
+                amount, least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R
+            )
+            if given < least:
                 break
+
+    for rank in range(num_ranks):
+        for position in range(num_primaries):
+            left_L[own_RN[rank, position]] = left_RN[rank, position]
+    if num_free == 0:
+        return
 
     # Hedges: each free slot holds the expert with most tokens a copy among those of the next few donors.
     copies_L = np.ones(load_L.size, dtype=np.int64)
@@ -251,7 +315,7 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
             copies_L[held_RE[rank, slot]] += 1
     turn = num_donors - 1
     for slot in range(num_slots):
-        for rank in range(num_ranks):
+        for rank in free[:num_free]:
             if count_R[rank] > slot:
                 continue
             best = np.int64(-1)
@@ -260,13 +324,12 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
                 donor = donors[turn]
                 turn = turn - 1 if turn > 0 else num_donors - 1
                 for expert in own_RN[donor]:
-                    share = load_L[expert] // (copies_L[expert] + 1)
-                    if share > most and donor != rank and spread_L[expert] > 0:
+                    if load_L[expert] >= (most + 1) * (copies_L[expert] + 1) and donor != rank and spread_L[expert] > 0:
                         is_there = False
                         for other in range(count_R[rank]):
                             is_there |= held_RE[rank, other] == expert
                         if not is_there:
-                            best, most = expert, share
+                            best, most = expert, load_L[expert] // (copies_L[expert] + 1)
             if best >= 0:
                 held_RE[rank, count_R[rank]] = best
                 count_R[rank] += 1

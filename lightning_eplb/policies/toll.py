@@ -152,6 +152,8 @@ def drop_copies(
         if is_even:
             even_quotas(load_L, trial_RS, trial_quota_RS, trial_tokens_R)
             peak = fullest(trial_tokens_R, weight_R)
+        elif most == 0:
+            peak = fullest(trial_tokens_R, weight_R)
         else:
             peak = level_quotas(
                 load_L, trial_RS, weight_R, DROP_SWEEPS, enough, SLOW_DROP, trial_quota_RS, trial_tokens_R

@@ -6,6 +6,7 @@ Shape suffixes: ``L`` logical experts, ``P`` slots of all ranks, ``R`` ranks, ``
 import numpy as np
 
 from lightning_eplb.compiled import compiled, inlined
+from lightning_eplb.policies.spill import FEW_RANKS
 
 LARGER = 130
 """Per cent of the largest copy beyond which no copy may grow when another of its expert is taken away."""
@@ -55,7 +56,16 @@ def take_stock(load_L, slots_RS, weight_R, copies_L, head_L, next_P, share_L, fe
             if expert >= 0:
                 tokens_R[rank] += share_L[expert]
         line_R[rank] = tokens_R[rank] * weight_R[rank]
-    order[:] = np.argsort(line_R, kind="mergesort")
+    if num_ranks > FEW_RANKS:
+        order[:] = np.argsort(line_R, kind="mergesort")
+        return
+    for rank in range(num_ranks):
+        place = np.int64(0)
+        for other in range(rank):
+            place += line_R[other] <= line_R[rank]
+        for other in range(rank + 1, num_ranks):
+            place += line_R[other] < line_R[rank]
+        order[place] = rank
 
 
 @inlined

@@ -83,7 +83,9 @@ def lognormal_load(layers, experts, tokens=10**6, seed=0):
 def test_plan_is_valid_and_repeatable(split, situation):
     load_YL, before, topology = situation
     load_before, slots_before = load_YL.copy(), before.physical_to_logical.copy()
-    after = BalancedPolicy(split=split).rearrange(load_YL, before, topology)  # ExpertPlacement checks that it is one
+    after = BalancedPolicy(split=split).rearrange(load_YL, before, topology)
+    checked = ExpertPlacement(after.physical_to_logical, before.num_logical_experts, before.num_ranks)
+    assert (after.replica_count == checked.replica_count).all()
     assert after.physical_to_logical.shape == before.physical_to_logical.shape
     assert (after.num_ranks, after.num_logical_experts) == (before.num_ranks, before.num_logical_experts)
     for layer in range(before.num_layers):
