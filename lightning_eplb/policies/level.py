@@ -6,6 +6,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 import numpy as np
 
 from lightning_eplb.compiled import compiled, inlined
+from lightning_eplb.policies.drift import swap_copies
 from lightning_eplb.policies.spill import spill
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
 from lightning_eplb.policies.toll import LEVEL, busiest, drop_copies, weigh_copies
@@ -35,6 +36,8 @@ no rank should have to send many.
 
 Where ranks hold one expert each, 1 always levels them: that is the alias method. Less leaves more for what may come.
 """
+DEPTHS_OF_ONE = (0.6, 0.5, 0.7, 0.3, 1.0)
+"""The same where ranks hold one expert each, and have one slot."""
 FEW = 4
 LOOSE_SPREADS = 2.0
 """Standard deviations of its tokens that a rank should be able to leave to others."""
@@ -373,7 +376,10 @@ def copy_and_level(
     left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
+    is_one = num_primaries == 1 and num_slots == 2
     depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
+    if is_one:
+        depths = DEPTHS_OF_ONE
     lowest = np.inf
     peak_D = np.empty(len(DEPTHS))
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
@@ -390,6 +396,10 @@ def copy_and_level(
         if copy > 0:  # deep links make few copies: no other tree where quotas level this one
             lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if lowest <= enough:
+            if is_one and copy == 0:  # the ranks have the tree only, to bring them what may come
+                swap_copies(load_L, spread_L, slots_RS, level_R, node_R, quota_RS)
+                sum_quotas(quota_RS, tokens_R)
+                lowest = fullest(tokens_R, weight_R)
             break
         tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
     if lowest > enough:  # no tree levels the ranks: the one of which quotas make most

@@ -23,6 +23,10 @@ FEW_RANKS = 128
 """
 MARGIN_SPREADS = 2.5
 """A rank that is less than so many standard deviations below its level has load to give."""
+SPREADS_OF_ONE = 3.0
+"""Instead of both, where each rank holds one expert and has one slot."""
+DEEPER_OF_ONE = 0.55
+"""There, a link may carry so many standard deviations of what lies behind it in addition to ``depth``."""
 
 
 @compiled
@@ -139,6 +143,10 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
     tokens, as the hottest ranks may drift the most. That is Walker's and Vose's alias method (1974, 1991) with a
     reserve, and the long chain of Jordan and Graves (1995): with one slot a rank, ``R - 1`` copies connect all ranks.
 
+    With one expert and one slot a rank, the tree is all that ranks have in common. Donors then collect others in
+    proportion to the square of their tokens, so that the branches of the hottest are large enough for much of a drift
+    to cancel out.
+
     What the tree cannot level is then spilled greedily, the fullest rank to the emptiest with a free slot. Slots that
     are still free hedge: they hold the largest experts of the ranks that have most to give.
 
@@ -149,7 +157,8 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
         level_R: What each rank should serve, int64; they sum to the load, or a little above.
         node_R: The node of each rank, int64. A taker on the giver's node is preferred among those that fit.
         least: Parts that a copy must serve to be worth its weights, int64.
-        depth: The most that a link may carry, in parts of what its rank should serve: 0 to 1.
+        depth: The most that a link may carry, in parts of what its rank should serve: 0 to 1. With one expert and one
+            slot a rank, that and ``DEEPER_OF_ONE``.
         held_RE: Filled with the experts of the redundant slots, -1 where one stays empty; int64.
         quota_RE: Filled with the parts that each of them serves, int64.
         left_L: Filled with the parts that each primary serves, int64.
@@ -180,6 +189,10 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
         return
     least = max(least, np.int64(1))
     mean = max(total // num_ranks, np.int64(1))
+    is_one = num_slots == 1 and own_RN.shape[1] == 1
+    margin_spreads = SPREADS_OF_ONE if is_one else MARGIN_SPREADS
+    link_spreads = SPREADS_OF_ONE if is_one else LINK_SPREADS
+    deeper = DEEPER_OF_ONE if is_one else 0.0
 
     # Who gives, from the lowest to the hottest, and who takes, from the largest gap to the smallest.
     ranks = np.empty(num_ranks, dtype=np.int64)
@@ -189,14 +202,16 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
     gap = np.empty(num_ranks + 1, dtype=np.int64)
     next_unused = np.arange(num_ranks + 1)
     num_donors = num_takers = np.int64(0)
-    donor_tokens = np.int64(0)
+    claim_R = np.zeros(num_ranks, dtype=np.int64)  # in proportion to these, donors collect others
+    claims = np.int64(0)
     least_offer = mean
     for rank in ranks:
         below = level_R[rank] - tokens_R[rank]
-        if below <= np.int64(MARGIN_SPREADS * np.sqrt(variance_R[rank])):
+        if below <= np.int64(margin_spreads * np.sqrt(variance_R[rank])):
             donors[num_donors] = rank
             num_donors += 1
-            donor_tokens += tokens_R[rank]
+            claim_R[rank] = tokens_R[rank] * tokens_R[rank] // mean if is_one else tokens_R[rank]
+            claims += claim_R[rank]
             least_offer = min(least_offer, heaviest(rank, left_RN)[1])
         else:
             takers[num_takers] = rank
@@ -217,27 +232,29 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
         donor = donors[index]
         tokens, variance, level = tokens_R[donor], variance_R[donor], level_R[donor]
         is_root = index == num_donors - 1
-        deepest = max(link, np.int64(depth * level))
-        reserve = np.int64(LINK_SPREADS * np.sqrt(variance))
-        goal = level - (0 if is_root else min(deepest, max(link, reserve)))
+        spread = np.sqrt(variance)
+        deepest = max(link, min(np.int64(depth * level + deeper * spread), level))
+        goal = level - (0 if is_root else min(deepest, max(link, np.int64(link_spreads * spread))))
         floor = level - deepest
-        due += num_donors * tokens
+        due += num_donors * claim_R[donor]
         position, most = heaviest(donor, left_RN)
-        while first < last and tokens > goal and (due >= donor_tokens or is_root):
+        while first < last and tokens > goal and (due >= claims or is_root):
             taker = waiting[first]
             missing = level_R[taker] - tokens_R[taker]
             if not is_root and (missing > most or tokens - missing < floor):
                 break
             first += 1
-            due -= donor_tokens
+            due -= claims
             if min(missing, most) >= least:
                 tokens -= give(
                     missing, least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R
                 )
                 position, most = heaviest(donor, left_RN)
                 variance += variance_R[taker]
-                reserve = np.int64(LINK_SPREADS * np.sqrt(variance))
-                goal = level - (0 if is_root else min(deepest, max(link, reserve)))
+                spread = np.sqrt(variance)
+                deepest = max(link, min(np.int64(depth * level + deeper * spread), level))
+                goal = level - (0 if is_root else min(deepest, max(link, np.int64(link_spreads * spread))))
+                floor = level - deepest
         while tokens > goal:
             limit = min(most, tokens - floor)
             low, size = np.int64(0), num_takers
@@ -264,10 +281,12 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
             )  # fmt: skip
             position, most = heaviest(donor, left_RN)
             variance += variance_R[takers[choice]]
-        while first < last and tokens > level:
+        while first < last and tokens > (goal if is_one else level):
             taker = waiting[first]
-            first += 1
             missing = level_R[taker] - tokens_R[taker]
+            if tokens <= level and tokens - missing < floor:
+                break
+            first += 1
             if min(missing, most) >= least:
                 tokens -= give(
                     missing, least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R

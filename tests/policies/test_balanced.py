@@ -421,7 +421,8 @@ from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
 
 digest = hashlib.sha256()
 integers = np.random.default_rng(0).integers
-for experts, ranks, redundant, nodes in ((64, 8, 8, 2), (64, 8, 16, 1), (48, 4, 0, 1), (128, 16, 16, 2)):
+shapes = (64, 8, 8, 2), (64, 8, 16, 1), (48, 4, 0, 1), (128, 16, 16, 2), (64, 64, 64, 2)
+for experts, ranks, redundant, nodes in shapes:
     products = integers(1, 100, (40, 3, experts)) * integers(1, 100, (3, experts)) * integers(1, 100, (3, experts))
     ahead = forecast(products)
     for part in (ahead.load, ahead.first, ahead.spread):
