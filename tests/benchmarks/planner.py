@@ -8,6 +8,8 @@ in ``EPLBCallback``. Every tenth step is judged, by balancedness over all layers
 divided evenly among its copies and once by quotas that level the ranks in each step (by coordinate descent, the same
 for both). Each rank gets 65,536 token-expert pairs a step on the mean: 8,192 tokens, top-8.
 
+Times are the processor's, of the one thread that both run on: others on the machine make them longer by little.
+
 Where neither can know better (an even load, hot experts that nobody can foresee) both are equal but for the sampling of
 tokens. So a cell counts as behind only by as much as its difference exceeds two standard errors, over the judged steps.
 """
@@ -116,15 +118,15 @@ def timing(shapes, quick):
         for _ in range(4 if quick else 9):
             load_YL = np.round(weight_YL / weight_YL.sum(axis=1, keepdims=True) * ranks * TOKENS_PER_RANK * WINDOW)
             load_YL = load_YL.astype(np.int64)
-            start = time.perf_counter()
+            start = time.process_time()
             rebalance_experts(load_YL, experts + redundant, groups, nodes, ranks)
-            seconds["baseline"].append(time.perf_counter() - start)
+            seconds["baseline"].append(time.process_time() - start)
             for lane, (split, costs) in TIMED.items():
                 policy = BalancedPolicy(split=split)
                 ahead = Outlook(load_YL, WINDOW, plain_mean(load_YL), INTERVAL, costs)
-                start = time.perf_counter()
+                start = time.process_time()
                 placements[lane] = policy.look_ahead(ahead, placements[lane], topology)
-                seconds[lane].append(time.perf_counter() - start)
+                seconds[lane].append(time.process_time() - start)
             weight_YL = weight_YL * random.lognormal(0.0, 0.1, weight_YL.shape)
         name = f"{experts}+{redundant} @ {ranks}"
         baseline = float(np.median(seconds["baseline"]))
@@ -159,9 +161,9 @@ def growth(shapes, quick):
         for split in SPLITS:
             policy, seconds = BalancedPolicy(split=split), []
             for _ in range(3):
-                start = time.perf_counter()
+                start = time.process_time()
                 policy.rearrange(load_YL, before, Topology.even(ranks))
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             row.append(f"{1e6 * min(seconds) / layers:.0f}")
             figures[f"{split} @ {ranks}"] = min(seconds) / layers
         rows.append(row)
