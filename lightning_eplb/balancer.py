@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_eplb.arguments import check_redundancy, check_steps
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.forecast import forecast
-from lightning_eplb.functional import balancedness
+from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
@@ -446,7 +446,9 @@ class ExpertLoadBalancer:
         """Compile now what would otherwise be compiled in the first decision."""
         forecast(np.ones((8, 1, 2), dtype=np.int64))
         choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
-        level_tokens(np.ones((1, 2), dtype=np.int64), np.array([[[0, 1], [1, 0]]]))
+        load_YL = np.ones((self.placement.num_layers, self.placement.num_logical_experts), dtype=np.int64)
+        rank_tokens(load_YL, self.placement)
+        balancedness(level_tokens(load_YL, self.placement.by_rank))
         dispatch.warm_up()
         if self.groups.size > 1:
             self.policy.warm_up(self.placement)
