@@ -296,12 +296,14 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
+        begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
         if not len(steps_WYL):
             steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
         load_YL = self.load.compute()["load"].cpu().numpy()
-        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, self._surroundings(with_gradients))
+        surroundings = self._surroundings(with_gradients)
+        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, surroundings, begun_at)
 
     def _carry_out(self, decision: Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
         """Do what is decided, or begin with it and return ``None``."""

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 import warnings
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_eplb import (
     BalancedPolicy,
     EPLBCallback,
+    ExpertLoad,
     ExpertLoadBalancer,
     ExpertPlacement,
     StaticPolicy,
@@ -512,6 +514,25 @@ def test_arguments_that_have_no_effect_are_told(name: str) -> None:
     told = [str(warning.message) for warning in caught if "has no effect" in str(warning.message)]
     assert len(told) == (message is not None)
     assert message is None or message in told[0]
+
+
+def seconds_with_a_slow_window() -> float | None:
+    def slow(metric: ExpertLoad) -> Tensor:
+        time.sleep(0.3)
+        return steps(metric)
+
+    steps = ExpertLoad.steps
+    with patch.object(ExpertLoad, "steps", slow):
+        balancer, _, _ = loop(1, {"policy": StaticPolicy(), "step_interval": 1})
+    assert balancer.last_step is not None
+    done = balancer.last_step.rearrangement
+    return done.plan_seconds if done is not None else None
+
+
+def test_reading_the_window_is_part_of_what_a_decision_takes(workers: Workers) -> None:
+    for seconds in workers.run(2, seconds_with_a_slow_window):
+        assert seconds is not None
+        assert seconds > 0.3
 
 
 def compiled_versions() -> dict[str, int]:
