@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_eplb.arguments import check_redundancy, check_steps
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.forecast import forecast
-from lightning_eplb.functional import balancedness
+from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
@@ -296,12 +296,14 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
+        begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
         if not len(steps_WYL):
             steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
         load_YL = self.load.compute()["load"].cpu().numpy()
-        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, self._surroundings(with_gradients))
+        surroundings = self._surroundings(with_gradients)
+        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, surroundings, begun_at)
 
     def _carry_out(self, decision: Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
         """Do what is decided, or begin with it and return ``None``."""
@@ -446,7 +448,9 @@ class ExpertLoadBalancer:
         """Compile now what would otherwise be compiled in the first decision."""
         forecast(np.ones((8, 1, 2), dtype=np.int64))
         choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
-        level_tokens(np.ones((1, 2), dtype=np.int64), np.array([[[0, 1], [1, 0]]]))
+        load_YL = np.ones((self.placement.num_layers, self.placement.num_logical_experts), dtype=np.int64)
+        rank_tokens(load_YL, self.placement)
+        balancedness(level_tokens(load_YL, self.placement.by_rank))
         dispatch.warm_up()
         if self.groups.size > 1:
             self.policy.warm_up(self.placement)

@@ -79,6 +79,7 @@ class DecisionMaker:
         steps_WYL: np.ndarray,
         load_YL: np.ndarray,
         surroundings: Surroundings,
+        begun_at: float,
     ) -> Decision:
         """Ask the policy. Every rank of the default group must call it.
 
@@ -88,11 +89,11 @@ class DecisionMaker:
             steps_WYL: The load of each step that the policy is to look back on, at least one.
             load_YL: That of the whole window.
             surroundings: Of this rank.
+            begun_at: When the window began to be read, by ``time.perf_counter()``.
 
         Raises:
             ValueError: As :meth:`agree` does.
         """
-        start = time.perf_counter()
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
         outlook = self._look_ahead(steps_WYL, surroundings.costs) if goal is None else None
@@ -101,7 +102,7 @@ class DecisionMaker:
             before=before,
             load=load_YL,
             **extent(before, after),
-            plan_seconds=time.perf_counter() - start,
+            plan_seconds=time.perf_counter() - begun_at,
             predicted_balancedness=self._predict(outlook, after, capacity) if outlook is not None else None,
         )
         return Decision(begun, capacity, most_bytes)

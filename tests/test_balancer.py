@@ -1,6 +1,8 @@
 """The balancer in a plain PyTorch loop, with a hand-written MoE."""
 
 import io
+import sys
+import time
 import warnings
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from lightning_eplb import (
     BalancedPolicy,
     EPLBCallback,
+    ExpertLoad,
     ExpertLoadBalancer,
     ExpertPlacement,
     StaticPolicy,
@@ -511,3 +514,55 @@ def test_arguments_that_have_no_effect_are_told(name: str) -> None:
     told = [str(warning.message) for warning in caught if "has no effect" in str(warning.message)]
     assert len(told) == (message is not None)
     assert message is None or message in told[0]
+
+
+def seconds_with_a_slow_window() -> float | None:
+    def slow(metric: ExpertLoad) -> Tensor:
+        time.sleep(0.3)
+        return steps(metric)
+
+    steps = ExpertLoad.steps
+    with patch.object(ExpertLoad, "steps", slow):
+        balancer, _, _ = loop(1, {"policy": StaticPolicy(), "step_interval": 1})
+    assert balancer.last_step is not None
+    done = balancer.last_step.rearrangement
+    return done.plan_seconds if done is not None else None
+
+
+def test_reading_the_window_is_part_of_what_a_decision_takes(workers: Workers) -> None:
+    for seconds in workers.run(2, seconds_with_a_slow_window):
+        assert seconds is not None
+        assert seconds > 0.3
+
+
+def compiled_versions() -> dict[str, int]:
+    """For how many kinds of arguments each loop of the package is compiled in this process."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("lightning_eplb")]
+    loops = [value for module in modules for value in vars(module).values() if hasattr(value, "nopython_signatures")]
+    return {f"{loop.__module__}.{loop.__name__}": len(loop.nopython_signatures) for loop in loops}
+
+
+def compiled_after_set_up(redundancy: Any) -> list[str]:
+    """On every worker: the loops that training compiled, with a decision and a forward for other capacities."""
+    torch.manual_seed(dist.get_rank())
+    model = Model()
+    parallelize_experts(model, num_redundant_experts=2)
+    balancer = ExpertLoadBalancer(model, step_interval=2, redundancy=redundancy)
+    before = compiled_versions()
+    for _ in range(5):
+        model(torch.randn(TOKENS, WIDTH, dtype=torch.float64)).sum().backward()
+        balancer.step()
+        balancer.capacity = (1.0, 0.5)
+    balancer.window_balancedness()
+    assert balancer.predicted_balancedness is not None
+    return [name for name, versions in compiled_versions().items() if versions > before.get(name, 0)]
+
+
+@pytest.mark.parametrize("redundancy", ["window", "batch"])
+def test_nothing_is_compiled_after_set_up(redundancy: str) -> None:
+    """Where the first decision compiles, all ranks wait for it in the middle of training."""
+    fresh = Workers(2)  # in the shared ones other tests have compiled
+    try:
+        assert fresh.run(2, compiled_after_set_up, redundancy) == [[], []]
+    finally:
+        fresh.stop()

@@ -42,16 +42,22 @@ class Part:
     """What travels together: the pairs of some of a rank's slots, the same slots on all ranks.
 
     Attributes:
-        primaries: Which of a rank's primaries are served in it.
-        send_counts: This rank's pairs for each rank, ``[R]``. They are sent by rank, and within a rank by slot.
+        primaries: Which of a rank's primaries are served in it; in the last part also its redundant experts.
+        sent: This rank's pairs for each slot, ``[R, ...]`` int64: from slot ``primaries.start`` on to the last that the
+            part has. They lie in ``pairs`` by rank, and within a rank by slot.
+        served: This rank's slots in the order of ``primary_ends``, then of ``copy_ends``, int64.
+        send_counts: This rank's pairs for each rank, ``[R]``: those of ``sent``, summed.
         recv_counts: Pairs that this rank receives from each rank, ``[R]``.
-        primary_rows: The received pairs that primaries serve, in the order of their slots: indices, int64.
-        copy_rows: Those that redundant experts serve, in the order in which their weights arrive: indices, int64.
+        primary_rows: The received pairs that primaries serve, in the order of their slots: indices, int64, into the
+            pairs as they arrive by rank, and within a rank by slot.
+        copy_rows: Those that redundant experts serve, in the order in which their weights arrive.
         primary_ends: How many pairs the part's primaries serve, added up one after the other; int32, on the device.
         copy_ends: The same of the redundant experts, which the last part has.
     """
 
     primaries: slice
+    sent: np.ndarray
+    served: np.ndarray
     send_counts: list[int]
     recv_counts: list[int]
     primary_rows: Tensor
@@ -100,9 +106,9 @@ class TokenDispatcher:
     A converted layer calls :meth:`dispatch`, then for each of ``plan.parts`` :meth:`receive`, its experts and
     :meth:`send_home`, then :meth:`combine`; on all ranks of its EP group, also on those that have no token or serve
     none. In the backward pass autograd does the same the other way round. Who serves which pair is decided before, and
-    is alike on all ranks: ``plan``. What :meth:`dispatch` returns is handed to the others as ``trip``: it can be
-    anything. All must be differentiable in what they are given, the routing weights included, and may not wait for
-    the device.
+    is alike on all ranks: ``plan``; ``sent`` of its parts says which slot each pair goes to. What :meth:`dispatch`
+    returns is handed to the others as ``trip``: it can be anything. All must be differentiable in what they are given,
+    the routing weights included, and may not wait for the device.
 
     This one packs the pairs into one ``all_to_all_single`` out and one home. Where they are many, half of the experts'
     travel while the other half's are computed.
@@ -112,8 +118,9 @@ class TokenDispatcher:
     """
 
     bytes_in_parts: float = 64 * 2**20
-    """Where the fullest rank receives as many bytes of tokens, they travel in two parts; ``math.inf``: never. Fewer are
-    there so soon that nothing is gained by two collectives, and two products, in place of one."""
+    """Where the fullest rank serves as many bytes of tokens, they travel in two parts; ``math.inf``: never. Fewer are
+    there so soon that nothing is gained by two collectives, and two products, in place of one. The same on all ranks:
+    else they wait for each other's parts."""
 
     def __init__(self, groups: ExpertGroups) -> None:
         self.groups = groups
@@ -220,6 +227,8 @@ def plan_dispatch(
         parts.append(
             Part(
                 primaries=slice(start, stop),
+                sent=sent_RS[:, start : None if stop == num_primaries else stop],
+                served=serving_order[start : None if stop == num_primaries else stop],
                 send_counts=counts[0, i].tolist(),
                 recv_counts=counts[1, i].tolist(),
                 primary_rows=received[i][:num_own],

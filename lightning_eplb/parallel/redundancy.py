@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.pieces import to_device
@@ -149,13 +150,15 @@ class _Attach(torch.autograd.Function):
         return *views, parameters[0].new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         copies: CopiesUnderway = ctx.copies
         num_parameters = len(copies.parameters)
         grad_of = {}
         for i in copies.trained:
             grad_of[i] = torch.empty_like(copies.parameters[i])
-            for part, grad in zip(ctx.parts, grads[i::num_parameters], strict=False):
+            for number, part in enumerate(ctx.parts):
+                grad = grads[number * num_parameters + i]
                 torch.div(grad, copies.groups.size, out=grad_of[i][part])
         if copies.underway is not None:
             copies.add_home(grad_of)
@@ -174,6 +177,7 @@ class _Receive(torch.autograd.Function):
         return tuple(arrived)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         copies: CopiesUnderway = ctx.copies
         copies.send_home([grads[i].contiguous() for i in copies.trained])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class PartsUnderway:
@@ -112,6 +113,7 @@ class _SendOut(torch.autograd.Function):
         return tuple(rows_ND.new_empty(0) for _ in range(parts.num_parts))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.parts.receive_back()
 
@@ -123,6 +125,7 @@ class _ReceivePart(torch.autograd.Function):
         return parts.receive_part(part)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_MD,) = grads
         ctx.parts.send_part_back(ctx.part, grad_MD)
@@ -137,6 +140,7 @@ class _SendPartBack(torch.autograd.Function):
         return rows_MD.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, ctx.parts.receive_part(ctx.part)
 
@@ -148,6 +152,7 @@ class _ReceiveBack(torch.autograd.Function):
         return parts.receive_back()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,), parts = grads, ctx.parts
         parts.send_out(grad_ND, range(parts.num_parts - 1, -1, -1))  # the last part's experts are the first to go on

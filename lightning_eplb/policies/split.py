@@ -309,7 +309,8 @@ def level_tokens(
     if len(weight_R) != num_ranks:
         raise ValueError(f"capacity_R={capacity_R} must hold {num_ranks} numbers, one for each rank")
     tokens_YR = np.empty((layers, num_ranks), dtype=np.int64)
-    _level_layers(np.ascontiguousarray(load_YL, dtype=np.int64), slots_YRS, weight_R, sweeps, tokens_YR)
+    load_YL, slots_YRS = (np.array(given, dtype=np.int64) for given in (load_YL, slots_YRS))
+    _level_layers(load_YL, slots_YRS, weight_R, sweeps, tokens_YR)  # of copies: loops compile anew for read-only arrays
     return tokens_YR
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -273,6 +274,57 @@ class GatheringDispatcher(TokenDispatcher):
         return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
 
 
+class LabelledDispatcher(TokenDispatcher):
+    """As DeepEP's kernels do, each pair travels with the slot that is to serve it, and arrives in any order."""
+
+    bytes_in_parts = 0
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> "LabelledTrip":
+        slots = plan.parts[-1].sent.shape[1] + plan.parts[-1].primaries.start
+        labels = []
+        for part in plan.parts:
+            first_R = np.arange(len(part.sent))[:, None] * slots + part.primaries.start
+            labels.append(np.repeat(first_R + np.arange(part.sent.shape[1]), part.sent.ravel()))
+        mine = torch.from_numpy(np.concatenate(labels))
+        sent: list[Any] = [None] * self.groups.size
+        dist.all_gather_object(sent, mine, group=self.groups.exchange)
+        rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.exchange))
+        mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
+        return LabelledTrip(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
+
+    def receive(self, trip: "LabelledTrip", part: int) -> tuple[Tensor, Tensor]:
+        slots, own = trip.plan.parts[part].served, len(trip.plan.parts[part].primary_ends)
+        places = [torch.where(trip.slots == slot)[0] for slot in slots.tolist()]
+        first, second = (torch.cat([torch.empty(0, dtype=torch.int64), *some]) for some in (places[:own], places[own:]))
+        trip.served.append([first, second])
+        return trip.rows[first], trip.rows[second]
+
+    def send_home(self, trip: "LabelledTrip", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        trip.served[part] += [primaries_MD, copies_MD]
+
+    def combine(self, trip: "LabelledTrip", weights_TK: Tensor) -> Tensor:
+        all_MD = torch.zeros_like(trip.rows)
+        for first, second, primaries_MD, copies_MD in trip.served:
+            all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, copies_MD)))
+        all_MD = torch.zeros_like(all_MD).index_copy(0, trip.mixed, all_MD)
+        summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.exchange))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups.size)]
+        dist.all_gather(lengths, torch.tensor([len(trip.plan.pairs)]), group=self.groups.exchange)
+        home_ND = summed_MD.split([int(length) for length in lengths])[self.groups.rank]  # type: ignore[union-attr]
+        pairs = torch.zeros(weights_TK.numel(), home_ND.shape[1], dtype=home_ND.dtype)
+        pairs = pairs.index_copy(0, trip.plan.pairs, home_ND)
+        return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
+
+
+@dataclass
+class LabelledTrip:
+    plan: Dispatch
+    rows: Tensor
+    slots: Tensor
+    mixed: Tensor
+    served: list[list[Tensor]]
+
+
 @dataclass
 class GatheredTrip:
     plan: Dispatch
@@ -289,7 +341,7 @@ def _gather(rows: Tensor, lengths: list[int], group: Any) -> list[Tensor]:
 
 
 @BOTH
-@pytest.mark.parametrize("dispatcher", [GatheringDispatcher, HalvesDispatcher])
+@pytest.mark.parametrize("dispatcher", [GatheringDispatcher, LabelledDispatcher, HalvesDispatcher])
 def test_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str, workers: Workers) -> None:
     assert max(workers.run(2, with_another_dispatcher, dispatcher, redundancy)) < 1e-12
 

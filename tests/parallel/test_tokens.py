@@ -120,6 +120,28 @@ def test_gradients_are_those_of_the_original(frozen: str, passes: int, workers: 
     assert max(workers.run(2, difference, frozen, passes)) < 1e-12
 
 
+def gradients_of_gradients() -> tuple[float, str]:
+    """How far first gradients are from the original's if they are to have gradients, and what becomes of these."""
+    original, converted = Experts(), spread()
+    first = []
+    for experts in (original, converted):
+        hidden, output = run(experts)
+        parameters = [hidden, *experts.parameters()]
+        first.append(torch.autograd.grad(output.square().sum(), parameters, create_graph=True))
+    with pytest.raises(RuntimeError) as error:
+        first[1][0].sum().backward()
+    rows = converted.expert_layer.local_experts  # type: ignore[union-attr, operator]
+    differences = first[1][0] - first[0][0], first[1][1] - first[0][1][rows]
+    return max(float(tensor.abs().max()) for tensor in differences), str(error.value)
+
+
+def test_gradients_of_gradients_are_refused(workers: Workers) -> None:
+    """They would need the exchanges once more; without them they came out wrong, in silence."""
+    for difference, message in workers.run(2, gradients_of_gradients):
+        assert difference < 1e-12
+        assert "once_differentiable" in message
+
+
 def parts_by_bytes() -> list[int]:
     """On every worker: in how many parts tokens travel, where half of the width is enough for two, and where not."""
     counts = []
