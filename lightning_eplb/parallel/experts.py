@@ -274,7 +274,7 @@ class ParallelExperts(nn.Module):
             primaries = self._original_with(self._local_parameters(1))
             sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         shared = [parameter for child in self.children() for parameter in child.parameters()]
-        return _Tied.apply(sample[:0], len(shared), *shared, hidden_MD, *weights)
+        return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
 
     def _local_parameters(self, rows: int | None = None) -> list[Tensor]:
         """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.
@@ -299,15 +299,16 @@ class ParallelExperts(nn.Module):
 class _Tied(torch.autograd.Function):
     """An output that depends on nothing, tied to tensors whose backward collectives every rank must enter.
 
-    Parameters that all experts share come first. They get zero gradients, as DDP waits for one from every rank; those
-    of exchanged tensors may stay undefined, the exchanges fill in zeros.
+    All get zero gradients: DDP waits for one of each parameter that all experts share, from every rank; and what only
+    had undefined ones could be run by autograd's thread for the CPU, ahead of what this rank's device is to do before.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, num_shared: int, *tensors: Tensor) -> Tensor:
-        ctx.shared, ctx.num_exchanged = tensors[:num_shared], len(tensors) - num_shared
+    def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.tensors = tensors
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(torch.zeros_like(shared) for shared in ctx.shared), *(None,) * ctx.num_exchanged
+        needed = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
+        return None, *(torch.zeros_like(tensor) if is_needed else None for tensor, is_needed in needed)
