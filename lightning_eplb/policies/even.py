@@ -31,6 +31,8 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
     even_quotas(load_L, slots_RS, quota_RS, tokens_R)
     before = fullest(tokens_R, weight_R)
     if before <= enough and copy == 0:
+        if num_primaries == 1 and slots_RS.shape[1] == 2:
+            pair_up(slots_RS, quota_RS, tokens_R, weight_R, before)
         return 0.0, 0
     trial_RS, start_RS, best_RS = slots_RS.copy(), slots_RS.copy(), slots_RS.copy()
     best_peak, present = before, np.int64(0)
@@ -74,6 +76,47 @@ def plan_even(load_L, likely_L, slots_RS, num_primaries, weight_R, node_R, price
     keep_slots(slots_RS, best_RS, num_primaries)
     slots_RS[:] = best_RS
     return before - best_peak - price, swaps
+
+
+@compiled
+def pair_up(slots_RS, quota_RS, tokens_R, weight_R, peak):
+    """Have pairs of ranks hold copies of each other's primary, where ranks hold one primary and one copy. In place.
+
+    Both of a pair then serve the same tokens, whatever comes: of half as many sums, chance makes the largest less high.
+
+    Args:
+        slots_RS: What the slots hold, the primary first.
+        quota_RS: The parts of each slot, divided evenly.
+        tokens_R: The parts of each rank.
+        weight_R: What a part costs on each rank.
+        peak: Of the fullest rank: no rank becomes fuller.
+    """
+    num_ranks = slots_RS.shape[0]
+    owner_L, holder_L = np.empty(num_ranks, dtype=np.int64), np.full(num_ranks, -1)
+    copies_L = np.zeros(num_ranks, dtype=np.int64)
+    for rank in range(num_ranks):
+        owner_L[slots_RS[rank, 0]] = rank
+        if slots_RS[rank, 1] >= 0:
+            holder_L[slots_RS[rank, 1]] = rank
+            copies_L[slots_RS[rank, 1]] += 1
+    for rank in range(num_ranks):
+        own, copied = slots_RS[rank]
+        if copied < 0 or copies_L[own] != 1 or copies_L[copied] != 1:
+            continue
+        partner, third = owner_L[copied], holder_L[own]
+        other = slots_RS[partner, 1]
+        if third == partner or other == slots_RS[third, 0]:
+            continue
+        fuller = tokens_R[third] - quota_RS[third, 1] + quota_RS[partner, 1]
+        both = tokens_R[rank]
+        if fuller * weight_R[third] > peak or both * weight_R[partner] > peak:
+            continue
+        quota_RS[third, 1], quota_RS[partner, 1] = quota_RS[partner, 1], quota_RS[third, 1]
+        tokens_R[third], tokens_R[partner] = fuller, both
+        slots_RS[third, 1], slots_RS[partner, 1] = other, own
+        holder_L[own] = partner
+        if other >= 0:
+            holder_L[other] = third
 
 
 @compiled
