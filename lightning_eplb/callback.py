@@ -197,7 +197,7 @@ class EPLBCallback(Callback):
         self._last_global_step = trainer.global_step
         self._summary = FitSummary(self.window_size)
         if self.trace is not None and trainer.is_global_zero:
-            self._trace_writer = TraceWriter(self.trace, append=bool(self._saved_state))
+            self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
         if self._saved_state:
             self.balancer.load_state_dict(self._saved_state)
             was_rearranging = self._saved_state.get("is_rearranging", False)

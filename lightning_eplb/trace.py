@@ -4,11 +4,13 @@ The format is NumPy's own: one ``.npy`` array ``[Y, L]`` of unsigned integers a 
 ``numpy.save`` appends such arrays to an open file and ``numpy.load(..., allow_pickle=False)`` reads them one by one.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class TraceWriter:
@@ -16,27 +18,58 @@ class TraceWriter:
 
     Args:
         path: The file; its folder is made if it is missing.
-        append: Go on with the file if it is there, instead of replacing it.
+        keep: Go on behind so many steps of a trace that is there, as a run does that resumes; 0 replaces it.
+
+    Raises:
+        ValueError: The file can't be written, or it holds something else than a trace.
     """
 
-    def __init__(self, path: str | os.PathLike, *, append: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike, *, keep: int = 0) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab" if append else "wb")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab+")
+        except OSError as error:
+            raise ValueError(f"trace={str(path)!r} can't be written: {error.strerror}") from error
+        self._cut(keep)
+
+    def _cut(self, keep: int) -> None:
+        """Leave so many steps of what the file holds."""
+        self._file.seek(0)
+        size = os.fstat(self._file.fileno()).st_size
+        if size and not _is_cut_off(self.path, 0):
+            self._file.close()
+            raise ValueError(f"trace={str(self.path)!r} is a file that holds something else; name another")
+        end = 0
+        for _ in range(keep):
+            try:
+                np.lib.format.read_array(self._file, allow_pickle=False)
+            except (ValueError, EOFError):  # there are no more, or the last one was cut off
+                break
+            end = self._file.tell()
+        if end < size:
+            self._file.truncate(end)
 
     def append(self, load_YL: Any) -> None:
-        """Write one optimizer step.
+        """Write one optimizer step; where that can no longer be done, warn once and go without.
 
         Args:
             load_YL: Tokens of each logical expert, ``[Y, L]``: an integer tensor on the CPU or an array.
         """
+        if self._file.closed:
+            return
         load_YL = np.asarray(load_YL)
         fits = load_YL.max(initial=0) < 2**32
-        np.lib.format.write_array(self._file, load_YL.astype("<u4" if fits else "<u8"), allow_pickle=False)
-        self._file.flush()
+        try:
+            np.lib.format.write_array(self._file, load_YL.astype("<u4" if fits else "<u8"), allow_pickle=False)
+            self._file.flush()
+        except OSError as error:
+            rank_zero_warn(f"trace={str(self.path)!r} ends here, it can't be written: {error.strerror}")
+            self.close()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is left in the buffer of a full disk
+            self._file.close()
 
 
 def read_trace(path: str | os.PathLike) -> np.ndarray:

@@ -5,13 +5,17 @@ import logging
 import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lightning_eplb import EPLBCallback
+from lightning_eplb import EPLBCallback, ExpertPlacement
+from lightning_eplb.logging.rearrangement import report_rearrangement
+from lightning_eplb.steps import Rearrangement
 from lightning_eplb.summary import print_table
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
@@ -50,6 +54,22 @@ def test_in_a_terminal(workers: Workers) -> None:
     assert re.search(r"rearrangements\W+2\W", output)
     assert "Expert load" not in silent
     assert silent_log == ""
+
+
+@pytest.mark.parametrize("in_terminal", [True, False])
+def test_a_rearrangement_is_told_above_a_bar_that_is_drawn_over_the_log(
+    in_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+    bar = SimpleNamespace(print=told.append)
+    trainer: Any = SimpleNamespace(progress_bar_callback=bar, global_step=4, is_global_zero=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: in_terminal, raising=False)
+    placement = ExpertPlacement.initial(1, 4, 2)
+    with caplog.at_level(logging.INFO):
+        report_rearrangement(trainer, Rearrangement(placement, placement, np.ones((1, 4)), 0, 0, 0), ["experts"])
+    line = "step 4: no expert moved, in no layer would it pay"
+    assert told == [line] * in_terminal
+    assert caplog.messages == [line] * (not in_terminal)
 
 
 def test_without_a_bar_there_is_no_table(workers: Workers) -> None:

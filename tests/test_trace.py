@@ -15,7 +15,7 @@ from tests.workers import Workers
 STEPS = [np.array([[1, 2], [3, 4]]), np.array([[0, 2**33], [0, 0]]), np.array([[5, 6], [7, 8]])]
 
 
-def written(path: Path, **arguments: bool) -> Path:
+def written(path: Path, **arguments: int) -> Path:
     writer = TraceWriter(path, **arguments)
     for step in STEPS:
         writer.append(torch.from_numpy(step))
@@ -31,7 +31,30 @@ def test_read_back_while_it_is_written(tmp_path: Path) -> None:
 def test_replaced_or_continued(tmp_path: Path) -> None:
     path = written(written(tmp_path / "trace.npy"))
     assert len(read_trace(path)) == 3
-    assert len(read_trace(written(path, append=True))) == 6
+    assert len(read_trace(written(path, keep=9))) == 6
+    assert np.array_equal(read_trace(written(path, keep=2)), np.stack(STEPS[:2] + STEPS))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(read_trace(written(path, keep=9))) == 7, "a step that was cut off is written over"
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_what_is_no_trace_is_not_written_over(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=r"notes\.txt' is a file that holds something else; name another"):
+        TraceWriter(path, keep=keep)
+    assert path.read_text() == "precious"
+    with pytest.raises(ValueError, match=r"trace='.*notes\.txt/trace\.npy' can't be written"):
+        TraceWriter(path / "trace.npy")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_ends_the_trace_and_not_the_training() -> None:
+    writer = TraceWriter("/dev/full")
+    with pytest.warns(UserWarning, match="trace='/dev/full' ends here, it can't be written: No space left on device"):
+        writer.append(STEPS[0])
+    writer.append(STEPS[1])
+    writer.close()
 
 
 @pytest.mark.parametrize("lost", [1, 20, 31, 32, 100, 140])

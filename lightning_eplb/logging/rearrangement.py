@@ -1,5 +1,6 @@
 """What a person is told of a rearrangement: a line, pictures, and what looks wrong."""
 
+import sys
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
@@ -20,9 +21,9 @@ def report_rearrangement(trainer: "pl.Trainer", done: Rearrangement, layers: Seq
     """
     _warn_of_idle_layers(layers, done.load)
     if done.before == done.after:
-        rank_zero_info(f"step {trainer.global_step}: no expert moved, in no layer would it pay")
+        _tell(trainer, f"step {trainer.global_step}: no expert moved, in no layer would it pay")
         return
-    rank_zero_info(f"step {trainer.global_step}: {_in_words(done)}")
+    _tell(trainer, f"step {trainer.global_step}: {_in_words(done)}")
     if takes_pictures(trainer.loggers):
         before_YR, after_YR = rank_tokens(done.load, done.before), rank_tokens(done.load, done.after)
         before_YP, after_YP = slot_tokens(done.load, done.before), slot_tokens(done.load, done.after)
@@ -32,6 +33,15 @@ def report_rearrangement(trainer: "pl.Trainer", done: Rearrangement, layers: Seq
             RANK_LOAD: draw_before_after(before_YR, after_YR),
         }
         log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+
+
+def _tell(trainer: "pl.Trainer", line: str) -> None:
+    """Say it on rank 0: in the log or, where a progress bar would be drawn over that, above the bar."""
+    bar = trainer.progress_bar_callback
+    if bar is None or not sys.stderr.isatty():
+        rank_zero_info(line)
+    elif trainer.is_global_zero:
+        bar.print(line)
 
 
 def _in_words(done: Rearrangement) -> str:
