@@ -229,14 +229,14 @@ class ExpertLoadBalancer:
         is time, what moves from this step on is decided while the device is still busy with the backward pass.
 
         Args:
-            optimizer: That is about to step; nothing happens before the step of one that holds no experts. ``None``:
-                it holds some.
+            optimizer: That is about to step; nothing happens before the step of one that holds no experts where
+                another does. ``None``: it holds some.
 
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
             ValueError: The policy fails, see :meth:`step`.
         """
-        if not self._mover.goes_behind or (optimizer is not None and not self._holds_experts(optimizer)):
+        if not self._mover.goes_behind or (optimizer is not None and not self._is_awaited(optimizer)):
             return
         if self._mover.is_moving:
             self._mover.put_in_place()
@@ -413,6 +413,10 @@ class ExpertLoadBalancer:
         if self.min_tokens_per_copy is None and costs is not None:
             for layer, _ in self._modules:
                 layer.min_tokens_per_copy = max(1, math.ceil(costs.copy / costs.token))
+
+    def _is_awaited(self, optimizer: Optimizer) -> bool:
+        """Whether rows arrive before its step: experts change in it, or, all of them frozen, in no step."""
+        return self._holds_experts(optimizer) or not any(self._holds_experts(each) for each in self.optimizers)
 
     def _holds_experts(self, optimizer: Optimizer) -> bool:
         experts = {id(parameter) for parameter in self._named_parameters().values()}

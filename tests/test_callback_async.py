@@ -72,6 +72,18 @@ class WithCritic(Model):
         return [super().configure_optimizers(), torch.optim.SGD(self.critic.parameters(), lr=0.1)]
 
 
+class FrozenExperts(Model):
+    """No optimizer holds an expert, as where adapters are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("experts" not in name)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
+
+
 def data(ranks: int = RANKS) -> Any:
     return loader(token_batches(BATCHES * RANKS * SEQUENCES), RANKS * SEQUENCES // ranks)
 
@@ -107,6 +119,13 @@ def test_gradients_that_are_kept_over_a_decision(use_async: bool, workers: Worke
 
 def test_an_optimizer_without_experts_leaves_rows_on_their_way(workers: Workers) -> None:
     between, behind = (workers.run(RANKS, train, WithCritic, use_async) for use_async in (False, True))
+    for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
+        assert rearrangements
+        assert difference(ours, theirs) < TOLERANCE
+
+
+def test_frozen_experts_move_too(workers: Workers) -> None:
+    between, behind = (workers.run(RANKS, train, FrozenExperts, use_async) for use_async in (False, True))
     for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
         assert rearrangements
         assert difference(ours, theirs) < TOLERANCE

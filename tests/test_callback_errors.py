@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -125,6 +127,17 @@ def test_weight_averaging(name: str, workers: Workers) -> None:
     assert message.startswith(
         f"{name} is not supported with EPLBCallback: it averages the rows of experts by the place"
     )
+
+
+def local_sgd() -> str:
+    state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=1)
+    strategy = DDPStrategy(ddp_comm_state=state, model_averaging_period=1, process_group_backend="gloo")
+    return fails_in_setup({}, strategy=strategy)
+
+
+def test_local_sgd(workers: Workers) -> None:
+    (message,) = set(workers.run(2, local_sgd))
+    assert message.startswith("DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback")
 
 
 def averaged_by_hand() -> str:

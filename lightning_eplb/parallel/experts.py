@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
@@ -177,6 +179,11 @@ def _is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_cached() -> bool:
+    """Whether selective checkpointing keeps some operations' outputs: recomputation must then run the same ones."""
+    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
+
+
 class ParallelExperts(nn.Module):
     """Mixed into the class of a module by ``parallelize_experts``; never instantiated.
 
@@ -222,8 +229,10 @@ class ParallelExperts(nn.Module):
         )
         seconds = time.perf_counter() - start
         copies = CopiesUnderway(self._local_parameters(), routes, groups)
-        if is_first := not _is_recomputing():
+        if sends_ahead := not _is_recomputing() and not _is_cached():
             copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
+        else:
+            layer.ahead.discard()
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
@@ -231,7 +240,7 @@ class ParallelExperts(nn.Module):
         trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
-        if is_first:
+        if sends_ahead:
             layer.ahead.send_next(layer.index)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)
