@@ -26,7 +26,7 @@ from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.precision import clip_as_before, clip_by_global_norm, shared_scaler
-from lightning_eplb.requirements import check_adopted, checked_ep_size, ep_size_in
+from lightning_eplb.requirements import check_adopted, check_spread, checked_ep_size, ep_size_in
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
@@ -137,7 +137,9 @@ class EPLBCallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        check_spread(trainer, pl_module)
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
+        clip_by_global_norm(trainer, pl_module)
         keep_experts_from_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
@@ -188,7 +190,6 @@ class EPLBCallback(Callback):
             if shared_scaler(trainer) is not None:
                 check_scaled_optimizer(optimizer)
         check_not_flattened(pl_module)
-        clip_by_global_norm(trainer, pl_module, self.balancer.groups)
         average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override

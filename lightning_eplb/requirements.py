@@ -14,6 +14,17 @@ from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 
+def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Experts that were spread over some ranks can only be called on all of these."""
+    for layer, _ in expert_layers(pl_module):
+        ranks = layer.groups.world_size
+        if layer.groups.size > 1 and ranks != trainer.world_size:
+            raise ValueError(
+                f"the experts of {type(pl_module).__name__} are spread over {ranks} ranks, and this trainer has"
+                f" {trainer.world_size}; run it on {ranks}, or load what was saved into a module that was just made"
+            )
+
+
 def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
     """The size of an EP group, once it is sure that the trainer and the callback's arguments go together."""
     ep_size = ep_size_in(trainer, ep_size)

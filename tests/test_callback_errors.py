@@ -193,6 +193,19 @@ def test_a_copy_of_the_model_that_is_never_called_is_told(workers: Workers) -> N
     assert workers.run(2, warnings_of, LanguageModel) == [[], []]
 
 
+def validated_alone() -> str:
+    module = LanguageModel(hugging_face_model("mixtral"), "adamw")
+    trainer_for(2, max_steps=1, callbacks=[EPLBCallback()]).fit(module, tokens())
+    with pytest.raises(ValueError, match=r"\w") as raised:
+        trainer_for(1, callbacks=[EPLBCallback()]).validate(module, tokens(), verbose=False)
+    return str(raised.value)
+
+
+def test_a_converted_model_on_fewer_ranks(workers: Workers) -> None:
+    (message,) = set(workers.run(2, validated_alone))
+    assert message.startswith("the experts of LanguageModel are spread over 2 ranks, and this trainer has 1; run it on")
+
+
 def only_experts_trained() -> str:
     model = hugging_face_model("mixtral")
     for name, parameter in model.named_parameters():

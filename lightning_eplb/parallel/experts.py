@@ -90,7 +90,7 @@ class ExpertLayer:
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
         """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
-        self._checked_ddp: weakref.ref[nn.Module] | None = None
+        self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
@@ -146,10 +146,15 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        """That which the layer was last called in, on several ranks; ``None``: it was in none, or that is gone."""
+        return self._checked_ddp() if self._checked_ddp is not None else None
+
     def check_left_out(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
         ddp = DistributedDataParallel._active_ddp_module
-        if ddp is None or (self._checked_ddp is not None and self._checked_ddp() is ddp):
+        if ddp is None or self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
