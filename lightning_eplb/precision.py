@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
@@ -52,6 +53,20 @@ def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") 
 
     precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
     precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+
+
+def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
+    """The same for ``FullyShardedDataParallel.clip_grad_norm_``, which takes experts to be the same on all ranks."""
+    if not isinstance(wrapped, FullyShardedDataParallel) or groups.size == 1:
+        return
+    experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
+
+    def clip(max_norm: float | int, norm_type: float | int = 2.0) -> Tensor:
+        if norm_type != 2:
+            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
+        return clip_grad_norm_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
+
+    wrapped.clip_grad_norm_ = clip  # type: ignore[method-assign]
 
 
 class _Clipped(NamedTuple):
