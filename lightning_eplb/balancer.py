@@ -29,6 +29,7 @@ from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
+from lightning_eplb.replicated import first_that_differs
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.steps import Rearrangement, StepLoad
 
@@ -142,6 +143,7 @@ class ExpertLoadBalancer:
         self._schedule = Schedule(step_interval)
         self._speed: Speed | None = None
         self._first_step_is_done = False
+        self._has_warned = False
         self._warm_up()
         self.record(True)
 
@@ -202,6 +204,7 @@ class ExpertLoadBalancer:
             check_optimizers(self.optimizers, self._named_parameters())
             self._speed = measure_speed(self._modules[0][1], self.groups)
             self._set_floor(self._measured_costs(with_gradients=False))
+            self._warn_of_other_weights()
         self._first_step_is_done = True
         self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
         served = self._take_load()
@@ -229,14 +232,14 @@ class ExpertLoadBalancer:
         is time, what moves from this step on is decided while the device is still busy with the backward pass.
 
         Args:
-            optimizer: That is about to step; nothing happens before the step of one that holds no experts. ``None``:
-                it holds some.
+            optimizer: That is about to step; nothing happens before the step of one that holds no experts where
+                another does. ``None``: it holds some.
 
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
             ValueError: The policy fails, see :meth:`step`.
         """
-        if not self._mover.goes_behind or (optimizer is not None and not self._holds_experts(optimizer)):
+        if not self._mover.goes_behind or (optimizer is not None and not self._is_awaited(optimizer)):
             return
         if self._mover.is_moving:
             self._mover.put_in_place()
@@ -296,6 +299,7 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
+        self._warn_of_other_weights()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
@@ -409,10 +413,27 @@ class ExpertLoadBalancer:
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
         self._is_due, self._decision = False, None
 
+    def _warn_of_other_weights(self) -> None:
+        """Where ranks change what DDP averages each by its own experts, they would drift apart in silence."""
+        ddp = self._modules[0][0].ddp
+        if ddp is None or self._has_warned or (name := first_that_differs(ddp, self.groups)) is None:
+            return
+        self._has_warned = True
+        rank_zero_warn(
+            f"{name} is no longer the same on all ranks, though DistributedDataParallel gives all the same gradient."
+            " Each rank has other experts: whatever is computed of all gradients or weights differs, as the norm in"
+            " torch.nn.utils.clip_grad_norm_(self.parameters(), ...) does. self.clip_gradients(optimizer, ...) and"
+            " Trainer(gradient_clip_val=...) clip by the norm of the whole model"
+        )
+
     def _set_floor(self, costs: Costs | None) -> None:
         if self.min_tokens_per_copy is None and costs is not None:
             for layer, _ in self._modules:
                 layer.min_tokens_per_copy = max(1, math.ceil(costs.copy / costs.token))
+
+    def _is_awaited(self, optimizer: Optimizer) -> bool:
+        """Whether rows arrive before its step: experts change in it, or, all of them frozen, in no step."""
+        return self._holds_experts(optimizer) or not any(self._holds_experts(each) for each in self.optimizers)
 
     def _holds_experts(self, optimizer: Optimizer) -> bool:
         experts = {id(parameter) for parameter in self._named_parameters().values()}

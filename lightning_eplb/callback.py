@@ -1,6 +1,7 @@
 """The Lightning callback."""
 
 import os
+from itertools import zip_longest
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -25,8 +26,8 @@ from lightning_eplb.parallel.flat_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
-from lightning_eplb.precision import clip_as_before, clip_by_global_norm, shared_scaler
-from lightning_eplb.requirements import check_adopted, checked_ep_size, ep_size_in
+from lightning_eplb.precision import clip_as_before, clip_by_global_norm, clip_fsdp_by_global_norm, shared_scaler
+from lightning_eplb.requirements import check_adopted, check_spread, checked_ep_size, ep_size_in
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
@@ -137,7 +138,9 @@ class EPLBCallback(Callback):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        check_spread(trainer, pl_module)
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
+        clip_by_global_norm(trainer, pl_module)
         keep_experts_from_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
@@ -182,13 +185,9 @@ class EPLBCallback(Callback):
             )
             self.balancer.record(False)  # until training starts: the sanity check is no load
         self.balancer.abandon_rearrangement()  # of a fit that failed: its weights may have been loaded anew
-        self.balancer.optimizers = trainer.optimizers
-        for optimizer in trainer.optimizers:
-            install_optimizer_hooks(optimizer, pl_module)
-            if shared_scaler(trainer) is not None:
-                check_scaled_optimizer(optimizer)
+        self._watch_optimizers(trainer, pl_module)
         check_not_flattened(pl_module)
-        clip_by_global_norm(trainer, pl_module, self.balancer.groups)
+        clip_fsdp_by_global_norm(trainer.strategy.model, pl_module, self.balancer.groups)
         average_when_ddp_does(trainer.strategy.model, pl_module)
 
     @override
@@ -218,6 +217,8 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         assert self.balancer is not None
+        if any(ours is not theirs for ours, theirs in zip_longest(self.balancer.optimizers, trainer.optimizers)):
+            self._watch_optimizers(trainer, pl_module)  # they were made anew
         if (scaler := shared_scaler(trainer)) is not None:
             share_overflow(scaler, optimizer, self.balancer.groups)
         self.balancer.before_optimizer_step(optimizer)
@@ -285,6 +286,14 @@ class EPLBCallback(Callback):
         if self._spread_experts is not None:
             self._spread_experts.undo()
             self._spread_experts = None
+
+    def _watch_optimizers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert self.balancer is not None
+        self.balancer.optimizers = trainer.optimizers
+        for optimizer in trainer.optimizers:
+            install_optimizer_hooks(optimizer, pl_module)
+            if shared_scaler(trainer) is not None:
+                check_scaled_optimizer(optimizer)
 
     def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
         """Lightning loads a file right into the shards and takes them to be in the order of the unmodified model."""

@@ -1,8 +1,15 @@
 """What Lightning's precision plugin does on each rank by itself and must do alike on all: clipping, and its scaler."""
 
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
@@ -12,25 +19,62 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 
-def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
+def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
     """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
 
     Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
-    and it refuses those of several meshes.
+    and it refuses those of several meshes. What the model is, is looked up when it is first clipped: it may be built
+    later, and who tries learning rates trains before ``on_fit_start``.
     """
+    clip_as_before(trainer)
     precision = trainer.precision_plugin
-    experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
-    cut = shard_groups(trainer.strategy.model or pl_module)
+    plain_by_norm, plain_by_value = precision.clip_grad_by_norm, precision.clip_grad_by_value
+
+    @functools.cache
+    def model() -> _Clipped | None:
+        layers = list(expert_layers(pl_module))
+        groups = layers[0][0].groups if layers else ExpertGroups()
+        if groups.size == 1 and not isinstance(trainer.strategy, (ExpertParallelStrategy, FSDPStrategy)):
+            return None
+        experts = [parameter for _, module in layers for parameter in module.parameters(recurse=False)]
+        return _Clipped(experts, groups, shard_groups(trainer.strategy.model or pl_module))
 
     def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_norm_(precision.main_params(optimizer), float(clip_val), experts, groups, cut)
+        if (clipped := model()) is None:
+            plain_by_norm(optimizer, clip_val)
+        else:
+            clip_grad_norm_(precision.main_params(optimizer), float(clip_val), *clipped)
 
     def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_value_(precision.main_params(optimizer), float(clip_val))
+        if model() is None:
+            plain_by_value(optimizer, clip_val)
+        else:
+            clip_grad_value_(precision.main_params(optimizer), float(clip_val))
 
-    if groups.size > 1 or isinstance(trainer.strategy, (ExpertParallelStrategy, FSDPStrategy)):
-        precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-        precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+    precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
+    precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+
+
+def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
+    """The same for ``FullyShardedDataParallel.clip_grad_norm_``, which takes experts to be the same on all ranks."""
+    if not isinstance(wrapped, FullyShardedDataParallel) or groups.size == 1:
+        return
+    experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
+
+    def clip(max_norm: float | int, norm_type: float | int = 2.0) -> Tensor:
+        if norm_type != 2:
+            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
+        return clip_grad_norm_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
+
+    wrapped.clip_grad_norm_ = clip  # type: ignore[method-assign]
+
+
+class _Clipped(NamedTuple):
+    """See :func:`~lightning_eplb.parallel.clipping.clip_grad_norm_`."""
+
+    expert_parameters: Sequence[Tensor]
+    groups: ExpertGroups
+    shard_groups: Mapping[int, dist.ProcessGroup]
 
 
 def clip_as_before(trainer: "pl.Trainer") -> None:

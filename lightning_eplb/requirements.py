@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -11,6 +12,17 @@ from lightning_eplb.fsdp import check_fsdp
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.strategies import ExpertParallelStrategy
+
+
+def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Experts that were spread over some ranks can only be called on all of these."""
+    for layer, _ in expert_layers(pl_module):
+        ranks = layer.groups.world_size
+        if layer.groups.size > 1 and ranks != trainer.world_size:
+            raise ValueError(
+                f"the experts of {type(pl_module).__name__} are spread over {ranks} ranks, and this trainer has"
+                f" {trainer.world_size}; run it on {ranks}, or load what was saved into a module that was just made"
+            )
 
 
 def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
@@ -33,6 +45,11 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
         raise ValueError(
             f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
             " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
+        )
+    if ep_size > 1 and isinstance(getattr(trainer.strategy, "_ddp_comm_state", None), PostLocalSGDState):
+        raise ValueError(
+            "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
+            " parameters over ranks, and each has other experts; leave its three arguments out"
         )
     check_nodes(ep_size, trainer.num_devices)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -72,6 +72,24 @@ class WithCritic(Model):
         return [super().configure_optimizers(), torch.optim.SGD(self.critic.parameters(), lr=0.1)]
 
 
+class WithNewOptimizers(Model):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class FrozenExperts(Model):
+    """No optimizer holds an expert, as where adapters are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_("experts" not in name)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
+
+
 def data(ranks: int = RANKS) -> Any:
     return loader(token_batches(BATCHES * RANKS * SEQUENCES), RANKS * SEQUENCES // ranks)
 
@@ -96,17 +114,27 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("use_async", [False, True])
-def test_gradients_that_are_kept_over_a_decision(use_async: bool, workers: Workers) -> None:
+@pytest.mark.parametrize("kind", [StepsOnEverySecondBatch, WithNewOptimizers])
+def test_gradients_that_are_kept_and_optimizers_that_are_not(
+    kind: type[Model], use_async: bool, workers: Workers
+) -> None:
     """Against one process without us."""
-    alone = StepsOnEverySecondBatch()
+    alone = kind()
     trainer_for(1, max_epochs=1).fit(alone, data(1))
-    for weights, rearrangements in workers.run(RANKS, train, StepsOnEverySecondBatch, use_async):
+    for weights, rearrangements in workers.run(RANKS, train, kind, use_async):
         assert rearrangements
         assert difference(weights, alone.model.state_dict()) < TOLERANCE
 
 
 def test_an_optimizer_without_experts_leaves_rows_on_their_way(workers: Workers) -> None:
     between, behind = (workers.run(RANKS, train, WithCritic, use_async) for use_async in (False, True))
+    for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
+        assert rearrangements
+        assert difference(ours, theirs) < TOLERANCE
+
+
+def test_frozen_experts_move_too(workers: Workers) -> None:
+    between, behind = (workers.run(RANKS, train, FrozenExperts, use_async) for use_async in (False, True))
     for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
         assert rearrangements
         assert difference(ours, theirs) < TOLERANCE

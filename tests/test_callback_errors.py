@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -127,6 +129,17 @@ def test_weight_averaging(name: str, workers: Workers) -> None:
     )
 
 
+def local_sgd() -> str:
+    state = PostLocalSGDState(process_group=None, subgroup=None, start_localSGD_iter=1)
+    strategy = DDPStrategy(ddp_comm_state=state, model_averaging_period=1, process_group_backend="gloo")
+    return fails_in_setup({}, strategy=strategy)
+
+
+def test_local_sgd(workers: Workers) -> None:
+    (message,) = set(workers.run(2, local_sgd))
+    assert message.startswith("DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback")
+
+
 def averaged_by_hand() -> str:
     model = hugging_face_model("mixtral")
     return fails_in_setup({}, model=nn.ModuleDict({"model": model, "average": AveragedModel(model)}))
@@ -178,6 +191,19 @@ def test_a_copy_of_the_model_that_is_never_called_is_told(workers: Workers) -> N
     assert message.startswith("2 of 4 MoE layers got no token in the window, average.model.layers.0.mlp.experts first")
     assert nothing == []
     assert workers.run(2, warnings_of, LanguageModel) == [[], []]
+
+
+def validated_alone() -> str:
+    module = LanguageModel(hugging_face_model("mixtral"), "adamw")
+    trainer_for(2, max_steps=1, callbacks=[EPLBCallback()]).fit(module, tokens())
+    with pytest.raises(ValueError, match=r"\w") as raised:
+        trainer_for(1, callbacks=[EPLBCallback()]).validate(module, tokens(), verbose=False)
+    return str(raised.value)
+
+
+def test_a_converted_model_on_fewer_ranks(workers: Workers) -> None:
+    (message,) = set(workers.run(2, validated_alone))
+    assert message.startswith("the experts of LanguageModel are spread over 2 ranks, and this trainer has 1; run it on")
 
 
 def only_experts_trained() -> str:

@@ -143,3 +143,24 @@ def keeps_what_else_is_ignored() -> tuple[bool, bool, bool]:
 
 def test_what_the_user_ignores_stays_ignored_and_the_strategy_as_it_was(workers: Workers) -> None:
     assert workers.run(2, keeps_what_else_is_ignored) == [(True, True, True)] * 2
+
+
+class ClipsThroughFSDP(SeesDtypes):
+    """As one does where Lightning does not clip."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.strategy.model.clip_grad_norm_(0.1)  # type: ignore[union-attr, operator]
+
+
+def losses_clipped(ours: bool) -> list[float]:
+    callbacks: list[pl.Callback] = [EPLBCallback(2, policy=ShufflePolicy(), step_interval=1)] if ours else []
+    module = ClipsThroughFSDP()
+    trainer_for(2, fsdp1(), plugins=[CPUFSDPPrecision("32-true")], max_steps=STEPS, callbacks=callbacks).fit(
+        module, tokens()
+    )
+    return module.losses
+
+
+def test_fsdps_own_clipping_is_by_the_norm_of_the_whole_model(workers: Workers) -> None:
+    for ours, theirs in zip(workers.run(2, losses_clipped, True), workers.run(2, losses_clipped, False), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-6)

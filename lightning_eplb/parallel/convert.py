@@ -225,7 +225,7 @@ def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) 
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
-    install_state_dict_hooks(module, layer)
+    install_state_dict_hooks(module)
 
 
 @functools.cache

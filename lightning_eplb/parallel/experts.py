@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
@@ -88,7 +90,7 @@ class ExpertLayer:
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
         """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
-        self._checked_ddp: weakref.ref[nn.Module] | None = None
+        self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
         self._batch_slots: bytes | None = None
         self._batch_routes: CopyRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
@@ -144,10 +146,15 @@ class ExpertLayer:
         """The logical experts of this rank's rows, ``[n]`` int64."""
         return self.row_order.view(self.groups.size, -1)[self.groups.rank]
 
+    @property
+    def ddp(self) -> DistributedDataParallel | None:
+        """That which the layer was last called in, on several ranks; ``None``: it was in none, or that is gone."""
+        return self._checked_ddp() if self._checked_ddp is not None else None
+
     def check_left_out(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
         ddp = DistributedDataParallel._active_ddp_module
-        if ddp is None or (self._checked_ddp is not None and self._checked_ddp() is ddp):
+        if ddp is None or self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
@@ -175,6 +182,11 @@ class ExpertLayer:
 
 def _is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_cached() -> bool:
+    """Whether selective checkpointing keeps some operations' outputs: recomputation must then run the same ones."""
+    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
 class ParallelExperts(nn.Module):
@@ -222,8 +234,10 @@ class ParallelExperts(nn.Module):
         )
         seconds = time.perf_counter() - start
         copies = CopiesUnderway(self._local_parameters(), routes, groups)
-        if is_first := not _is_recomputing():
+        if sends_ahead := not _is_recomputing() and not _is_cached():
             copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
+        else:
+            layer.ahead.discard()
         load_L = torch.from_numpy(counts_RL.sum(axis=0))
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
@@ -231,7 +245,7 @@ class ParallelExperts(nn.Module):
         trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
-        if is_first:
+        if sends_ahead:
             layer.ahead.send_next(layer.index)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)

@@ -7,28 +7,39 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
 from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
 from lightning_eplb.parallel.shards import as_spread, local_shard, with_local
 
 
-def install_state_dict_hooks(module: nn.Module, layer: ExpertLayer) -> None:
-    """Make ``module.state_dict()`` gather all ranks' rows, and ``load_state_dict()`` keep this rank's."""
+def install_state_dict_hooks(module: nn.Module) -> None:
+    """Make ``module.state_dict()`` gather all ranks' rows, and ``load_state_dict()`` keep this rank's.
 
-    def gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-        if layer.index == 0:
-            wait_for_all_ranks(layer.groups, "state_dict() of a model with parallel experts")
-        for name, parameter in module.named_parameters(recurse=False):
-            state[prefix + name] = to_logical(parameter.detach(), layer)
+    So do those of its copies, whose rows stay where they are when those of ``module`` move.
+    """
+    module.register_state_dict_post_hook(_gather)
+    module.register_load_state_dict_pre_hook(_cut)
 
-    def cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, _ in module.named_parameters(recurse=False):
-            if (full := state.get(prefix + name)) is not None:
-                state[prefix + name] = to_local(full, layer, prefix + name)
 
-    module.register_state_dict_post_hook(gather)
-    module.register_load_state_dict_pre_hook(cut)
+def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    layer = _layer_of(module)
+    if layer.index == 0:
+        wait_for_all_ranks(layer.groups, "state_dict() of a model with parallel experts")
+    for name, parameter in module.named_parameters(recurse=False):
+        state[prefix + name] = to_logical(parameter.detach(), layer)
+
+
+def _cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        if (full := state.get(prefix + name)) is not None:
+            state[prefix + name] = to_local(full, _layer_of(module), prefix + name)
+
+
+def _layer_of(module: nn.Module) -> ExpertLayer:
+    """What a copy of a converted module knows is its own."""
+    assert isinstance(module, ParallelExperts)
+    return module.expert_layer
 
 
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
@@ -117,6 +118,40 @@ def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:
 def test_outputs_are_those_of_the_unmodified_model(paths: list[tuple[int, ...]], workers: Workers) -> None:
     expected = train(Stack(), paths)
     for outputs in workers.run(2, outputs_of, paths):
+        for ours, theirs in zip(outputs, expected, strict=True):
+            assert float((ours - theirs).abs().max()) < 1e-12
+
+
+class Checkpointed(nn.Module):
+    """A layer whose matrix products are kept for the backward pass, all else being computed again."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Tensor) -> Any:
+        return checkpoint(self.layer, *args, use_reentrant=False, context_fn=_keep_products)
+
+
+def _keep_products() -> Any:
+    def policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation == torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def outputs_with_kept_products(paths: list[tuple[int, ...]]) -> list[Tensor]:
+    model, balancer = spread()
+    first, *others = model.layers.children()  # type: ignore[union-attr, operator]
+    model.layers = nn.ModuleList([first, *(Checkpointed(layer) for layer in others)])
+    return train(model, paths, balancer)
+
+
+def test_selective_checkpointing_runs_the_same_operations_again(workers: Workers) -> None:
+    paths = [(0, 1, 2)] * 3
+    expected = train(Stack(), paths)
+    for outputs in workers.run(2, outputs_with_kept_products, paths):
         for ours, theirs in zip(outputs, expected, strict=True):
             assert float((ours - theirs).abs().max()) < 1e-12
 

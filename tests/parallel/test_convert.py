@@ -1,5 +1,6 @@
 """Expert modules are found by structure, converted in place, and refused in words."""
 
+import copy
 import inspect
 from importlib import import_module
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_eplb import parallelize_experts
-from tests.models import hugging_face_model
+from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
+from tests.models import hugging_face_model, language_loss, token_batches
 from tests.workers import Workers
 
 FAMILIES = [
@@ -157,3 +158,22 @@ def shared_norm() -> None:
     assert expected is not None
     assert mine is not None
     assert torch.allclose(mine, 2 * expected if dist.get_rank() == 0 else torch.zeros_like(expected))
+
+
+def differences_of_a_copy() -> list[float]:
+    """On every worker: of a copy's state dict from what it was copied of, before and after the original has moved."""
+    model = parallelize_experts(hugging_face_model("mixtral"))
+    copied, expected = copy.deepcopy(model), hugging_face_model("mixtral").state_dict()
+    ExpertLoadBalancer(model).rearrange(ExpertPlacement([[4, 1, 2, 3, 0, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]], 8, 2))
+    found = []
+    for _ in range(2):
+        found.append(max(float((copied.state_dict()[name] - tensor).abs().max()) for name, tensor in expected.items()))
+        tokens = token_batches(2)
+        found.append(abs(float(language_loss(copied, tokens).detach() - language_loss(model, tokens).detach())))
+        copied.load_state_dict(model.state_dict())
+    return found
+
+
+def test_a_copy_keeps_its_experts_where_they_are(workers: Workers) -> None:
+    for differences in workers.run(2, differences_of_a_copy):
+        assert max(differences) < 1e-12

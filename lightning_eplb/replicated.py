@@ -1,0 +1,37 @@
+"""What ``DistributedDataParallel`` keeps the same on all ranks, and whether it still is."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_eplb.parallel.groups import ExpertGroups
+
+PIECE = 2**24
+"""Elements that are added up at a time: integers are widened for that, which takes memory."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def first_that_differs(ddp: DistributedDataParallel, groups: ExpertGroups) -> str | None:
+    """The first parameter whose bits are others on some rank than on rank 0; ``None`` where all are the same.
+
+    All ranks must call it, between two optimizer steps, and all are told the same.
+
+    Args:
+        ddp: Has updated its parameters by the gradients that it averages, the same on every rank.
+        groups: Of the experts, which ``ddp`` leaves alone.
+    """
+    names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
+    parameters = [parameter for parameter in ddp._module_parameters if parameter.element_size() in _BITS]
+    if not parameters:
+        return None
+    sums = torch.stack([_sum_of_bits(parameter.detach()) for parameter in parameters]).cpu()
+    of_ranks = [torch.empty_like(sums) for _ in range(groups.world_size)]
+    dist.all_gather(of_ranks, sums, group=groups.control)
+    differs = (torch.stack(of_ranks) != of_ranks[0]).any(dim=0)
+    return names[id(parameters[int(differs.int().argmax())])] if differs.any() else None
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
+    return torch.stack([piece.sum() for piece in bits.split(PIECE)]).sum()
