@@ -299,7 +299,8 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
-        self._warn_of_other_weights()
+        if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
+            self._warn_of_other_weights()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
