@@ -4,7 +4,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -46,7 +45,8 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
             f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
             " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
         )
-    if ep_size > 1 and isinstance(getattr(trainer.strategy, "_ddp_comm_state", None), PostLocalSGDState):
+    hook_state = getattr(trainer.strategy, "_ddp_comm_state", None)
+    if ep_size > 1 and type(hook_state).__name__ == "PostLocalSGDState":  # which only its users import
         raise ValueError(
             "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
             " parameters over ranks, and each has other experts; leave its three arguments out"
