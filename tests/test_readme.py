@@ -70,7 +70,10 @@ def test_a_model_that_is_built_in_configure_model() -> None:
     exec(source, names)
     model = names["MyModel"]()
     model.configure_model()
+    built = model.model
     assert len(list(expert_layers(model))) == 2
+    model.configure_model()  # as Lightning does for validate, test and a further fit
+    assert model.model is built
 
 
 def train_sharded() -> tuple[int, int, bool]:

@@ -6,14 +6,14 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.level import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.replicate import replicate
 from lightning_eplb.policies.split import even_quotas, fullest
+from lightning_eplb.policies.swap import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.toll import EVEN, busiest, drop_copies, weigh_copies
 from lightning_eplb.policies.trade import link, recount, sort_ranks, take_stock, trade_copies, unlink
 
 LEAST_PATIENCE = 3
-"""But not before so many."""
+"""The search does not end after fewer swaps without a gain than these."""
 
 
 @compiled

@@ -19,8 +19,7 @@ LEAST_LINK = 4
 LINK_SPREADS = 2.0
 """In between, it carries so many standard deviations of what lies behind it."""
 FEW_RANKS = 128
-"""So many are put in order by counting, for each, those before it: more comparisons than to sort, all without branches.
-"""
+"""So many are put in order by counting those before each: more comparisons than to sort, but without branches."""
 MARGIN_SPREADS = 2.5
 """A rank that is less than so many standard deviations below its level has load to give."""
 SPREADS_OF_ONE = 3.0
