@@ -29,7 +29,7 @@ from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
-from lightning_eplb.replicated import first_that_differs
+from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.steps import Rearrangement, StepLoad
 
@@ -204,7 +204,7 @@ class ExpertLoadBalancer:
             check_optimizers(self.optimizers, self._named_parameters())
             self._speed = measure_speed(self._modules[0][1], self.groups)
             self._set_floor(self._measured_costs(with_gradients=False))
-            self._warn_of_other_weights()
+            self._warn_of_drift()
         self._first_step_is_done = True
         self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
         served = self._take_load()
@@ -300,7 +300,7 @@ class ExpertLoadBalancer:
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
         if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
-            self._warn_of_other_weights()
+            self._warn_of_drift()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
@@ -414,18 +414,10 @@ class ExpertLoadBalancer:
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
         self._is_due, self._decision = False, None
 
-    def _warn_of_other_weights(self) -> None:
-        """Where ranks change what DDP averages each by its own experts, they would drift apart in silence."""
+    def _warn_of_drift(self) -> None:
         ddp = self._modules[0][0].ddp
-        if ddp is None or self._has_warned or (name := first_that_differs(ddp, self.groups)) is None:
-            return
-        self._has_warned = True
-        rank_zero_warn(
-            f"{name} is no longer the same on all ranks, though DistributedDataParallel gives all the same gradient."
-            " Each rank has other experts: whatever is computed of all gradients or weights differs, as the norm in"
-            " torch.nn.utils.clip_grad_norm_(self.parameters(), ...) does. self.clip_gradients(optimizer, ...) and"
-            " Trainer(gradient_clip_val=...) clip by the norm of the whole model"
-        )
+        if ddp is not None and not self._has_warned:
+            self._has_warned = warn_of_drift(ddp, self.groups)
 
     def _set_floor(self, costs: Costs | None) -> None:
         if self.min_tokens_per_copy is None and costs is not None:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -10,6 +11,26 @@ from lightning_eplb.parallel.groups import ExpertGroups
 PIECE = 2**24
 """Elements that are added up at a time: integers are widened for that, which takes memory."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def warn_of_drift(ddp: DistributedDataParallel, groups: ExpertGroups) -> bool:
+    """Where ranks change what DDP averages each by its own experts, they would drift apart in silence: rank 0 warns.
+
+    For who must call it, and for the arguments, see :func:`first_that_differs`.
+
+    Returns:
+        Whether there was something to warn of, the same on all ranks.
+    """
+    name = first_that_differs(ddp, groups)
+    if name is None:
+        return False
+    rank_zero_warn(
+        f"{name} is no longer the same on all ranks, though DistributedDataParallel gives all the same gradient."
+        " Each rank has other experts: whatever is computed of all gradients or weights differs, as the norm in"
+        " torch.nn.utils.clip_grad_norm_(self.parameters(), ...) does. self.clip_gradients(optimizer, ...) and"
+        " Trainer(gradient_clip_val=...) clip by the norm of the whole model"
+    )
+    return True
 
 
 def first_that_differs(ddp: DistributedDataParallel, groups: ExpertGroups) -> str | None:
