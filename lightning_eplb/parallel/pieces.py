@@ -47,8 +47,13 @@ class Pieces:
         self._stacks, self._rows, self._windows, self._word = stacks, rows, windows, word
         self._words: dict[int, list[Tensor]] = {}
 
-    def gather(self, window: int) -> Tensor:
-        """The rows, side by side in a new buffer, ``[rows, columns of the window]`` in words."""
+    def gather(self, window: int, is_alone: bool) -> Tensor:
+        """The rows, side by side in a new buffer, ``[rows, columns of the window]`` in words.
+
+        Args:
+            window: Which.
+            is_alone: No collective goes on meanwhile.
+        """
         parts = self._parts(window)
         if self._goes_by_index(window):
             packed = [stack[0].index_select(0, self._rows_on(stack[0].device)) for stack in parts]
@@ -57,8 +62,8 @@ class Pieces:
         _copy_views(self._views_of_buffer(buffer, window), self._views_of_stacks(parts))
         return buffer
 
-    def scatter(self, buffer: Tensor, window: int) -> None:
-        """The buffer's rows, in place of those of the stacks."""
+    def scatter(self, buffer: Tensor, window: int, is_alone: bool) -> None:
+        """The buffer's rows, in place of those of the stacks; for ``is_alone`` see :meth:`gather`."""
         parts = self._parts(window)
         if self._goes_by_index(window):
             rows = self._rows_on(buffer.device)
@@ -104,11 +109,12 @@ class AddressedPieces(Pieces):
     def __init__(self, stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> None:
         super().__init__(stacks, rows, windows, word)
         self._words = {i: [_aligned(tensor, word) for tensor in stack] for i, stack in enumerate(stacks)}
-        columns = [(*part, place.start, place.stop) for window in windows for part, place in in_buffer(window)]
+        columns = [(*part, place.start) for window in windows for part, place in in_buffer(window)]
+        self._widths = [sum(stop - start for _, start, stop in window) for window in windows]
         self._widest = [max(stop - start for _, start, stop in window) for window in windows]
         self._of_window = np.cumsum([0, *(len(window) for window in windows)]) * len(rows)
-        stack_Q, start_Q, stop_Q, place_Q, _ = np.array(columns, dtype=np.int64).reshape(-1, 5).T
-        buffer_width_Q = np.repeat([in_buffer(window)[-1][1].stop for window in windows], [len(w) for w in windows])
+        stack_Q, start_Q, stop_Q, place_Q = np.array(columns, dtype=np.int64).reshape(-1, 4).T
+        buffer_width_Q = np.repeat(self._widths, [len(window) for window in windows])
         num_rows, chosen_N = [len(stack[0]) for stack in stacks], rows.numpy()
         address_KN = np.stack(
             [
@@ -124,26 +130,29 @@ class AddressedPieces(Pieces):
         self._device = stacks[0][0].device
         self._table = to_device(table_3QN.reshape(3, -1), self._device)
 
-    def gather(self, window: int) -> Tensor:
-        width = in_buffer(self._windows[window])[-1][1].stop
-        buffer = torch.empty(len(self._rows), width, dtype=WORDS[self._word], device=self._device)
-        self._copy(buffer, window, into_buffer=True)
+    def gather(self, window: int, is_alone: bool) -> Tensor:
+        buffer = torch.empty(len(self._rows), self._widths[window], dtype=WORDS[self._word], device=self._device)
+        self._copy(buffer, window, True, is_alone)
         return buffer
 
-    def scatter(self, buffer: Tensor, window: int) -> None:
-        self._copy(buffer, window, into_buffer=False)
+    def scatter(self, buffer: Tensor, window: int, is_alone: bool) -> None:
+        self._copy(buffer, window, False, is_alone)
 
-    def _copy(self, buffer: Tensor, window: int, into_buffer: bool) -> None:
+    def _copy(self, buffer: Tensor, window: int, into_buffer: bool, is_alone: bool) -> None:
         from lightning_eplb.parallel.kernels import copy_pieces
 
         pieces = slice(int(self._of_window[window]), int(self._of_window[window + 1]))
-        copy_pieces(self._table, pieces, self._widest[window], buffer, into_buffer)
+        copy_pieces(self._table, pieces, self._widest[window], buffer, into_buffer, is_alone)
 
 
 def in_buffer(window: Window) -> list[tuple[tuple[int, int, int], slice]]:
     """The window's parts, each with the columns of the buffer that it has."""
-    stops = np.cumsum([stop - start for _, start, stop in window]).tolist()
-    return [(part, slice(stop - (part[2] - part[1]), stop)) for part, stop in zip(window, stops, strict=True)]
+    parts, column = [], 0
+    for part in window:
+        width = part[2] - part[1]
+        parts.append((part, slice(column, column + width)))
+        column += width
+    return parts
 
 
 def as_words(tensor: Tensor, word: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Rows of tensors from rank to rank: packed into one buffer, a bounded collective a chunk."""
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ two thirds of the bandwidth were seen (180 and 268 GB/s between four H200)."""
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The collective under its newer name, where torch has it (2.13); the older name warns there."""
+
+LEAST_CHUNK_BYTES = 2 * 2**20
+"""Of a chunk that is one of several only to be packed, or put in place, sooner than a larger one would be."""
 
 LEAST_ALONE_BYTES = 256 * 2**10
 """Rows of a tensor that are so wide, those of the fullest rank together, can travel by themselves."""
@@ -87,7 +91,7 @@ class Route:
 class RowsUnderway:
     """Rows that were sent off when this was made. All ranks of ``group`` make it, and then ask once, by a method.
 
-    Wide rows travel in chunks of columns, two of which are under way at most; stacks share one.
+    Wide rows travel in chunks of columns; stacks share one.
 
     Args:
         sources: Stacks: tensors of equal length and row shape one upon another, whose rows the route counts on from
@@ -95,9 +99,11 @@ class RowsUnderway:
             dtypes. They must stay as they are until the rows have arrived.
         route: What goes where.
         group: The ranks of the route.
-        max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk.
+        max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk, as no more than
+            two are under way.
         is_taken: The rows will be asked for by :meth:`take`. Then wide ones travel alone: the buffer that they arrive
             in is what is returned.
+        is_behind: Nobody waits for the rows soon. All chunks are under way at once: the buffers hold all rows.
     """
 
     def __init__(
@@ -108,28 +114,29 @@ class RowsUnderway:
         max_bytes: int = MAX_STAGING_BYTES,
         *,
         is_taken: bool = False,
+        is_behind: bool = False,
     ) -> None:
         self._sources = [[tensor.detach() for tensor in stack] for stack in sources]
-        self._route, self._group = route, group
+        self._route, self._group, self._is_behind = route, group, is_behind
         row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
         self._word = next(size for size in WORDS if all(width % size == 0 for width in row_bytes))
         self._widths = [width // self._word for width in row_bytes]
         self._windows: list[Window] = []
         if route.most_rows and any(row_bytes):
-            columns, alone = (
-                max(1, size // self._word // route.most_rows) for size in (max_bytes // 2, LEAST_ALONE_BYTES)
+            most, alone, least = (
+                max(1, size // self._word // route.most_rows)
+                for size in (max_bytes // 2, LEAST_ALONE_BYTES, LEAST_CHUNK_BYTES)
             )
-            columns -= columns % (ALIGNED_BYTES // self._word) if columns * self._word > ALIGNED_BYTES else 0
-            self._windows = _column_windows(self._widths, columns, alone if is_taken else max(self._widths) + 1)
+            aligned = ALIGNED_BYTES // self._word
+            most -= most % aligned if most > aligned else 0
+            chunks = itertools.repeat(most)
+            if not is_taken and not is_behind:
+                chunks = iter(_chunk_columns(sum(self._widths), most, least, aligned))
+            self._windows = _column_windows(self._widths, chunks, alone if is_taken else max(self._widths) + 1)
             self._sent = pieces_of(self._sources, route.send_rows, self._windows, self._word)
         self._num_sent = 0
         self._chunks: deque[_Chunk] = deque()
-        self._send_next()
-        self._send_next()
-
-    def send_rest(self) -> None:
-        """Have all chunks under way, not two: for rows that nobody waits for soon. The buffers then hold all rows."""
-        while self._num_sent < len(self._windows):
+        for _ in range(len(self._windows) if is_behind else 2):
             self._send_next()
 
     def discard(self) -> None:
@@ -152,7 +159,7 @@ class RowsUnderway:
             targets = [[tensor.detach() for tensor in stack] for stack in targets]
             written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
             for chunk in self._arrivals():
-                written.scatter(chunk.received, chunk.window)
+                written.scatter(chunk.received, chunk.window, is_alone=self._is_behind or not self._chunks)
             written.finish()
 
     def take(self) -> list[Tensor]:
@@ -178,7 +185,7 @@ class RowsUnderway:
     def _send_next(self) -> None:
         if self._num_sent == len(self._windows):
             return
-        sent = self._sent.gather(self._num_sent)
+        sent = self._sent.gather(self._num_sent, is_alone=self._is_behind or not self._chunks)
         received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
@@ -239,8 +246,25 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     return logical
 
 
-def _column_windows(widths: Sequence[int], columns: int, alone: int) -> list[Window]:
-    """Cut tensors that lie side by side into windows of at most ``columns``; one as wide as ``alone`` shares none."""
+def _chunk_columns(total: int, most: int, least: int, aligned: int) -> list[int]:
+    """Cut ``total`` columns, or a few more, into chunks of at most ``most``, the outer ones of about half the width.
+
+    The first is packed before anything travels, and the last put in place when all has arrived: both are waited for.
+    Outer chunks that would be narrower than ``least`` are not worth it. All are multiples of ``aligned`` where ``most``
+    is one.
+    """
+    end = min(most // 2, total // 4)
+    end -= end % aligned
+    if end < max(least, 1):
+        return [most] * math.ceil(total / most)
+    between = total - 2 * end
+    number = math.ceil(between / most)
+    middle = min(most, math.ceil(between / number / aligned) * aligned)
+    return [end, *[middle] * number, end]
+
+
+def _column_windows(widths: Sequence[int], columns: Iterator[int], alone: int) -> list[Window]:
+    """Cut tensors that lie side by side into windows of these ``columns``; one as wide as ``alone`` shares none."""
     windows: list[Window] = []
     room = 0
     for i, width in enumerate(widths):
@@ -250,7 +274,7 @@ def _column_windows(widths: Sequence[int], columns: int, alone: int) -> list[Win
         while start < width:
             if room == 0:
                 windows.append([])
-                room = columns
+                room = next(columns)
             stop = min(width, start + room)
             windows[-1].append((i, start, stop))
             room -= stop - start

@@ -17,7 +17,8 @@ import torch
 
 from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.base import Policy, Topology, check_groups, checked_load, order_slots
+from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load, order_slots
+from lightning_eplb.policies.split import level_tokens, rank_weights
 
 
 def rebalance_experts(
@@ -105,7 +106,8 @@ class DeepSeekPolicy(Policy):
     expert on a rank twice. So the second copy is dropped and its slot stays empty, and the primaries are chosen among
     the ranks that hold an expert, on its present one where that works out. A rank that then lacks primaries takes
     those that no rank had room for, and gives up its least loaded redundant copies. A layer without tokens stays as
-    it is.
+    it is. The algorithm fills every slot; where it is known what a copy's travel takes, as it is in training, a layer
+    goes without copies that relieve the fullest rank of less.
 
     Example::
 
@@ -127,8 +129,10 @@ class DeepSeekPolicy(Policy):
         self._has_warned = False
 
     def warm_up(self, placement: ExpertPlacement) -> None:
-        """Nothing is compiled; but whether groups and experts go together is said here, not at the first decision."""
+        """Compile what weighs copies. Whether groups and experts go together is said here, not at the first decision."""
         check_groups(self.num_groups, placement)
+        small = ExpertPlacement.initial(1, 2, 2, 2)
+        _without_idle_copies(small, np.ones((1, 2), dtype=np.int64), Topology.even(2), 1.0)
 
     def rearrange(self, load_YL: np.ndarray, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Plan all layers that have tokens; see :meth:`Policy.rearrange` for the arguments."""
@@ -153,6 +157,14 @@ class DeepSeekPolicy(Policy):
         slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
         return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 
+    def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        """Plan by the window, and leave out copies that cost more than they bring; see :meth:`Policy.look_ahead`."""
+        planned = self.rearrange(outlook.window, placement, topology)
+        if outlook.costs is None:
+            return planned
+        copy = outlook.costs.copy / outlook.costs.token * outlook.num_steps
+        return _without_idle_copies(planned, outlook.window, topology, copy)
+
     def _groups_and_nodes(self, topology: Topology) -> tuple[int, int]:
         nodes = topology.num_nodes
         sizes = np.bincount(topology.node_of_rank).tolist()
@@ -167,6 +179,35 @@ class DeepSeekPolicy(Policy):
             )
             warnings.warn(f"DeepSeekPolicy plans over all ranks at once and not node by node: {reason}", stacklevel=3)
         return 1, 1
+
+
+def _without_idle_copies(
+    planned: ExpertPlacement, load_YL: np.ndarray, topology: Topology, copy: float
+) -> ExpertPlacement:
+    """Empty the redundant slots of the layers that take no longer without: all of a layer's, or none.
+
+    Args:
+        planned: With copies.
+        load_YL: Of the window.
+        topology: What the ranks can do.
+        copy: Tokens that take as long as a copy's travel, over the window.
+    """
+    first_copy = planned.primaries_per_rank
+    bare_YRS = planned.by_rank.copy()
+    bare_YRS[:, :, first_copy:] = EMPTY
+    capacity_R = np.ones(planned.num_ranks) if topology.capacity is None else np.array(topology.capacity)
+    bare_Y, copied_Y = (
+        (level_tokens(load_YL, slots_YRS, capacity_R) * rank_weights(capacity_R)).max(axis=1)
+        for slots_YRS in (bare_YRS, planned.by_rank)
+    )
+    layer_C, rank_C, slot_C = np.nonzero(planned.by_rank[:, :, first_copy:] != EMPTY)
+    expert_C = planned.by_rank[layer_C, rank_C, first_copy + slot_C]
+    received_YR, sent_YR = np.zeros((2, planned.num_layers, planned.num_ranks))
+    np.add.at(received_YR, (layer_C, rank_C), 1)
+    np.add.at(sent_YR, (layer_C, planned.primary_rank[layer_C, expert_C]), 1)
+    travel_Y = copy * np.maximum(received_YR, sent_YR).max(axis=1)  # ranks send and receive at once
+    is_bare_Y = bare_Y <= copied_Y + travel_Y
+    return planned.with_slots(np.where(is_bare_Y[:, None, None], bare_YRS, planned.by_rank))
 
 
 def _checked_weight(weight: Any) -> np.ndarray:

@@ -76,8 +76,7 @@ class BackgroundRelocation:
         assert not self._underway
         room = self._most_bytes
         while self._waiting and (not self._underway or room > 0):
-            layers = LayersUnderway(self._waiting, tensors_of, self._groups, self._group, room)
-            layers.send_rest()
+            layers = LayersUnderway(self._waiting, tensors_of, self._groups, self._group, room, is_behind=True)
             room -= layers.bytes_of_fullest
             self.num_bytes += layers.num_bytes
             self._underway.append(layers)

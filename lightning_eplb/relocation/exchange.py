@@ -63,6 +63,7 @@ class LayersUnderway:
         groups: Of the layers.
         group: What they travel on.
         most_bytes: What the fullest rank sends or receives. No layer more is sent than fits, but one at least.
+        is_behind: Training goes on meanwhile.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LayersUnderway:
         groups: ExpertGroups,
         group: dist.ProcessGroup,
         most_bytes: float = math.inf,
+        is_behind: bool = False,
     ) -> None:
         self.moves: list[LayerMoves] = []
         """Of the layers that were sent."""
@@ -101,13 +103,9 @@ class LayersUnderway:
         if stacks:
             route = route_of(self.moves, len(stacks[0][0]), groups)
             with torch.no_grad():
-                self._sent = [(part, RowsUnderway(part, route, group)) for part in _by_device(stacks)]
-
-    def send_rest(self) -> None:
-        """Have all of it under way, not two chunks."""
-        with torch.no_grad():
-            for _, rows in self._sent:
-                rows.send_rest()
+                self._sent = [
+                    (part, RowsUnderway(part, route, group, is_behind=is_behind)) for part in _by_device(stacks)
+                ]
 
     def put_in_place(self) -> None:
         """Wait for the rows, and put them in place."""

@@ -68,6 +68,5 @@ class GradientsUnderway:
         self._forget()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         with torch.no_grad():
-            self._rows = RowsUnderway([[local_shard(grad)] for grad in grads], self._route, self._group)
-            self._rows.send_rest()
+            self._rows = RowsUnderway([[local_shard(grad)] for grad in grads], self._route, self._group, is_behind=True)
         self._sent = [(grad, grad._version) for grad in grads]

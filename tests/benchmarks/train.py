@@ -8,6 +8,7 @@ On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE`
 ``LOCAL_RANK`` set, as ``torchrun`` does. Without ``RANK`` it starts two processes of one thread each on the CPU.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -83,6 +84,9 @@ def run(device: torch.device, size: Size, quick: bool) -> dict[str, dict[str, di
         if dist.get_rank() == 0:
             print_router(router, found[router], size)
         del lanes
+        gc.collect()  # models hold themselves in cycles; the next router's would not fit beside them
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return found
 
 

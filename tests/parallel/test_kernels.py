@@ -81,7 +81,8 @@ def test_rows_are_put_where_they_belong(number: int, width: int):
 
 @pytest.mark.parametrize("word", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("into_buffer", [True, False])
-def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool):
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool, is_alone: bool):
     widths, gap = [7, 5000, 1, 4096], 3
     outside, inside = (torch.randint(0, 200, (sum(widths) + gap * 5,), device=DEVICE).to(word) for _ in range(2))
     starts = [gap + sum(widths[:i]) + gap * i for i in range(4)]
@@ -96,7 +97,7 @@ def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool
         expected[to] = source[of]
     whole = (target if into_buffer else inside), (target if not into_buffer else outside)
     table[0] += whole[1].data_ptr() - outside.data_ptr()
-    copy_pieces(table, slice(1, 3), 5000, whole[0], into_buffer)
+    copy_pieces(table, slice(1, 3), 5000, whole[0], into_buffer, is_alone)
     assert torch.equal(target, expected)
 
 
@@ -108,11 +109,11 @@ def test_rows_of_stacks_go_by_address():
     stacks[1][1] = stacks[1][1].t().contiguous().t()
     rows, windows = torch.tensor([4, 0]), [[(0, 0, 2)], [(1, 0, 1)]]
     addressed = AddressedPieces(stacks, rows, windows, 8)
-    buffers = [addressed.gather(window) for window in range(2)]
+    buffers = [addressed.gather(window, is_alone=window > 0) for window in range(2)]
     assert buffers[0].view(torch.float64).tolist() == [[12.0, 13.0], [0.0, 1.0]]
     assert buffers[1].view(torch.float32).tolist() == [[12.0, 13.0], [0.0, 1.0]]
     for window, buffer in enumerate(buffers):
-        addressed.scatter(buffer.flip(0), window)
+        addressed.scatter(buffer.flip(0), window, is_alone=window > 0)
     addressed.finish()
     for stack in stacks:
         assert [tensor.tolist() for tensor in stack] == [[[12, 13], [2, 3], [4, 5]], [[10, 11], [0, 1], [14, 15]]]

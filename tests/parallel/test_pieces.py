@@ -28,10 +28,10 @@ def test_what_was_gathered_is_scattered_to_its_place(most_views: int, data: st.D
         patch.setattr(pieces, "MOST_VIEWS", most_views)
         cut_up = pieces_of(stacks, rows, windows, 8)
         for k, window in enumerate(windows):
-            buffer = cut_up.gather(k)
+            buffer = cut_up.gather(k, is_alone=False)
             expected = [whole[i][rows.to(DEVICE), start:stop] for i, start, stop in window]
             assert torch.equal(buffer, torch.cat(expected, dim=1))
-            cut_up.scatter(-buffer, k)
+            cut_up.scatter(-buffer, k, is_alone=True)
         cut_up.finish()
     for values, stack in zip(whole, stacks, strict=True):
         values[rows.to(DEVICE)] *= -1

@@ -1,5 +1,6 @@
 """Rows travel between ranks: any shapes and dtypes, in place, within a bounded buffer."""
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -11,7 +12,14 @@ from torch import Tensor
 
 from lightning_eplb.parallel import pieces
 from lightning_eplb.parallel import rows as rows_module
-from lightning_eplb.parallel.rows import Route, RowsUnderway, _column_windows, exchange_rows, gather_rows
+from lightning_eplb.parallel.rows import (
+    Route,
+    RowsUnderway,
+    _chunk_columns,
+    _column_windows,
+    exchange_rows,
+    gather_rows,
+)
 from tests.workers import Workers
 
 
@@ -128,7 +136,7 @@ def gather() -> None:
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50), st.integers(1, 50))
 def test_windows_cover_every_column_once(widths: list[int], columns: int, alone: int) -> None:
-    windows = _column_windows(widths, columns, alone)
+    windows = _column_windows(widths, itertools.repeat(columns), alone)
     covered = [(i, c) for window in windows for i, start, stop in window for c in range(start, stop)]
     assert covered == [(i, c) for i, width in enumerate(widths) for c in range(width)]
     assert all(sum(stop - start for _, start, stop in window) <= columns for window in windows)
@@ -136,6 +144,18 @@ def test_windows_cover_every_column_once(widths: list[int], columns: int, alone:
         assert len(window) == 1 or all(widths[i] < alone for i, _, _ in window)
     if all(width < alone for width in widths):
         assert all(sum(stop - start for _, start, stop in window) == columns for window in windows[:-1])
+
+
+@given(st.integers(1, 500), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
+def test_chunks_hold_all_columns_and_the_outer_ones_are_narrow(total: int, most: int, least: int, aligned: int) -> None:
+    most -= most % aligned if most > aligned else 0
+    columns = _chunk_columns(total, most, least, aligned)
+    assert sum(columns[:-2]) < total <= sum(columns)
+    assert all(0 < width <= most for width in columns)
+    assert most % aligned or all(width % aligned == 0 for width in columns)
+    if total >= 4 * (least + aligned) and most >= 2 * (least + aligned):
+        assert columns[0] == columns[-1] >= least
+        assert 2 * columns[0] <= most
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_eplb.forecast import plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import DeepSeekPolicy, Topology
+from lightning_eplb.policies import Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
 
 README_WEIGHT = [
@@ -157,6 +158,33 @@ def test_policy_keeps_groups_on_one_node_also_when_ranks_of_nodes_alternate():
     node_YL = np.array(topology.node_of_rank)[after.primary_rank]
     node_YGL = node_YL.reshape(3, 4, 4)
     assert (node_YGL == node_YGL[:, :, :1]).all()
+
+
+@pytest.mark.parametrize(("copy", "num_copies"), [(0.0, 3), (0.2, 3), (5.0, 0)])
+def test_policy_leaves_out_copies_that_cost_more_than_they_bring(copy, num_copies):
+    """One expert with half of the tokens needs copies unless their travel takes longer; an even layer needs none."""
+    load_YL = np.array([[70, 10, 10, 10, 10, 10, 10, 10], [10] * 8])
+    before = ExpertPlacement.initial(2, 8, 4, 4)
+    outlook = Outlook(10 * load_YL, 10, plain_mean(10 * load_YL), 100, Costs(token=0.5, copy=0.5 * 20 * copy))
+    planned = DeepSeekPolicy().look_ahead(outlook, before, Topology.even(4))
+    published = DeepSeekPolicy().rearrange(10 * load_YL, before, Topology.even(4))
+    assert (planned.by_rank[0, :, 2:] >= 0).sum() == num_copies
+    assert (planned.by_rank[1, :, 2:] >= 0).sum() == 0
+    assert (planned.by_rank[:, :, :2] == published.by_rank[:, :, :2]).all()
+    if num_copies:
+        assert (planned.by_rank[0] == published.by_rank[0]).all()
+
+
+def test_policy_weighs_copies_by_what_ranks_can_do():
+    """Ranks that are level by tokens are not when one is slow: its experts' copies are worth their travel."""
+    load_YL = np.array([[105, 104, 103, 102, 98, 97, 96, 95]])
+    before = ExpertPlacement.initial(1, 8, 4, 4)
+    outlook = Outlook(load_YL, 1, plain_mean(load_YL), 100, Costs(token=1.0, copy=10.0))
+    copies = [
+        (DeepSeekPolicy().look_ahead(outlook, before, Topology((0,) * 4, capacity)).by_rank[0, :, 2:] >= 0).sum()
+        for capacity in (None, (0.25, 1.0, 1.0, 1.0))
+    ]
+    assert copies == [0, 4]
 
 
 @pytest.mark.parametrize(
