@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.drift import swap_copies
-from lightning_eplb.policies.spill import spill
+from lightning_eplb.policies.spill import grow_tree, hedge, survey
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
 from lightning_eplb.policies.swap import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.toll import LEVEL, busiest, drop_copies, weigh_copies
@@ -319,9 +319,9 @@ def copy_and_level(
         The weighted parts of the fullest rank, with what :func:`weigh_copies` adds where copies cost something.
     """
     num_ranks, num_slots = slots_RS.shape
-    left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
+    left_RN, quota_RE = quota_RS[:, :num_primaries], quota_RS[:, num_primaries:]
     is_one = num_primaries == 1 and num_slots == 2
     depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
     if is_one:
@@ -330,18 +330,15 @@ def copy_and_level(
     peak_D = np.empty(len(DEPTHS))
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
     quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
+    seen = survey(load_L, spread_L, own_RN, level_R, node_R, is_one)
     for attempt in range(len(DEPTHS)):
-        spill(
-            load_L, spread_L, own_RN, level_R, node_R, least, depths[attempt], held_RE, quota_RS[:, num_primaries:],
-            left_L, tokens_R,
-        )  # fmt: skip
-        for rank in range(num_ranks):
-            for slot in range(num_primaries):
-                quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
+        grow_tree(seen, own_RN, level_R, node_R, least, depths[attempt], is_one, held_RE, left_RN, quota_RE, tokens_R)
         lowest = peak_D[attempt] = fullest(tokens_R, weight_R)
         if copy > 0:  # deep links make few copies: no other tree where quotas level this one
+            hedge(load_L, spread_L, seen, own_RN, least, held_RE)
             lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if lowest <= enough:
+            hedge(load_L, spread_L, seen, own_RN, least, held_RE)
             if is_one and copy == 0:  # the ranks have the tree only, to bring them what may come
                 swap_copies(load_L, spread_L, slots_RS, level_R, node_R, quota_RS)
                 sum_quotas(quota_RS, tokens_R)
@@ -351,6 +348,8 @@ def copy_and_level(
     if lowest > enough:  # no tree levels the ranks: the one of which quotas make most
         lowest, best = np.inf, 0
         low = np.inf if copy > 0 else np.sort(peak_D)[SWEPT - 1]
+        for attempt in range(len(DEPTHS)):
+            hedge(load_L, spread_L, seen, own_RN, least, tried_DRE[attempt])
         for attempt in range(len(DEPTHS)):
             is_new = peak_D[attempt] <= low
             for other in range(attempt):
