@@ -243,21 +243,30 @@ def must_exceed(load_L, slots_RS, num_primaries, weight_R, limit):
                 links_R[owner] += 1
                 places_R[rank] += place  # their sum: of the last link, the place
                 places_R[owner] += place
-    for start in range(num_ranks):
-        rank = np.int64(start)
-        while links_R[rank] == 1:
-            place = places_R[rank]
-            taker = place // num_slots
-            expert = slots_RS[taker, place - taker * num_slots]
-            excess, load = excess_R[rank], load_L[expert]
-            other = owner_L[expert] if taker == rank else taker
-            if excess > (0 if taker == rank else load):
-                return True
-            excess_R[other] += max(excess, -load) if taker == rank else max(excess, 0)
-            links_R[rank], excess_R[rank] = 0, 0
-            links_R[other] -= 1
-            places_R[other] -= place
-            rank = other
+    ends = np.empty(num_ranks + 1, dtype=np.int64)  # ranks that have one link, in the order of when that became so
+    last = np.int64(0)
+    for rank in range(num_ranks):
+        ends[last] = rank
+        last += links_R[rank] == 1
+    index = 0
+    while index < last:
+        rank = ends[index]
+        index += 1
+        if links_R[rank] == 0:  # the other rank of its link was taken out before
+            continue
+        place = places_R[rank]
+        taker = place // num_slots
+        expert = slots_RS[taker, place - taker * num_slots]
+        excess, load = excess_R[rank], load_L[expert]
+        other = owner_L[expert] if taker == rank else taker
+        if excess > (0 if taker == rank else load):
+            return True
+        excess_R[other] += max(excess, -load) if taker == rank else max(excess, 0)
+        links_R[rank], excess_R[rank] = 0, 0
+        links_R[other] -= 1
+        places_R[other] -= place
+        ends[last] = other
+        last += links_R[other] == 1
     on_rings = np.int64(0)
     for rank in range(num_ranks):
         if links_R[rank] > 0:

@@ -138,7 +138,7 @@ class Survey(NamedTuple):
     takers: np.ndarray
     """The ranks that take."""
     gaps: np.ndarray
-    """What each taker lacks, and then -1: as many as a power of two, and one at least."""
+    """What each taker lacks; then -1, once at least, to a multiple of 64."""
     near: np.ndarray
     """For each node the takers that are there: a bit for each, in words of 64."""
     num_donors: np.int64
@@ -169,13 +169,11 @@ def survey(load_L, spread_L, own_RN, level_R, node_R, is_one):
     mean = max(total // num_ranks, np.int64(1))
     ranks = np.empty(num_ranks, dtype=np.int64)
     order_by(key_R, ranks)
-    size, num_nodes = 1, np.int64(0)
-    while size < num_ranks:
-        size *= 2
+    num_nodes = np.int64(0)
     for node in node_R:
         num_nodes = max(num_nodes, node + 1)
     donors, claims = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
-    takers, gaps = np.empty(num_ranks, dtype=np.int64), np.full(size, -1)
+    takers, gaps = np.empty(num_ranks, dtype=np.int64), np.full(64 * (num_ranks // 64 + 1), -1)
     near = np.zeros((num_nodes, (num_ranks + 63) // 64), dtype=np.uint64)
     num_donors = num_takers = np.int64(0)
     least_offer = mean
@@ -297,7 +295,9 @@ def grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left
                 floor = level - deepest
         while tokens > goal:
             limit = min(most, tokens - floor)
-            fits, step = np.int64(0), gaps.size >> 1  # the first gap that is not too large
+            fits, step = np.int64(0), 32  # the first gap that is not too large
+            while gaps[fits + 63] > limit:
+                fits += 64
             while step > 0:
                 fits += step if gaps[fits + step - 1] > limit else 0
                 step >>= 1
