@@ -31,6 +31,9 @@ DEPTHS = (0.4, 0.3, 0.2, 0.5, 0.7)
 A rank of many experts gives one of them away at a time, so shallow links level more layers than deep ones, and hold as
 much ready for what may come.
 """
+FURTHER_DEPTHS = (0.35, 0.45, 0.6)
+"""Tried where none of ``DEPTHS`` levels the ranks: a third of the layers that are left become level by one of these,
+for a small part of the time that quotas and swaps take."""
 DEPTHS_OF_FEW = (0.7, 0.5, 0.6, 0.3, 1.0)
 """The same where ranks hold fewer than ``FEW`` experts, each of which can fill a deep link, and where copies cost: then
 no rank should have to send many.
@@ -103,8 +106,8 @@ def plan_level(
             enough, new_quota_RS, new_tokens_R,
         )  # fmt: skip
         if peak <= enough:
-            keep_slots(slots_RS, trial_RS, num_primaries)
-            slots_RS[:] = trial_RS
+            keep_slots(slots_RS[:, num_primaries:], trial_RS[:, num_primaries:], 0)
+            slots_RS[:, num_primaries:] = trial_RS[:, num_primaries:]
             return gain, 0
     quota_RS = np.empty((num_ranks, num_slots), dtype=np.int64)
     tokens_R = np.empty(num_ranks, dtype=np.int64)
@@ -332,7 +335,8 @@ def copy_and_level(
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
     left_RN, quota_RE = quota_RS[:, :num_primaries], quota_RS[:, num_primaries:]
     is_one = num_primaries == 1 and num_slots == 2
-    depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
+    is_few = num_primaries < FEW or copy > 0
+    depths = DEPTHS_OF_FEW if is_few else DEPTHS
     if is_one:
         depths = DEPTHS_OF_ONE
     lowest = np.inf
@@ -340,9 +344,13 @@ def copy_and_level(
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
     quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
     seen = survey(load_L, spread_L, own_RN, level_R, node_R, is_one)
-    for attempt in range(len(DEPTHS)):
-        grow_tree(seen, own_RN, level_R, node_R, least, depths[attempt], is_one, held_RE, left_RN, quota_RE, tokens_R)
-        lowest = peak_D[attempt] = fullest(tokens_R, weight_R)
+    for attempt in range(len(DEPTHS) + (0 if is_few else len(FURTHER_DEPTHS))):
+        is_further = attempt >= len(DEPTHS)
+        depth = FURTHER_DEPTHS[attempt - len(DEPTHS)] if is_further else depths[attempt]
+        grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left_RN, quota_RE, tokens_R)
+        lowest = fullest(tokens_R, weight_R)
+        if not is_further:
+            peak_D[attempt] = lowest
         if copy > 0:  # deep links make few copies: no other tree where quotas level this one
             hedge(load_L, spread_L, seen, own_RN, least, held_RE)
             lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
@@ -353,7 +361,8 @@ def copy_and_level(
                 sum_quotas(quota_RS, tokens_R)
                 lowest = fullest(tokens_R, weight_R)
             break
-        tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
+        if not is_further:
+            tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
     if lowest > enough:  # no tree levels the ranks: the one of which quotas make most
         lowest, best = np.inf, 0
         low = np.inf if copy > 0 else np.sort(peak_D)[SWEPT - 1]
