@@ -60,7 +60,7 @@ def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
         level_R[rank] = np.int64(np.ceil(total * (1.0 / weight_R[rank] / speed)))
     quota_RS = np.empty_like(slots_RS)
     tokens_R = np.empty(num_ranks, dtype=np.int64)
-    trial_RS, left_L = slots_RS.copy(), np.empty_like(load_L)
+    trial_RS = slots_RS.copy()
     no_spread_L, node_R = np.zeros_like(load_L), np.zeros(num_ranks, dtype=np.int64)
     enough, low_enough = LEVEL_ENOUGH * total / speed, LEVEL * total / speed + 1.0
     lowest = np.inf
@@ -70,7 +70,7 @@ def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
         else:
             spill(
                 load_L, no_spread_L, trial_RS[:, :num_primaries], level_R, node_R, least, DEPTHS[attempt - 4],
-                trial_RS[:, num_primaries:], quota_RS[:, num_primaries:], left_L, tokens_R,
+                trial_RS[:, num_primaries:], quota_RS[:, :num_primaries], quota_RS[:, num_primaries:], tokens_R,
             )  # fmt: skip
         even_quotas(load_L, trial_RS, quota_RS, tokens_R)
         peak = level_quotas(load_L, trial_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)

@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_eplb.compiled import compiled, inlined
 from lightning_eplb.policies.drift import swap_copies
-from lightning_eplb.policies.spill import spill
+from lightning_eplb.policies.spill import grow_tree, hedge, survey
 from lightning_eplb.policies.split import even_quotas, fullest, fullest_rank, level_quotas
 from lightning_eplb.policies.swap import PATIENCE, best_swap, keep_slots
 from lightning_eplb.policies.toll import LEVEL, busiest, drop_copies, weigh_copies
@@ -31,6 +31,9 @@ DEPTHS = (0.4, 0.3, 0.2, 0.5, 0.7)
 A rank of many experts gives one of them away at a time, so shallow links level more layers than deep ones, and hold as
 much ready for what may come.
 """
+FURTHER_DEPTHS = (0.35, 0.45, 0.6)
+"""Tried where none of ``DEPTHS`` levels the ranks: a third of the layers that are left become level by one of these,
+for a small part of the time that quotas and swaps take."""
 DEPTHS_OF_FEW = (0.7, 0.5, 0.6, 0.3, 1.0)
 """The same where ranks hold fewer than ``FEW`` experts, each of which can fill a deep link, and where copies cost: then
 no rank should have to send many.
@@ -103,8 +106,8 @@ def plan_level(
             enough, new_quota_RS, new_tokens_R,
         )  # fmt: skip
         if peak <= enough:
-            keep_slots(slots_RS, trial_RS, num_primaries)
-            slots_RS[:] = trial_RS
+            keep_slots(slots_RS[:, num_primaries:], trial_RS[:, num_primaries:], 0)
+            slots_RS[:, num_primaries:] = trial_RS[:, num_primaries:]
             return gain, 0
     quota_RS = np.empty((num_ranks, num_slots), dtype=np.int64)
     tokens_R = np.empty(num_ranks, dtype=np.int64)
@@ -243,21 +246,30 @@ def must_exceed(load_L, slots_RS, num_primaries, weight_R, limit):
                 links_R[owner] += 1
                 places_R[rank] += place  # their sum: of the last link, the place
                 places_R[owner] += place
-    for start in range(num_ranks):
-        rank = np.int64(start)
-        while links_R[rank] == 1:
-            place = places_R[rank]
-            taker = place // num_slots
-            expert = slots_RS[taker, place - taker * num_slots]
-            excess, load = excess_R[rank], load_L[expert]
-            other = owner_L[expert] if taker == rank else taker
-            if excess > (0 if taker == rank else load):
-                return True
-            excess_R[other] += max(excess, -load) if taker == rank else max(excess, 0)
-            links_R[rank], excess_R[rank] = 0, 0
-            links_R[other] -= 1
-            places_R[other] -= place
-            rank = other
+    ends = np.empty(num_ranks + 1, dtype=np.int64)  # ranks that have one link, in the order of when that became so
+    last = np.int64(0)
+    for rank in range(num_ranks):
+        ends[last] = rank
+        last += links_R[rank] == 1
+    index = 0
+    while index < last:
+        rank = ends[index]
+        index += 1
+        if links_R[rank] == 0:  # the other rank of its link was taken out before
+            continue
+        place = places_R[rank]
+        taker = place // num_slots
+        expert = slots_RS[taker, place - taker * num_slots]
+        excess, load = excess_R[rank], load_L[expert]
+        other = owner_L[expert] if taker == rank else taker
+        if excess > (0 if taker == rank else load):
+            return True
+        excess_R[other] += max(excess, -load) if taker == rank else max(excess, 0)
+        links_R[rank], excess_R[rank] = 0, 0
+        links_R[other] -= 1
+        places_R[other] -= place
+        ends[last] = other
+        last += links_R[other] == 1
     on_rings = np.int64(0)
     for rank in range(num_ranks):
         if links_R[rank] > 0:
@@ -319,38 +331,43 @@ def copy_and_level(
         The weighted parts of the fullest rank, with what :func:`weigh_copies` adds where copies cost something.
     """
     num_ranks, num_slots = slots_RS.shape
-    left_L = np.empty_like(load_L)
     least = np.int64(copy)
     own_RN, held_RE = slots_RS[:, :num_primaries], slots_RS[:, num_primaries:]
+    left_RN, quota_RE = quota_RS[:, :num_primaries], quota_RS[:, num_primaries:]
     is_one = num_primaries == 1 and num_slots == 2
-    depths = DEPTHS_OF_FEW if num_primaries < FEW or copy > 0 else DEPTHS
+    is_few = num_primaries < FEW or copy > 0
+    depths = DEPTHS_OF_FEW if is_few else DEPTHS
     if is_one:
         depths = DEPTHS_OF_ONE
     lowest = np.inf
     peak_D = np.empty(len(DEPTHS))
     tried_DRE = np.empty((len(DEPTHS), num_ranks, num_slots - num_primaries), dtype=np.int64)
     quota_DRS = np.empty((len(DEPTHS), num_ranks, num_slots), dtype=np.int64)
-    for attempt in range(len(DEPTHS)):
-        spill(
-            load_L, spread_L, own_RN, level_R, node_R, least, depths[attempt], held_RE, quota_RS[:, num_primaries:],
-            left_L, tokens_R,
-        )  # fmt: skip
-        for rank in range(num_ranks):
-            for slot in range(num_primaries):
-                quota_RS[rank, slot] = left_L[slots_RS[rank, slot]]
-        lowest = peak_D[attempt] = fullest(tokens_R, weight_R)
+    seen = survey(load_L, spread_L, own_RN, level_R, node_R, is_one)
+    for attempt in range(len(DEPTHS) + (0 if is_few else len(FURTHER_DEPTHS))):
+        is_further = attempt >= len(DEPTHS)
+        depth = FURTHER_DEPTHS[attempt - len(DEPTHS)] if is_further else depths[attempt]
+        grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left_RN, quota_RE, tokens_R)
+        lowest = fullest(tokens_R, weight_R)
+        if not is_further:
+            peak_D[attempt] = lowest
         if copy > 0:  # deep links make few copies: no other tree where quotas level this one
+            hedge(load_L, spread_L, seen, own_RN, least, held_RE)
             lowest = level_quotas(load_L, slots_RS, weight_R, SWEEPS, enough, SLOW, quota_RS, tokens_R)
         if lowest <= enough:
+            hedge(load_L, spread_L, seen, own_RN, least, held_RE)
             if is_one and copy == 0:  # the ranks have the tree only, to bring them what may come
                 swap_copies(load_L, spread_L, slots_RS, level_R, node_R, quota_RS)
                 sum_quotas(quota_RS, tokens_R)
                 lowest = fullest(tokens_R, weight_R)
             break
-        tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
+        if not is_further:
+            tried_DRE[attempt], quota_DRS[attempt] = held_RE, quota_RS
     if lowest > enough:  # no tree levels the ranks: the one of which quotas make most
         lowest, best = np.inf, 0
         low = np.inf if copy > 0 else np.sort(peak_D)[SWEPT - 1]
+        for attempt in range(len(DEPTHS)):
+            hedge(load_L, spread_L, seen, own_RN, least, tried_DRE[attempt])
         for attempt in range(len(DEPTHS)):
             is_new = peak_D[attempt] <= low
             for other in range(attempt):

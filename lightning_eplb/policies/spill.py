@@ -7,9 +7,12 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``N`` primaries on a rank, `
 slots on a rank.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lightning_eplb.compiled import compiled, inlined
+from lightning_eplb.policies.bits import find_bit, find_common_bit
 
 PARTS_BITS = 31
 """A layer's tokens are scaled by a power of two to a total below ``2**PARTS_BITS``, and not far below."""
@@ -18,6 +21,8 @@ LEAST_LINK = 4
 """A link carries at least the mean divided by this, or half of what the lowest donor has."""
 LINK_SPREADS = 2.0
 """In between, it carries so many standard deviations of what lies behind it."""
+NEAR = 16
+"""A taker on the donor's node is looked for among so many that lack about as much."""
 FEW_RANKS = 128
 """So many are put in order by counting those before each: more comparisons than to sort, but without branches."""
 MARGIN_SPREADS = 2.5
@@ -52,19 +57,6 @@ def scale_to_parts(load_L, parts_L):
     for expert in range(load_L.size):
         parts_L[expert] = load_L[expert] << shift if shift >= 0 else load_L[expert] >> -shift
     return shift
-
-
-@inlined
-def find_unused(next_unused, index):
-    """The first index from ``index`` on that is not used up; the length of the list if there is none."""
-    end = index
-    while next_unused[end] != end:
-        end = next_unused[end]
-    while next_unused[index] != end:
-        following = next_unused[index]
-        next_unused[index] = end
-        index = following
-    return end
 
 
 @inlined
@@ -130,8 +122,79 @@ def order_by(key_R, ranks):
         ranks[place] = rank
 
 
+class Survey(NamedTuple):
+    """Who gives, from the lowest to the hottest, and who takes, from the largest gap to the smallest."""
+
+    loads: np.ndarray
+    """The parts of each primary, by rank."""
+    tokens: np.ndarray
+    """Their sum for each rank."""
+    variances: np.ndarray
+    """The sum of their variances for each rank."""
+    donors: np.ndarray
+    """The ranks that give."""
+    claims: np.ndarray
+    """In proportion to these, donors collect others."""
+    takers: np.ndarray
+    """The ranks that take."""
+    gaps: np.ndarray
+    """What each taker lacks; then -1, once at least, to a multiple of 64."""
+    near: np.ndarray
+    """For each node the takers that are there: a bit for each, in words of 64."""
+    num_donors: np.int64
+    num_takers: np.int64
+    link: np.int64
+    """What a link should carry at least."""
+
+
 @compiled
-def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quota_RE, left_L, tokens_R):
+def survey(load_L, spread_L, own_RN, level_R, node_R, is_one):
+    """See who gives and who takes. Args: as for :func:`spill`, and whether a rank has one expert and one slot."""
+    num_ranks, num_primaries = own_RN.shape
+    load_RN = np.empty((num_ranks, num_primaries), dtype=np.int64)
+    tokens_R, variance_R = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks)
+    key_R = np.empty(num_ranks, dtype=np.int64)
+    total = np.int64(0)
+    for rank in range(num_ranks):
+        tokens, variance = np.int64(0), 0.0
+        for position in range(num_primaries):
+            expert = own_RN[rank, position]
+            load, spread = load_L[expert], float(spread_L[expert])
+            load_RN[rank, position] = load
+            tokens += load
+            variance += spread * spread
+        tokens_R[rank], variance_R[rank] = tokens, variance
+        key_R[rank] = tokens - level_R[rank] + (np.int64(1) << 32)
+        total += level_R[rank]
+    mean = max(total // num_ranks, np.int64(1))
+    ranks = np.empty(num_ranks, dtype=np.int64)
+    order_by(key_R, ranks)
+    num_nodes = np.int64(0)
+    for node in node_R:
+        num_nodes = max(num_nodes, node + 1)
+    donors, claims = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
+    takers, gaps = np.empty(num_ranks, dtype=np.int64), np.full(64 * (num_ranks // 64 + 1), -1)
+    near = np.zeros((num_nodes, (num_ranks + 63) // 64), dtype=np.uint64)
+    num_donors = num_takers = np.int64(0)
+    least_offer = mean
+    margin_spreads = SPREADS_OF_ONE if is_one else MARGIN_SPREADS
+    for rank in ranks:
+        below = level_R[rank] - tokens_R[rank]
+        if below <= np.int64(margin_spreads * np.sqrt(variance_R[rank])):
+            donors[num_donors] = rank
+            claims[num_donors] = tokens_R[rank] * tokens_R[rank] // mean if is_one else tokens_R[rank]
+            num_donors += 1
+            least_offer = min(least_offer, heaviest(rank, load_RN)[1])
+        else:
+            takers[num_takers], gaps[num_takers] = rank, below
+            near[node_R[rank], num_takers >> 6] |= np.uint64(1) << np.uint64(num_takers & 63)
+            num_takers += 1
+    link = min(mean // LEAST_LINK, least_offer // 2)
+    return Survey(load_RN, tokens_R, variance_R, donors, claims, takers, gaps, near, num_donors, num_takers, link)
+
+
+@compiled
+def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, left_RN, quota_RE, tokens_R):
     """Level the ranks with redundant copies that also take what the next batches may bring.
 
     The copies form a tree over the ranks. It is built from its leaves. A rank with few tokens waits to be filled up by
@@ -160,63 +223,39 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
             slot a rank, that and ``DEEPER_OF_ONE``.
         held_RE: Filled with the experts of the redundant slots, -1 where one stays empty; int64.
         quota_RE: Filled with the parts that each of them serves, int64.
-        left_L: Filled with the parts that each primary serves, int64.
+        left_RN: Filled with the parts that each primary serves, int64.
         tokens_R: Filled with the parts that each rank serves, int64.
     """
+    is_one = held_RE.shape[1] == 1 and own_RN.shape[1] == 1
+    seen = survey(load_L, spread_L, own_RN, level_R, node_R, is_one)
+    grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left_RN, quota_RE, tokens_R)
+    hedge(load_L, spread_L, seen, own_RN, least, held_RE)
+
+
+@compiled
+def grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left_RN, quota_RE, tokens_R):
+    """Grow the tree, and spill what it leaves. Args: as for :func:`spill`, and what :func:`survey` saw."""
     num_ranks, num_slots = held_RE.shape
     held_RE[:] = -1
     quota_RE[:] = 0
-    num_primaries = own_RN.shape[1]
-    left_RN = np.empty((num_ranks, num_primaries), dtype=np.int64)
-    variance_R = np.empty(num_ranks)
-    count_R = np.zeros(num_ranks, dtype=np.int64)
-    key_R = np.empty(num_ranks, dtype=np.int64)
-    total = np.int64(0)
-    for rank in range(num_ranks):
-        tokens, variance = np.int64(0), 0.0
-        for position in range(num_primaries):
-            expert = own_RN[rank, position]
-            load, spread = load_L[expert], float(spread_L[expert])
-            left_RN[rank, position] = load
-            tokens += load
-            variance += spread * spread
-        tokens_R[rank], variance_R[rank] = tokens, variance
-        key_R[rank] = tokens - level_R[rank] + (np.int64(1) << 32)
-        total += level_R[rank]
+    left_RN[:] = seen.loads
+    tokens_R[:] = seen.tokens
     if num_slots == 0:
-        left_L[:] = load_L
         return
+    variance_R = seen.variances.copy()
+    count_R = np.zeros(num_ranks, dtype=np.int64)
     least = max(least, np.int64(1))
-    mean = max(total // num_ranks, np.int64(1))
-    is_one = num_slots == 1 and own_RN.shape[1] == 1
-    margin_spreads = SPREADS_OF_ONE if is_one else MARGIN_SPREADS
     link_spreads = SPREADS_OF_ONE if is_one else LINK_SPREADS
     deeper = DEEPER_OF_ONE if is_one else 0.0
-
-    # Who gives, from the lowest to the hottest, and who takes, from the largest gap to the smallest.
-    ranks = np.empty(num_ranks, dtype=np.int64)
-    order_by(key_R, ranks)
-    donors = np.empty(num_ranks + 1, dtype=np.int64)
-    takers = np.empty(num_ranks + 1, dtype=np.int64)
-    gap = np.empty(num_ranks + 1, dtype=np.int64)
-    next_unused = np.arange(num_ranks + 1)
-    num_donors = num_takers = np.int64(0)
-    claim_R = np.zeros(num_ranks, dtype=np.int64)  # in proportion to these, donors collect others
+    donors, claims_R, gaps, link = seen.donors, seen.claims, seen.gaps, seen.link
+    num_donors, num_takers = seen.num_donors, seen.num_takers
     claims = np.int64(0)
-    least_offer = mean
-    for rank in ranks:
-        below = level_R[rank] - tokens_R[rank]
-        if below <= np.int64(margin_spreads * np.sqrt(variance_R[rank])):
-            donors[num_donors] = rank
-            num_donors += 1
-            claim_R[rank] = tokens_R[rank] * tokens_R[rank] // mean if is_one else tokens_R[rank]
-            claims += claim_R[rank]
-            least_offer = min(least_offer, heaviest(rank, left_RN)[1])
-        else:
-            takers[num_takers] = rank
-            gap[num_takers] = below
-            num_takers += 1
-    link = min(mean // LEAST_LINK, least_offer // 2)
+    for index in range(num_donors):
+        claims += claims_R[index]
+    unused = np.zeros((num_ranks + 63) // 64, dtype=np.uint64)  # takers that have no copy yet, a bit for each
+    for word in range(num_takers >> 6):
+        unused[word] = ~np.uint64(0)
+    unused[num_takers >> 6] |= (np.uint64(1) << np.uint64(num_takers & 63)) - np.uint64(1)
 
     waiting = np.empty(num_ranks, dtype=np.int64)  # donors below their level, first in, first out
     first = last = 0
@@ -235,7 +274,7 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
         deepest = max(link, min(np.int64(depth * level + deeper * spread), level))
         goal = level - (0 if is_root else min(deepest, max(link, np.int64(link_spreads * spread))))
         floor = level - deepest
-        due += num_donors * claim_R[donor]
+        due += num_donors * claims_R[index]
         position, most = heaviest(donor, left_RN)
         while first < last and tokens > goal and (due >= claims or is_root):
             taker = waiting[first]
@@ -256,30 +295,25 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
                 floor = level - deepest
         while tokens > goal:
             limit = min(most, tokens - floor)
-            low, size = np.int64(0), num_takers
-            while size > 0:
-                half = size // 2
-                is_above = gap[low + half] > limit
-                low = low + half + 1 if is_above else low
-                size = size - half - 1 if is_above else half
-            choice = find_unused(next_unused, low)
-            if choice >= num_takers or gap[choice] < least:
+            fits, step = np.int64(0), 32  # the first gap that is not too large
+            while gaps[fits + 63] > limit:
+                fits += 64
+            while step > 0:
+                fits += step if gaps[fits + step - 1] > limit else 0
+                step >>= 1
+            choice = find_bit(unused, fits)
+            if choice >= num_takers or gaps[choice] < least:
                 break
-            other = choice
-            for _ in range(16):
-                if other >= num_takers or 8 * gap[other] < 7 * gap[choice]:
-                    break
-                if node_R[takers[other]] == node_R[donor]:
-                    choice = other
-                    break
-                other = find_unused(next_unused, other + 1)
-            next_unused[choice] = choice + 1
+            near = find_common_bit(unused, seen.near[node_R[donor]], choice, NEAR)
+            if near >= 0 and 8 * gaps[near] >= 7 * gaps[choice]:
+                choice = near
+            unused[choice >> 6] &= ~(np.uint64(1) << np.uint64(choice & 63))
+            taker = seen.takers[choice]
             tokens -= give(
-                gap[choice], least, donor, takers[choice], position, most, own_RN, held_RE, quota_RE, count_R, left_RN,
-                tokens_R,
-            )  # fmt: skip
+                gaps[choice], least, donor, taker, position, most, own_RN, held_RE, quota_RE, count_R, left_RN, tokens_R
+            )
             position, most = heaviest(donor, left_RN)
-            variance += variance_R[takers[choice]]
+            variance += variance_R[taker]
         while first < last and tokens > (goal if is_one else level):
             taker = waiting[first]
             missing = level_R[taker] - tokens_R[taker]
@@ -320,27 +354,36 @@ def spill(load_L, spread_L, own_RN, level_R, node_R, least, depth, held_RE, quot
             if given < least:
                 break
 
+
+@compiled
+def hedge(load_L, spread_L, seen, own_RN, least, held_RE):
+    """Have each slot that is still free hold the expert with most tokens a copy among those of the next few donors."""
+    num_ranks, num_slots = held_RE.shape
+    least = max(least, np.int64(1))
+    count_R, free = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
+    num_free = 0
     for rank in range(num_ranks):
-        for position in range(num_primaries):
-            left_L[own_RN[rank, position]] = left_RN[rank, position]
+        count_R[rank] = 0
+        for slot in range(num_slots):
+            count_R[rank] += held_RE[rank, slot] >= 0
+        free[num_free] = rank
+        num_free += count_R[rank] < num_slots
     if num_free == 0:
         return
-
-    # Hedges: each free slot holds the expert with most tokens a copy among those of the next few donors.
     copies_L = np.ones(load_L.size, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(count_R[rank]):
             copies_L[held_RE[rank, slot]] += 1
-    turn = num_donors - 1
+    turn = seen.num_donors - 1
     for slot in range(num_slots):
         for rank in free[:num_free]:
             if count_R[rank] > slot:
                 continue
             best = np.int64(-1)
             most = least - 1
-            for _ in range(min(8, num_donors)):
-                donor = donors[turn]
-                turn = turn - 1 if turn > 0 else num_donors - 1
+            for _ in range(min(8, seen.num_donors)):
+                donor = seen.donors[turn]
+                turn = turn - 1 if turn > 0 else seen.num_donors - 1
                 for expert in own_RN[donor]:
                     if load_L[expert] >= (most + 1) * (copies_L[expert] + 1) and donor != rank and spread_L[expert] > 0:
                         is_there = False

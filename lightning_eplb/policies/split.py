@@ -178,26 +178,26 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
         for slot in range(num_slots):
             if slots_RS[rank, slot] >= 0:
                 next_L[slots_RS[rank, slot]] += 1
-    divided = np.empty(load_L.size, dtype=np.int64)  # the experts that have tokens and several copies
-    end_of = np.empty(load_L.size, dtype=np.int64)
-    num_divided = num_places = 0
-    for expert in range(load_L.size):
+    divided = np.empty(load_L.size + 1, dtype=np.int64)  # the experts that have tokens and several copies
+    end_of = np.empty(load_L.size + 1, dtype=np.int64)
+    num_divided = num_places = np.int64(0)
+    for expert in range(load_L.size):  # here and below what is not wanted is written, too, and then overwritten
         copies = next_L[expert]
-        next_L[expert] = -1
-        if copies > 1 and load_L[expert] > 0:
-            next_L[expert] = num_places
-            num_places += copies
-            divided[num_divided], end_of[num_divided] = expert, num_places
-            num_divided += 1
-    rank_of = np.empty(num_places, dtype=np.int64)  # the copies of each of these
+        is_divided = (copies > 1) & (load_L[expert] > 0)
+        next_L[expert] = num_places if is_divided else -1
+        num_places += copies if is_divided else 0
+        divided[num_divided], end_of[num_divided] = expert, num_places
+        num_divided += is_divided
+    rank_of = np.empty(num_places + 1, dtype=np.int64)  # the copies of each of these
     slot_of, quota_of = np.empty_like(rank_of), np.empty_like(rank_of)
     for rank in range(num_ranks):
         for slot in range(num_slots):
-            expert = slots_RS[rank, slot]
-            if expert >= 0 and next_L[expert] >= 0:
-                place = next_L[expert]
-                rank_of[place], slot_of[place], quota_of[place] = rank, slot, quota_RS[rank, slot]
-                next_L[expert] += 1
+            expert = max(slots_RS[rank, slot], 0)
+            place = next_L[expert]
+            is_divided = (slots_RS[rank, slot] >= 0) & (place >= 0)
+            next_L[expert] = place + is_divided
+            place = place if is_divided else num_places
+            rank_of[place], slot_of[place], quota_of[place] = rank, slot, quota_RS[rank, slot]
     speed_R = np.empty(num_ranks)
     for rank in range(num_ranks):
         speed_R[rank] = 1.0 / weight_R[rank]

@@ -18,12 +18,11 @@ def grow_tree(load_L, level_R=None, node_R=None, depth=0.6):
         level_R = np.full(ranks, -(-load_L.sum() // ranks))
     node_R = np.arange(ranks) // 8 if node_R is None else node_R
     slots_RS = np.stack([np.arange(ranks), np.full(ranks, -1)], axis=1)
-    quota_RS, left_L, tokens_R = np.zeros_like(slots_RS), np.empty_like(load_L), np.empty_like(load_L)
+    quota_RS, tokens_R = np.zeros_like(slots_RS), np.empty_like(load_L)
     spill(
-        load_L, load_L // 10, slots_RS[:, :1], level_R, node_R, np.int64(1), depth, slots_RS[:, 1:], quota_RS[:, 1:],
-        left_L, tokens_R,
+        load_L, load_L // 10, slots_RS[:, :1], level_R, node_R, np.int64(1), depth, slots_RS[:, 1:], quota_RS[:, :1],
+        quota_RS[:, 1:], tokens_R,
     )  # fmt: skip
-    quota_RS[:, 0] = left_L
     return slots_RS, level_R, node_R, quota_RS
 
 

@@ -20,9 +20,10 @@ def run_spill(load_L, own_RN, slots, spread_L=None, level_R=None, node_R=None, l
     slots_RS, quota_RS = np.full((2, ranks + 1, len(own_RN[0]) + slots + 1), 99)
     slots_RS[:-1, : len(own_RN[0])] = own_RN
     own_RN, held_RE = np.split(slots_RS[:-1, :-1], [len(own_RN[0])], axis=1)
-    quota_RE = quota_RS[:-1, own_RN.shape[1] : -1]
+    left_RN, quota_RE = np.split(quota_RS[:-1, :-1], [own_RN.shape[1]], axis=1)
     left_L, tokens_R = np.full(load_L.size, 99), np.full(ranks, 99)
-    spill(load_L, spread_L, own_RN, level_R, node_R, np.int64(least), depth, held_RE, quota_RE, left_L, tokens_R)
+    spill(load_L, spread_L, own_RN, level_R, node_R, np.int64(least), depth, held_RE, left_RN, quota_RE, tokens_R)
+    left_L[own_RN] = left_RN
     for around in (slots_RS, quota_RS):  # nothing outside is overwritten
         assert (around[:, -1] == 99).all()
         assert (around[-1] == 99).all()
