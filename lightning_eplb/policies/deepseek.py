@@ -129,7 +129,7 @@ class DeepSeekPolicy(Policy):
         self._has_warned = False
 
     def warm_up(self, placement: ExpertPlacement) -> None:
-        """Compile what weighs copies. Whether groups and experts go together is said here, not at the first decision."""
+        """Compile what weighs copies. Whether groups and experts go together is said now, not at the first decision."""
         check_groups(self.num_groups, placement)
         small = ExpertPlacement.initial(1, 2, 2, 2)
         _without_idle_copies(small, np.ones((1, 2), dtype=np.int64), Topology.even(2), 1.0)
