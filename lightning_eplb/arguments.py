@@ -10,6 +10,13 @@ def check_whole_numbers(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number, an int")
 
 
+def check_switches(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is neither true nor false: any string but an empty one counts."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def check_steps(**arguments: Any) -> None:
     """Raise ``ValueError`` for the first argument that is no number of optimizer steps."""
     check_whole_numbers(**arguments)

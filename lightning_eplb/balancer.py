@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eplb.arguments import check_redundancy, check_steps
+from lightning_eplb.arguments import check_redundancy, check_steps, check_switches
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.forecast import forecast
 from lightning_eplb.functional import balancedness, rank_tokens
@@ -87,6 +87,7 @@ class ExpertLoadBalancer:
     ) -> None:
         check_steps(window_size=window_size, step_interval=step_interval)
         check_redundancy(redundancy, min_tokens_per_copy)
+        check_switches(use_async=use_async)
         self._modules = list(expert_layers(model))
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")

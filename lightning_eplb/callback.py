@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.arguments import check_redundancy, check_steps, check_whole_numbers
+from lightning_eplb.arguments import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
@@ -107,6 +107,7 @@ class EPLBCallback(Callback):
         check_redundancy(redundancy, min_tokens_per_copy)
         check_steps(window_size=window_size, step_interval=step_interval)
         check_whole_numbers(num_redundant_experts=num_redundant_experts)
+        check_switches(use_async=use_async)
         if ep_size is not None:
             check_whole_numbers(ep_size=ep_size)
         if num_redundant_experts < 0:

@@ -487,7 +487,11 @@ def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Worke
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"redundancy": "always"}, "redundancy='always' must be"), ({"min_tokens_per_copy": 0}, "min_tokens_per_copy=0")],
+    [
+        ({"redundancy": "always"}, "redundancy='always' must be"),
+        ({"min_tokens_per_copy": 0}, "min_tokens_per_copy=0"),
+        ({"use_async": 1}, "use_async=1 must be True or False"),
+    ],
 )
 def test_redundancy_that_is_none_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

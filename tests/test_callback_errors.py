@@ -45,6 +45,7 @@ from tests.workers import Workers
         ({"window_size": True}, "window_size=True must be a whole number"),
         ({"step_interval": float("inf")}, "step_interval=inf must be a whole number"),
         ({"trace": "."}, r"trace='\.' is a folder; name a file, such as './trace\.npy'"),
+        ({"use_async": "no"}, "use_async='no' must be True or False"),
         ({"policy": "balanced"}, "policy='balanced' must be a lightning_eplb.Policy"),
     ],
 )
