@@ -11,7 +11,7 @@ def check_whole_numbers(**arguments: Any) -> None:
 
 
 def check_switches(**arguments: Any) -> None:
-    """Raise ``ValueError`` for the first argument that is neither true nor false: any string but an empty one counts."""
+    """Raise ``ValueError`` for the first argument that is neither ``True`` nor ``False``."""
     for name, value in arguments.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")

@@ -493,7 +493,7 @@ def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Worke
         ({"use_async": 1}, "use_async=1 must be True or False"),
     ],
 )
-def test_redundancy_that_is_none_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertLoadBalancer(Model(), **arguments)
     with pytest.raises(ValueError, match=message):
