@@ -265,7 +265,7 @@ class EPLBCallback(Callback):
         # Who wants no progress bar wants no table either.
         if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._summary.last:
             title = f"Expert load after {self.balancer.num_steps:,} optimizer steps"
-            print_table(title, self._summary.rows(self.balancer))
+            print_table(title, self._summary.rows(self.balancer), trainer.progress_bar_callback)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

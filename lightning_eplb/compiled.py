@@ -1,6 +1,7 @@
 """How the integer loops of planning are compiled."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     step does with them.
     """
     return _compile(function, forceinline=True)
+
+
+def will_be_kept(loop: Callable[..., Any]) -> bool:
+    """Whether no process has compiled this loop yet, and what this one compiles is kept for the next."""
+    place = next((path for path in (FOLDER, *FOLDER.parents) if path.exists()), FOLDER)
+    return os.access(place, os.W_OK) and not any(FOLDER.rglob(f"*.{loop.__name__}-*.nbi"))
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from collections import deque
 
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_eplb.balancer import ExpertLoadBalancer
@@ -44,10 +45,17 @@ class FitSummary:
         ]
 
 
-def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
-    """To the terminal, as Lightning's own callbacks do: with rich where it is installed. On rank 0."""
+def print_table(title: str, rows: list[tuple[str, str, str]], bar: ProgressBar | None = None) -> None:
+    """To the terminal, as Lightning's own callbacks do: with rich where it is installed. On rank 0.
+
+    Args:
+        title: Above the table.
+        rows: As :meth:`FitSummary.rows` gives them.
+        bar: Where it is rich's and still drawn, the table stands above it.
+    """
     try:
         from rich.console import Console
+        from rich.progress import Progress
         from rich.table import Table
     except ImportError:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -59,4 +67,6 @@ def print_table(title: str, rows: list[tuple[str, str, str]]) -> None:
         table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
-    Console().print(table)
+    progress = getattr(bar, "progress", None)
+    console = progress.console if isinstance(progress, Progress) else Console()
+    console.print(table)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
+from rich.console import Console
+from rich.progress import Progress
 
 from lightning_eplb import EPLBCallback, ExpertPlacement
 from lightning_eplb.logging.rearrangement import report_rearrangement
@@ -76,6 +78,16 @@ def test_without_a_bar_there_is_no_table(workers: Workers) -> None:
     (output, _, log), _ = workers.run(2, train, False)
     assert "Expert load" not in output
     assert "step 1: " in log
+
+
+def test_a_table_stands_above_a_bar_of_rich_that_is_still_drawn() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(console=console) as progress:
+        progress.add_task("steps")
+        print_table("Expert load", ROWS, SimpleNamespace(progress=progress))  # type: ignore[arg-type]
+    assert isinstance(console.file, io.StringIO)
+    drawn = console.file.getvalue()
+    assert 0 < drawn.index("balancedness") < drawn.rindex("steps")
 
 
 def test_without_rich_it_is_plain_text(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
