@@ -108,9 +108,7 @@ class BalancedPolicy(Policy):
         """Compile what a plan needs, by planning for a small layer."""
         check_groups(self.num_groups, placement)
         if will_be_kept(plan_layers):
-            rank_zero_info(
-                "BalancedPolicy is compiled now, in about 40 seconds; the next run finds it compiled"
-            )
+            rank_zero_info("BalancedPolicy is compiled now, in about 40 seconds; the next run finds it compiled")
         small = ExpertPlacement.initial(1, 4, 2, 2)
         BalancedPolicy(split=self.split)._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
 
