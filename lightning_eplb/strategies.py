@@ -10,7 +10,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
-from lightning_eplb.arguments import check_whole_numbers
+from lightning_eplb.arguments import check_switches, check_whole_numbers
 from lightning_eplb.consolidate import is_distributed_checkpoint
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
@@ -61,6 +61,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         check_whole_numbers(replicate_size=replicate_size)
+        check_switches(save_distributed_checkpoint=save_distributed_checkpoint)
         if ep_size is not None:
             check_whole_numbers(ep_size=ep_size)
         if ep_size is not None and ep_size < 1:

@@ -57,6 +57,8 @@ def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> N
 def test_arguments_that_fit_no_strategy() -> None:
     with pytest.raises(ValueError, match="ep_size='2' must be a whole number"):
         ExpertParallelStrategy(ep_size="2")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="save_distributed_checkpoint='no' must be True or False"):
+        ExpertParallelStrategy(save_distributed_checkpoint="no")  # type: ignore[arg-type]
 
 
 def fails_in_setup(arguments: dict[str, Any], more_callbacks: list[pl.Callback] | None = None, **trainer: Any) -> str:

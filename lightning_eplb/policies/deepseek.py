@@ -188,7 +188,7 @@ def _without_idle_copies(
 
     Args:
         planned: With copies.
-        load_YL: Of the window.
+        load_YL: Of the window. Layers without any stay as they are.
         topology: What the ranks can do.
         copy: Tokens that take as long as a copy's travel, over the window.
     """
@@ -205,8 +205,8 @@ def _without_idle_copies(
     received_YR, sent_YR = np.zeros((2, planned.num_layers, planned.num_ranks))
     np.add.at(received_YR, (layer_C, rank_C), 1)
     np.add.at(sent_YR, (layer_C, planned.primary_rank[layer_C, expert_C]), 1)
-    travel_Y = copy * np.maximum(received_YR, sent_YR).max(axis=1)  # ranks send and receive at once
-    is_bare_Y = bare_Y <= copied_Y + travel_Y
+    busiest_Y = np.maximum(received_YR, sent_YR).max(axis=1)  # ranks send and receive at once
+    is_bare_Y = load_YL.any(axis=1) & ((bare_Y - copied_Y) / np.maximum(busiest_Y, 1) <= copy)
     return planned.with_slots(np.where(is_bare_Y[:, None, None], bare_YRS, planned.by_rank))
 
 

@@ -174,7 +174,7 @@ def survey(load_L, spread_L, own_RN, level_R, node_R, is_one):
         num_nodes = max(num_nodes, node + 1)
     donors, claims = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
     takers, gaps = np.empty(num_ranks, dtype=np.int64), np.full(64 * (num_ranks // 64 + 1), -1)
-    near = np.zeros((num_nodes, (num_ranks + 63) // 64), dtype=np.uint64)
+    near = np.zeros((num_nodes, num_ranks // 64 + 1), dtype=np.uint64)
     num_donors = num_takers = np.int64(0)
     least_offer = mean
     margin_spreads = SPREADS_OF_ONE if is_one else MARGIN_SPREADS
@@ -252,7 +252,7 @@ def grow_tree(seen, own_RN, level_R, node_R, least, depth, is_one, held_RE, left
     claims = np.int64(0)
     for index in range(num_donors):
         claims += claims_R[index]
-    unused = np.zeros((num_ranks + 63) // 64, dtype=np.uint64)  # takers that have no copy yet, a bit for each
+    unused = np.zeros(num_ranks // 64 + 1, dtype=np.uint64)  # takers that have no copy yet, a bit for each
     for word in range(num_takers >> 6):
         unused[word] = ~np.uint64(0)
     unused[num_takers >> 6] |= (np.uint64(1) << np.uint64(num_takers & 63)) - np.uint64(1)

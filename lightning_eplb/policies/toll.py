@@ -147,7 +147,8 @@ def drop_copies(
     most = count_copies(slots_RS, num_primaries, owner_L, sent_R, received_R)
     while most > 0:
         most -= max(most // 5, 1)  # by so much at once, or a thousand copies would have to be judged one by one
-        most = min(most, np.int64(max(min(limit, lowest) - enough, 0.0) / copy))
+        affordable = max(min(limit, lowest) - enough, 0.0) / copy  # may be more than int64 holds
+        most = np.int64(min(np.float64(most), affordable))
         thin_out(trial_RS, num_primaries, owner_L, most, sent_R, received_R, trial_quota_RS, trial_tokens_R)
         if is_even:
             even_quotas(load_L, trial_RS, trial_quota_RS, trial_tokens_R)

@@ -1,3 +1,4 @@
+import sys
 import warnings
 
 import numpy as np
@@ -173,6 +174,18 @@ def test_policy_leaves_out_copies_that_cost_more_than_they_bring(copy, num_copie
     assert (planned.by_rank[:, :, :2] == published.by_rank[:, :, :2]).all()
     if num_copies:
         assert (planned.by_rank[0] == published.by_rank[0]).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("costs", [Costs(1.0), Costs(1.0, copy=float("inf")), Costs(sys.float_info.min, copy=1.0)])
+@pytest.mark.parametrize("num_redundant", [0, 4])
+def test_policy_leaves_layers_without_tokens_as_they_are(costs, num_redundant):
+    load_YL = np.array([[0] * 8, [7] * 8])
+    before = ExpertPlacement.initial(2, 8, 4, num_redundant)
+    outlook = Outlook(load_YL, 1, plain_mean(load_YL), 1, costs)
+    planned = DeepSeekPolicy().look_ahead(outlook, before, Topology.even(4))
+    assert (planned.by_rank[0] == before.by_rank[0]).all()
+    assert (planned.by_rank[1, :, 2:] == -1).all()
 
 
 def test_policy_weighs_copies_by_what_ranks_can_do():

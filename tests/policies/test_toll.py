@@ -176,6 +176,15 @@ def test_a_level_layer_loses_the_copies_that_it_started_with(split):
 
 
 @BOTH
+@pytest.mark.parametrize("copy", [1e-12, 1e-25, 5e-324])
+def test_a_copy_that_costs_next_to_nothing_is_as_one_that_costs_little(split, copy):
+    load_YL = np.random.default_rng(0).integers(1, 10**6, (1, 32))
+    before = ExpertPlacement.initial(1, 32, 4, 8)
+    cheap, cheaper = (plan(load_YL, before, Costs(1.0, 1e9, 1e9, copy=each), split) for each in (1e-6, copy))
+    assert num_copies(cheaper) == num_copies(cheap) > 0
+
+
+@BOTH
 @pytest.mark.parametrize(("copy", "is_added", "is_kept"), [(1.30, 1, 1), (1.36, 0, 1), (1.68, 0, 1), (1.74, 0, 0)])
 def test_a_copy_must_save_an_eighth_more_than_it_costs_to_be_added_and_as_much_less_to_be_dropped(
     split, copy, is_added, is_kept
