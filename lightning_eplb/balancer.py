@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_eplb.arguments import check_redundancy, check_steps, check_switches
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
-from lightning_eplb.forecast import forecast
-from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
@@ -24,7 +23,6 @@ from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
-from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
@@ -145,7 +143,8 @@ class ExpertLoadBalancer:
         self._speed: Speed | None = None
         self._first_step_is_done = False
         self._has_warned = False
-        self._warm_up()
+        dispatch.warm_up()
+        self._maker.warm_up(self.placement)
         self.record(True)
 
     @property
@@ -458,17 +457,6 @@ class ExpertLoadBalancer:
             dist.all_reduce(counts, group=self.groups.control)
             counts //= self.groups.size  # each rank of an EP group gave that group's counts
         return counts
-
-    def _warm_up(self) -> None:
-        """Compile now what would otherwise be compiled in the first decision."""
-        forecast(np.ones((8, 1, 2), dtype=np.int64))
-        choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
-        load_YL = np.ones((self.placement.num_layers, self.placement.num_logical_experts), dtype=np.int64)
-        rank_tokens(load_YL, self.placement)
-        balancedness(level_tokens(load_YL, self.placement.by_rank))
-        dispatch.warm_up()
-        if self.groups.size > 1:
-            self.policy.warm_up(self.placement)
 
     def _surroundings(self, with_gradients: bool) -> Surroundings:
         costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)

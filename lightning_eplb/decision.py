@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_eplb.agreement import check_successor, decided_by_rank_zero
+from lightning_eplb.compiled import will_be_kept
 from lightning_eplb.forecast import Forecast, forecast
-from lightning_eplb.functional import balancedness
+from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import Costs, Outlook, Policy, Topology
+from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
+from lightning_eplb.policies.balanced import plan_layers
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import level_tokens, rank_weights
 from lightning_eplb.relocation.plan import plan_relocation
@@ -67,6 +70,22 @@ class DecisionMaker:
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)
         self.forecast_error: float | None = None
         """How far off the forecast of the last whole interval was; 0 is exact."""
+
+    def warm_up(self, placement: ExpertPlacement) -> None:
+        """Compile now what would otherwise be compiled in the first decision. On every rank; no rank waits for another.
+
+        Args:
+            placement: Where experts are.
+        """
+        forecast(np.ones((8, 1, 2), dtype=np.int64))
+        choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
+        load_YL = np.ones((placement.num_layers, placement.num_logical_experts), dtype=np.int64)
+        rank_tokens(load_YL, placement)
+        balancedness(level_tokens(load_YL, placement.by_rank))
+        if self._groups.size > 1:
+            if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layers):
+                rank_zero_info("the planner is compiled now, in about 40 seconds; the next run finds it compiled")
+            self.policy.warm_up(placement)
 
     def note(self, load_YL: Tensor) -> None:
         """Compare the latest forecast with this load of a step, too."""

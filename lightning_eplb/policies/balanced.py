@@ -7,10 +7,9 @@ import warnings
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_eplb.arguments import check_whole_numbers
-from lightning_eplb.compiled import compiled, will_be_kept
+from lightning_eplb.compiled import compiled
 from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
@@ -107,8 +106,6 @@ class BalancedPolicy(Policy):
     def warm_up(self, placement: ExpertPlacement) -> None:
         """Compile what a plan needs, by planning for a small layer."""
         check_groups(self.num_groups, placement)
-        if will_be_kept(plan_layers):
-            rank_zero_info("BalancedPolicy is compiled now, in about 40 seconds; the next run finds it compiled")
         small = ExpertPlacement.initial(1, 4, 2, 2)
         BalancedPolicy(split=self.split)._plan(plain_mean(np.array([[8, 4, 2, 1]]) << 20), small, Topology.even(2))
 

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.policies.level import must_exceed
+from lightning_eplb.policies.excess import must_exceed
 from lightning_eplb.policies.split import level_tokens, rank_weights
 
 
