@@ -51,34 +51,43 @@ def check_successor(decided: Any, before: ExpertPlacement) -> ExpertPlacement:
     return decided
 
 
-def compare_digests(
-    before: ExpertPlacement,
-    after: ExpertPlacement,
-    moved: Mapping[int, Sequence[Tensor]],
-    groups: ExpertGroups,
-    agrees: bool = True,
-) -> bool:
-    """Make sure that all ranks would move the same rows. All ranks of the default group must call this.
+class Agreement:
+    """Makes sure that all ranks would move the same rows. All ranks of the default group make it, and :meth:`wait`.
+
+    What this rank would do travels from when this is made; until it is waited for, the host can prepare to do it.
 
     Args:
         moved: The tensors that are to move, by layer.
         agrees: This rank's word on something else.
-
-    Returns:
-        Whether all ranks agree to that.
-
-    Raises:
-        RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes.
     """
-    signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
-    mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
-    digest = torch.frombuffer(bytearray([*mine, agrees]), dtype=torch.uint8)
-    digests = [torch.empty_like(digest) for _ in range(groups.world_size)]
-    dist.all_gather(digests, digest, group=groups.control)
-    odd = [rank for rank, other in enumerate(digests) if not torch.equal(other[:-1], digests[0][:-1])]
-    if odd:
-        raise RuntimeError(
-            f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
-            " nothing was moved"
-        )
-    return all(bool(other[-1]) for other in digests)
+
+    def __init__(
+        self,
+        before: ExpertPlacement,
+        after: ExpertPlacement,
+        moved: Mapping[int, Sequence[Tensor]],
+        groups: ExpertGroups,
+        agrees: bool = True,
+    ) -> None:
+        signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
+        mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
+        self._word = torch.frombuffer(bytearray([*mine, agrees]), dtype=torch.uint8)
+        self._words = [torch.empty_like(self._word) for _ in range(groups.world_size)]
+        self._work = dist.all_gather(self._words, self._word, group=groups.control, async_op=True)
+
+    def wait(self) -> bool:
+        """Whether all ranks agree to that something else.
+
+        Raises:
+            RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes.
+        """
+        assert self._work is not None
+        self._work.wait()
+        digests, agreed = zip(*((bytes(word[:-1].tolist()), bool(word[-1])) for word in self._words), strict=True)
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise RuntimeError(
+                f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
+                " nothing was moved"
+            )
+        return all(agreed)

@@ -139,13 +139,13 @@ class DecisionMaker:
             ValueError: On every rank, if the policy raised or no placement came out that can follow.
         """
 
-        def decide() -> tuple[list[list[int]], tuple[float, ...] | None, int]:
+        def decide() -> tuple[np.ndarray, tuple[float, ...] | None, int]:
             topology = Topology(self._groups.node_of_rank, surroundings.capacity)
             decided = self.policy.look_ahead(outlook, before, topology) if outlook is not None else goal
             decided = check_successor(decided, before)
             if self._copies_by_batch:
                 decided = decided.without_copies()  # a plan's are those of a mean batch
-            return decided.physical_to_logical.tolist(), topology.capacity, surroundings.most_bytes
+            return decided.physical_to_logical, topology.capacity, surroundings.most_bytes
 
         source = "rearrange()" if outlook is None else f"{type(self.policy).__name__}.rearrange()"
         slots_YP, capacity, most_bytes = decided_by_rank_zero(decide, source, self._groups)

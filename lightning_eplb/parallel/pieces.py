@@ -1,5 +1,6 @@
 """Rows that lie apart in memory, packed into buffers and put back: in few launches, without a wait for the device."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -109,23 +110,23 @@ class AddressedPieces(Pieces):
     def __init__(self, stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> None:
         super().__init__(stacks, rows, windows, word)
         self._words = {i: [_aligned(tensor, word) for tensor in stack] for i, stack in enumerate(stacks)}
-        columns = [(*part, place.start) for window in windows for part, place in in_buffer(window)]
         self._widths = [sum(stop - start for _, start, stop in window) for window in windows]
         self._widest = [max(stop - start for _, start, stop in window) for window in windows]
-        self._of_window = np.cumsum([0, *(len(window) for window in windows)]) * len(rows)
-        stack_Q, start_Q, stop_Q, place_Q = np.array(columns, dtype=np.int64).reshape(-1, 4).T
-        buffer_width_Q = np.repeat(self._widths, [len(window) for window in windows])
-        num_rows, chosen_N = [len(stack[0]) for stack in stacks], rows.numpy()
-        address_KN = np.stack(
-            [
-                np.array([words.data_ptr() for words in self._words[i]])[chosen_N // num_rows[i]]
-                + chosen_N % num_rows[i] * _row_bytes(stack[0])
-                for i, stack in enumerate(stacks)
-            ]
-        )
+        self._of_window = [0, *itertools.accumulate(len(window) * len(rows) for window in windows)]
+        columns = [
+            (*part, place.start, width)
+            for window, width in zip(windows, self._widths, strict=True)
+            for part, place in in_buffer(window)
+        ]
+        stack_Q, start_Q, stop_Q, place_Q, width_Q = np.array(columns, dtype=np.int64).reshape(-1, 5).T
+        chosen_N = rows.numpy()
+        tensor_N, row_N = np.divmod(chosen_N, len(stacks[0][0]))
+        start_KY = np.array([[words.data_ptr() for words in of_stack] for of_stack in self._words.values()])
+        row_bytes_K = np.array([_row_bytes(stack[0]) for stack in stacks])
+        address_KN = start_KY[:, tensor_N] + row_N * row_bytes_K[:, None]
         table_3QN = np.empty((3, len(columns), len(chosen_N)), dtype=np.int64)
         table_3QN[0] = address_KN[stack_Q] + start_Q[:, None] * word
-        table_3QN[1] = place_Q[:, None] + np.arange(len(chosen_N)) * buffer_width_Q[:, None]
+        table_3QN[1] = place_Q[:, None] + np.arange(len(chosen_N)) * width_Q[:, None]
         table_3QN[2] = (stop_Q - start_Q)[:, None]
         self._device = stacks[0][0].device
         self._table = to_device(table_3QN.reshape(3, -1), self._device)
@@ -141,7 +142,7 @@ class AddressedPieces(Pieces):
     def _copy(self, buffer: Tensor, window: int, into_buffer: bool, is_alone: bool) -> None:
         from lightning_eplb.parallel.kernels import copy_pieces
 
-        pieces = slice(int(self._of_window[window]), int(self._of_window[window + 1]))
+        pieces = slice(self._of_window[window], self._of_window[window + 1])
         copy_pieces(self._table, pieces, self._widest[window], buffer, into_buffer, is_alone)
 
 

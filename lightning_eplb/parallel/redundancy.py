@@ -114,7 +114,7 @@ class CopiesUnderway:
             self.groups.exchange,
             COPY_STAGING_BYTES,
             is_taken=True,
-        )
+        ).send()
 
     def receive(self, ticket: Tensor) -> list[Tensor]:
         """Wait for the weights: for each parameter those of this rank's copies, in the order of arrival."""
@@ -126,7 +126,7 @@ class CopiesUnderway:
         home = self.routes.out.arriving_in_order.reverse
         self.underway = RowsUnderway(
             [[grad] for grad in grads], home, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True
-        )
+        ).send()
 
     def add_home(self, grad_of: dict[int, Tensor]) -> None:
         """Wait for the copies' gradients and add each to its primary's, in place."""

@@ -89,14 +89,14 @@ class Route:
 
 
 class RowsUnderway:
-    """Rows that were sent off when this was made. All ranks of ``group`` make it, and then ask once, by a method.
+    """Rows on their way. All ranks of ``group`` make it and :meth:`send`; then they ask for the rows once, by a method.
 
     Wide rows travel in chunks of columns; stacks share one.
 
     Args:
         sources: Stacks: tensors of equal length and row shape one upon another, whose rows the route counts on from
-            one to the next. All stacks have as many rows. On every rank they are as many, of the same shapes and
-            dtypes. They must stay as they are until the rows have arrived.
+            one to the next. All stacks have as many tensors and rows. On every rank they are as many, of the same
+            shapes and dtypes. They must stay as they are until the rows have arrived.
         route: What goes where.
         group: The ranks of the route.
         max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk, as no more than
@@ -136,8 +136,12 @@ class RowsUnderway:
             self._sent = pieces_of(self._sources, route.send_rows, self._windows, self._word)
         self._num_sent = 0
         self._chunks: deque[_Chunk] = deque()
-        for _ in range(len(self._windows) if is_behind else 2):
+
+    def send(self) -> "RowsUnderway":
+        """Send the first rows off, or all of them behind training."""
+        for _ in range(len(self._windows) if self._is_behind else 2):
             self._send_next()
+        return self
 
     def discard(self) -> None:
         """Let what is under way arrive, and drop it."""
@@ -145,22 +149,28 @@ class RowsUnderway:
         while self._chunks:
             self._chunks.popleft().work.wait()
 
-    def write(self, targets: "Sequence[Stack]") -> None:
-        """Wait for the rows and put each where the route says, in place.
-
-        Within a chunk every row is read before one is written, so ``targets`` may be the sources: rows can change
-        places without a second copy of the tensors.
+    def aim(self, targets: "Sequence[Stack]") -> "RowsUnderway":
+        """Say where :meth:`write` puts the rows: the host prepares it here, and waits for nothing.
 
         Args:
             targets: A stack for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
-                count them.
+                count them. They may be the sources.
         """
         if self._windows:
             targets = [[tensor.detach() for tensor in stack] for stack in targets]
-            written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
+            self._written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
+        return self
+
+    def write(self) -> None:
+        """Wait for the rows and put each where the route and :meth:`aim` say, in place.
+
+        Within a chunk every row is read before one is written: rows can change places without a second copy of the
+        tensors.
+        """
+        if self._windows:
             for chunk in self._arrivals():
-                written.scatter(chunk.received, chunk.window, is_alone=self._is_behind or not self._chunks)
-            written.finish()
+                self._written.scatter(chunk.received, chunk.window, is_alone=self._is_behind or not self._chunks)
+            self._written.finish()
 
     def take(self) -> list[Tensor]:
         """Wait for the rows and return them, for each of the stacks, in the order in which they arrived."""
@@ -221,9 +231,10 @@ def exchange_rows(
 ) -> None:
     """Write the rows that other ranks send along ``route`` into ``targets``, in place. All ranks of ``group`` call it.
 
-    For the arguments see :class:`RowsUnderway` and its ``write``; ``targets`` may be ``sources``.
+    For the arguments see :class:`RowsUnderway` and its ``aim``; ``targets`` may be ``sources``.
     """
-    RowsUnderway([[source] for source in sources], route, group, max_bytes).write([[target] for target in targets])
+    underway = RowsUnderway([[source] for source in sources], route, group, max_bytes).send()
+    underway.aim([[target] for target in targets]).write()
 
 
 def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:

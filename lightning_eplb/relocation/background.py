@@ -13,7 +13,7 @@ from lightning_eplb.relocation.gradients import GradientsUnderway
 from lightning_eplb.relocation.plan import LayerMoves
 
 BACKGROUND_BYTES = 256 * 2**20
-"""What a rank's send buffers, and its receive buffers, hold at most; a single layer may need more."""
+"""A rank's send buffers, and its receive buffers, hold no more than this and a layer's rows."""
 
 
 class BackgroundRelocation:
@@ -28,7 +28,7 @@ class BackgroundRelocation:
         plan: The moves, layer by layer.
         groups: Of the layers.
         group: The same ranks as ``groups.exchange``; nothing else travels on it.
-        most_bytes: What the fullest rank sends or receives between two optimizer steps, at most; a layer at least.
+        most_bytes: Between two optimizer steps no layer more is sent once the fullest rank sends or receives so many.
             The same on all ranks.
     """
 
@@ -64,32 +64,50 @@ class BackgroundRelocation:
             layer in self._gradients and self._gradients[layer].is_current for layer in self.layers_underway
         )
 
-    def start(
-        self, tensors_of: Callable[[int], list[Tensor]], parameters_of: Callable[[int], list[nn.Parameter]]
-    ) -> None:
-        """Send off the next layers. Right after an optimizer step, and none before :meth:`finish`.
+    def prepare(self, tensors_of: Callable[[int], list[Tensor]]) -> None:
+        """Take the next layers, for :meth:`send`. Right after an optimizer step, and none before :meth:`finish`.
 
         Args:
             tensors_of: A layer's weights and optimizer state, see :func:`~.exchange.tensors_to_move`.
-            parameters_of: A layer's parameters whose gradients autograd accumulates; none where FSDP does.
         """
         assert not self._underway
         room = self._most_bytes
         while self._waiting and (not self._underway or room > 0):
             layers = LayersUnderway(self._waiting, tensors_of, self._groups, self._group, room, is_behind=True)
             room -= layers.bytes_of_fullest
-            self.num_bytes += layers.num_bytes
             self._underway.append(layers)
+
+    def send(self, parameters_of: Callable[[int], list[nn.Parameter]]) -> None:
+        """Send off what was prepared, and from now on the gradients that come to be.
+
+        Args:
+            parameters_of: A layer's parameters whose gradients autograd accumulates; none where FSDP does.
+        """
+        for layers in self._underway:
+            layers.send()
+            self.num_bytes += layers.num_bytes
             for moves in layers.moves:
                 if parameters := parameters_of(moves.layer):
                     route = route_of([moves], len(local_shard(parameters[0])), self._groups)
                     self._gradients[moves.layer] = GradientsUnderway(parameters, route, self._group)
 
+    def aim(self, gradients: dict[int, list[Tensor]]) -> None:
+        """Prepare what the host can of :meth:`finish`; it waits for nothing, and nothing is put in place.
+
+        Args:
+            gradients: Those of each layer that is under way.
+        """
+        for layers in self._underway:
+            layers.aim()
+        if self.has_gradients:
+            for layer in self.layers_underway:
+                self._gradients[layer].aim(gradients[layer])
+
     def finish(self, gradients: dict[int, list[Tensor]], have_arrived: bool) -> list[int]:
         """Wait for the rows that were sent, and put them in place with their gradients. Before the optimizer steps.
 
         Args:
-            gradients: Those of each layer that is under way, as many and alike on all ranks.
+            gradients: Those that :meth:`aim` was told, as many and alike on all ranks.
             have_arrived: All ranks' :attr:`has_gradients`: no gradient has to travel now.
 
         Returns:
@@ -101,7 +119,7 @@ class BackgroundRelocation:
         self._underway = []
         if have_arrived:
             for moves in arrived:
-                self._gradients.pop(moves.layer).write(gradients[moves.layer])
+                self._gradients.pop(moves.layer).write()
                 row_bytes = sum(gradient[0].numel() * gradient.element_size() for gradient in gradients[moves.layer])
                 self.num_bytes += row_bytes * moves.num_rows_between_ranks
         self.forget_gradients()

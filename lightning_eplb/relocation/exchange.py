@@ -52,17 +52,18 @@ def route_of(layers: Sequence[LayerMoves], num_primaries: int, groups: ExpertGro
 
 
 class LayersUnderway:
-    """Layers whose primaries were sent off when this was made, all in the same collectives: few large ones are faster.
+    """Layers whose primaries move together, in the same collectives: few large ones are faster.
 
-    All ranks of ``group`` make it alike. The tensors must stay as they are until :meth:`put_in_place`.
+    All ranks of ``group`` make it alike, and :meth:`send`. The tensors must stay as they are from then on until
+    :meth:`put_in_place`.
 
     Args:
-        plan: Layers that wait; those that are sent are taken off its head.
+        plan: Layers that wait; those that this takes are taken off its head.
         tensors_of: Of a layer, its tensors as :func:`tensors_to_move` gives them: of the same shapes and dtypes on
             every rank.
         groups: Of the layers.
         group: What they travel on.
-        most_bytes: What the fullest rank sends or receives. No layer more is sent than fits, but one at least.
+        most_bytes: No layer more is taken once the fullest rank sends or receives so many.
         is_behind: Training goes on meanwhile.
     """
 
@@ -76,7 +77,7 @@ class LayersUnderway:
         is_behind: bool = False,
     ) -> None:
         self.moves: list[LayerMoves] = []
-        """Of the layers that were sent."""
+        """Of the layers that it took."""
         self.bytes_of_fullest = 0
         """What the rank sends or receives that does so most."""
         self.num_bytes = 0
@@ -89,7 +90,7 @@ class LayersUnderway:
             num_bytes = most_rows * row_bytes
             num_pieces += most_rows * len(tensors)
             if self.moves and (
-                self.bytes_of_fullest + num_bytes > most_bytes
+                self.bytes_of_fullest >= most_bytes
                 or num_pieces > MOST_VIEWS
                 or not _are_alike(tensors, tensors_of_layers[0])
             ):
@@ -98,20 +99,32 @@ class LayersUnderway:
             tensors_of_layers.append(tensors)
             self.bytes_of_fullest += num_bytes
             self.num_bytes += row_bytes * self.moves[-1].num_rows_between_ranks
-        self._sent: list[tuple[list[Stack], RowsUnderway]] = []
+        self._parts: list[tuple[list[Stack], RowsUnderway]] = []
         stacks = list(zip(*tensors_of_layers, strict=True))
         if stacks:
             route = route_of(self.moves, len(stacks[0][0]), groups)
             with torch.no_grad():
-                self._sent = [
+                self._parts = [
                     (part, RowsUnderway(part, route, group, is_behind=is_behind)) for part in _by_device(stacks)
                 ]
 
-    def put_in_place(self) -> None:
-        """Wait for the rows, and put them in place."""
+    def send(self) -> None:
+        """Send the rows off."""
         with torch.no_grad():
-            for stacks, rows in self._sent:
-                rows.write(stacks)
+            for _, rows in self._parts:
+                rows.send()
+
+    def aim(self) -> None:
+        """Prepare what the host can of :meth:`put_in_place`; it waits for nothing."""
+        with torch.no_grad():
+            for stacks, rows in self._parts:
+                rows.aim(stacks)
+
+    def put_in_place(self) -> None:
+        """Wait for the rows, and put them where :meth:`aim` was told."""
+        with torch.no_grad():
+            for _, rows in self._parts:
+                rows.write()
 
 
 def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Tensor]], groups: ExpertGroups) -> int:
@@ -131,9 +144,11 @@ def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Te
     num_bytes, waiting, before = 0, deque(plan), None
     while waiting:
         underway = LayersUnderway(waiting, tensors_of, groups, groups.exchange)
+        underway.send()
         num_bytes += underway.num_bytes
         if before is not None:
             before.put_in_place()
+        underway.aim()
         before = underway
     if before is not None:
         before.put_in_place()

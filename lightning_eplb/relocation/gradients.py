@@ -41,10 +41,15 @@ class GradientsUnderway:
             grad is sent and sent._version == version for grad, (sent, version) in zip(grads, self._sent, strict=True)
         )
 
-    def write(self, gradients: Sequence[Tensor]) -> None:
+    def aim(self, gradients: Sequence[Tensor]) -> None:
+        """Say what :meth:`write` writes to. The host prepares it, and waits for nothing."""
+        assert self._rows is not None
+        self._rows.aim([[gradient] for gradient in gradients])
+
+    def write(self) -> None:
         """Wait for those that were sent and put them in place."""
         assert self._rows is not None
-        self._rows.write([[gradient] for gradient in gradients])
+        self._rows.write()
         self.close()
 
     def close(self) -> None:
@@ -68,5 +73,6 @@ class GradientsUnderway:
         self._forget()
         grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         with torch.no_grad():
-            self._rows = RowsUnderway([[local_shard(grad)] for grad in grads], self._route, self._group, is_behind=True)
+            stacks = [[local_shard(grad)] for grad in grads]
+            self._rows = RowsUnderway(stacks, self._route, self._group, is_behind=True).send()
         self._sent = [(grad, grad._version) for grad in grads]

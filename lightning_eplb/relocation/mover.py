@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eplb.agreement import compare_digests
+from lightning_eplb.agreement import Agreement
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
@@ -91,7 +91,7 @@ class ExpertMover:
         start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        compare_digests(self.placement, after, moved, self.groups)
+        Agreement(self.placement, after, moved, self.groups).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_replicas
         self._capacity = capacity
@@ -111,14 +111,17 @@ class ExpertMover:
         start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
-        compare_digests(self.placement, after, moved, self.groups)
+        agreement = Agreement(self.placement, after, moved, self.groups)
+        relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
+        relocation.prepare(self._weights_and_state)
+        agreement.wait()
+        relocation.send(self._parameters_of_autograd)
+        self._relocation = relocation if plan else None
+        self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
         self._switch(after, [layer for layer in range(after.num_layers) if layer not in moved])
         self.seconds = time.perf_counter() - start
-        if plan:
-            self._relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
-            self.go_on()
 
     def go_on(self) -> None:
         """Right after an optimizer step: send the next layers off. Where no optimizer stepped, rows go on travelling.
@@ -138,10 +141,8 @@ class ExpertMover:
             self._relocation = None
         else:
             self._has_stepped = False
-            self._relocation.start(
-                lambda layer: self.tensors(layer, with_gradients=False),
-                lambda layer: parameters_of_autograd(self._modules[layer][1]),
-            )
+            self._relocation.prepare(self._weights_and_state)
+            self._relocation.send(self._parameters_of_autograd)
         self.seconds += time.perf_counter() - start
 
     def put_in_place(self) -> None:
@@ -155,10 +156,9 @@ class ExpertMover:
         start = time.perf_counter()
         layers = self._relocation.layers_underway
         gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in layers}
-        have_arrived = compare_digests(
-            self.placement, self._goal, gradients, self.groups, self._relocation.has_gradients
-        )
-        self._switch(self._goal, self._relocation.finish(gradients, have_arrived))
+        agreement = Agreement(self.placement, self._goal, gradients, self.groups, self._relocation.has_gradients)
+        self._relocation.aim(gradients)
+        self._switch(self._goal, self._relocation.finish(gradients, have_arrived=agreement.wait()))
         self.num_bytes = self._relocation.num_bytes * self.groups.num_replicas
         self.seconds += time.perf_counter() - start
 
@@ -172,6 +172,12 @@ class ExpertMover:
         if self._relocation is not None:
             self._relocation.forget_gradients()
         self._relocation = None
+
+    def _weights_and_state(self, layer_index: int) -> list[Tensor]:
+        return self.tensors(layer_index, with_gradients=False)
+
+    def _parameters_of_autograd(self, layer_index: int) -> list[nn.Parameter]:
+        return parameters_of_autograd(self._modules[layer_index][1])
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
         """Follow ``after`` in some layers, from the next forward on."""

@@ -77,7 +77,7 @@ def permute_stacks(max_bytes: int) -> None:
     mine = [tensor[rank * n : rank * n + n].clone() for tensor in whole]
     stacks = [[tensor[:1].clone(), tensor[1:].t().contiguous().t()] for tensor in mine]
     moves = permutation_moves(n, seed=5)
-    RowsUnderway(stacks, route_of(moves, rank, size), dist.group.WORLD, max_bytes).write(stacks)
+    RowsUnderway(stacks, route_of(moves, rank, size), dist.group.WORLD, max_bytes).send().aim(stacks).write()
     source_rank, source_row, target_rank, target_row = moves
     for stack, before in zip(stacks, whole, strict=True):
         expected = torch.empty_like(before)
@@ -173,7 +173,8 @@ def take_rows(max_bytes: int, alone: int) -> None:
     moves = torch.tensor([[2, 0, 1, 0], [1, 0, 0, 1], [1, 1, 2, 1], [0, 1, 0, 2]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows_module, "LEAST_ALONE_BYTES", alone)
-        underway = RowsUnderway([[source] for source in sources], route_of(moves, rank, 3), dist.group.WORLD, max_bytes)
+        stacks = [[source] for source in sources]
+        underway = RowsUnderway(stacks, route_of(moves, rank, 3), dist.group.WORLD, max_bytes).send()
     *taken, empty = underway.take()
     expected = {0: [], 1: [(0, 0), (0, 1), (2, 1)], 2: [(1, 0)]}[rank]
     for tensor, dtype in zip(taken, dtypes, strict=True):

@@ -42,7 +42,8 @@ def arrive(times: int) -> None:
         backward(parameters)
         assert underway.is_current
     grads = [parameter.grad for parameter in parameters]
-    underway.write(grads)  # type: ignore[arg-type]
+    underway.aim(grads)  # type: ignore[arg-type]
+    underway.write()
     mine, theirs = 1.0 + dist.get_rank(), 2.0 - dist.get_rank()
     assert torch.equal(grads[0], times * torch.tensor([[theirs] * WIDTH, [mine] * WIDTH]))
     assert torch.equal(grads[1], torch.full((ROWS,), float(times)))
