@@ -114,8 +114,12 @@ def plan_level(
     tokens_R = np.empty(num_ranks, dtype=np.int64)
     even_quotas(load_L, slots_RS, quota_RS, tokens_R)
     before = level_quotas(load_L, slots_RS, weight_R, FEW_SWEEPS, enough, SLOW, quota_RS, tokens_R)
-    if before > enough and before <= NEARLY_LEVEL * enough:
-        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, FAST, quota_RS, tokens_R)
+    if before > enough and (
+        before <= NEARLY_LEVEL * enough
+        or (has_toll and not must_exceed(load_L, slots_RS, num_primaries, weight_R, enough))
+    ):
+        slow = 0.0 if has_toll else FAST  # copies would come and go in turn if what was planned looked worse than it is
+        before = level_quotas(load_L, slots_RS, weight_R, SWEEPS - FEW_SWEEPS, enough, slow, quota_RS, tokens_R)
     stiff = np.int64(0)
     if has_copies and (before <= enough or has_toll):
         stiff = stiff_ranks(load_L, spread_L, slots_RS, quota_RS)
@@ -134,9 +138,11 @@ def plan_level(
             load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, before, enough, quota_RS,
             tokens_R,
         )  # fmt: skip
-        if best_peak < before:
+        if best_peak < before - gain:
             best_RS = trial_RS.copy()
             is_new = True
+        else:
+            best_peak = before
     lowest = best_peak - gain
     if has_copies:
         if not is_tried:

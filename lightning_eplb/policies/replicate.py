@@ -55,8 +55,8 @@ def sift_up(heap, place, key):
 def replicate(load_L, slots_RS, num_primaries, weight_R, least):
     """Fill the redundant slots from scratch: one copy after the other to the expert with the largest share.
 
-    With one slot a rank, the numbers of copies are improved then. At last each copy goes, the largest share first, to
-    the emptiest rank that has a slot and not this expert.
+    At last each copy goes, the largest share first, to the emptiest rank that has a slot and not this expert. With one
+    primary and one redundant slot on each of equal ranks, the numbers of copies are improved before.
     """
     num_ranks, num_slots = slots_RS.shape
     num_redundant = num_slots - num_primaries
@@ -77,8 +77,38 @@ def replicate(load_L, slots_RS, num_primaries, weight_R, least):
         share_L[expert] = load_L[expert] // copies_L[expert]
         sift_down(heap, size, share_L)
     if num_redundant == 1 and num_primaries == 1 and weight_R.min() == weight_R.max():
-        balance_counts(load_L, slots_RS[:, :num_primaries], least, copies_L, share_L)
-    deal(load_L, slots_RS, num_primaries, weight_R, copies_L, share_L)
+        ranks, copied = balance_counts(load_L, slots_RS[:, :num_primaries], least, copies_L, share_L)
+        deal_in_order(slots_RS, ranks, copied, copies_L)
+    else:
+        deal(load_L, slots_RS, num_primaries, weight_R, copies_L, share_L)
+
+
+@compiled
+def deal_in_order(slots_RS, ranks, copied, copies_L):
+    """As :func:`deal`, where ranks hold one primary and have one redundant slot.
+
+    Args:
+        slots_RS: The redundant slots are empty.
+        ranks: The emptiest first.
+        copied: The experts that have copies, the smallest share first.
+        copies_L: How many, the primary among them.
+    """
+    next_place, passed = 0, np.int64(-1)  # the owner of the expert whose turn it was
+    for index in range(copied.size - 1, -1, -1):
+        expert = copied[index]
+        for _ in range(copies_L[expert] - 1):
+            rank = passed
+            if rank >= 0 and slots_RS[rank, 0] != expert:
+                passed = np.int64(-1)
+            else:
+                if next_place < ranks.size and slots_RS[ranks[next_place], 0] == expert:
+                    passed = ranks[next_place]
+                    next_place += 1
+                if next_place == ranks.size:
+                    return
+                rank = ranks[next_place]
+                next_place += 1
+            slots_RS[rank, 1] = expert
 
 
 @compiled
@@ -129,18 +159,18 @@ def deal(load_L, slots_RS, num_primaries, weight_R, copies_L, share_L):
 
 
 @inlined
-def settle(items, at, size, key, item):
-    """Restore the order of a list, the smallest ``key[item]`` first, after the item's key changed."""
-    place, value = at[item], key[item]
-    while place > 0 and key[items[place - 1]] > value:
-        items[place] = items[place - 1]
+def settle(items, keys, at, size, item, key):
+    """Restore the order of a list, the smallest of ``keys`` first, with another key for an item."""
+    place = at[item]
+    while place > 0 and keys[place - 1] > key:
+        items[place], keys[place] = items[place - 1], keys[place - 1]
         at[items[place]] = place
         place -= 1
-    while place + 1 < size and key[items[place + 1]] < value:
-        items[place] = items[place + 1]
+    while place + 1 < size and keys[place + 1] < key:
+        items[place], keys[place] = items[place + 1], keys[place + 1]
         at[items[place]] = place
         place += 1
-    items[place], at[item] = item, place
+    items[place], keys[place], at[item] = item, key, place
 
 
 @compiled
@@ -166,6 +196,9 @@ def balance_counts(load_L, own_RN, least, copies_L, share_L):
         own_RN: The primaries of each rank; ranks are of equal capacity.
         least: Parts that a further copy must serve.
         copies_L, share_L: The copies of each expert, and what each serves; kept up to date.
+
+    Returns:
+        The ranks, the emptiest without copies first, and the experts that have copies, the smallest share first.
     """
     num_ranks = own_RN.shape[0]
     owner_L, fewer_L = np.empty_like(load_L), np.empty_like(load_L)
@@ -175,20 +208,21 @@ def balance_counts(load_L, own_RN, least, copies_L, share_L):
             owner_L[expert] = rank
             base_R[rank] += share_L[expert]
     ranks = sorted_by(base_R)
-    at_R = np.empty(num_ranks, dtype=np.int64)
+    line, at_R = np.empty_like(base_R), np.empty(num_ranks, dtype=np.int64)  # in the order of ranks: their tokens
     for place in range(num_ranks):
-        at_R[ranks[place]] = place
+        line[place], at_R[ranks[place]] = base_R[ranks[place]], place
     copied, at_L = np.empty_like(load_L), np.empty_like(load_L)  # the experts with copies, the smallest share first
+    shares = np.empty_like(load_L)  # in their order
     num_copied = num_items = 0
     for expert in sorted_by(share_L):
         if copies_L[expert] > 1:
-            copied[num_copied], at_L[expert] = expert, num_copied
+            copied[num_copied], shares[num_copied], at_L[expert] = expert, share_L[expert], num_copied
             num_copied += 1
             num_items += copies_L[expert] - 1
             fewer_L[expert] = load_L[expert] // (copies_L[expert] - 1)
     takers, donors = np.empty(3, dtype=np.int64), np.empty(DONORS + 1, dtype=np.int64)
     for _ in range(num_ranks):
-        peak, place, item = paired_peak(base_R, ranks, copied, num_copied, copies_L, share_L, np.int64(1) << PARTS_BITS)
+        peak, place, item = paired_peak(line, copied, shares, num_copied, copies_L, np.int64(1) << PARTS_BITS)
         takers[:] = -1
         takers[0] = item
         for expert in own_RN[ranks[place]]:
@@ -216,76 +250,84 @@ def balance_counts(load_L, own_RN, least, copies_L, share_L):
             if taker < 0 or copies_L[taker] >= num_ranks or load_L[taker] // (copies_L[taker] + 1) < least:
                 continue
             num_copied = change_count(
-                taker, 1, load_L, owner_L, base_R, ranks, at_R, copied, at_L, num_copied, copies_L, share_L, fewer_L
-            )
+                taker, 1, load_L, owner_L, base_R, ranks, line, at_R, copied, shares, at_L, num_copied, copies_L,
+                share_L, fewer_L,
+            )  # fmt: skip
             for donor in donors[1 if num_items == num_ranks else 0 : num_donors]:
                 if donor == taker:
                     continue
                 if donor >= 0:
                     num_copied = change_count(
-                        donor, -1, load_L, owner_L, base_R, ranks, at_R, copied, at_L, num_copied, copies_L, share_L,
-                        fewer_L,
+                        donor, -1, load_L, owner_L, base_R, ranks, line, at_R, copied, shares, at_L, num_copied,
+                        copies_L, share_L, fewer_L,
                     )  # fmt: skip
-                if paired_peak(base_R, ranks, copied, num_copied, copies_L, share_L, peak)[0] < peak:
+                if paired_peak(line, copied, shares, num_copied, copies_L, peak)[0] < peak:
                     num_items += donor < 0
                     is_lower = True
                     break
                 if donor >= 0:
                     num_copied = change_count(
-                        donor, 1, load_L, owner_L, base_R, ranks, at_R, copied, at_L, num_copied, copies_L, share_L,
-                        fewer_L,
+                        donor, 1, load_L, owner_L, base_R, ranks, line, at_R, copied, shares, at_L, num_copied,
+                        copies_L, share_L, fewer_L,
                     )  # fmt: skip
             if is_lower:
                 break
             num_copied = change_count(
-                taker, -1, load_L, owner_L, base_R, ranks, at_R, copied, at_L, num_copied, copies_L, share_L, fewer_L
-            )
+                taker, -1, load_L, owner_L, base_R, ranks, line, at_R, copied, shares, at_L, num_copied, copies_L,
+                share_L, fewer_L,
+            )  # fmt: skip
         if not is_lower:
             break
+    return ranks, copied[:num_copied]
 
 
 @compiled
 def change_count(
-    expert, change, load_L, owner_L, base_R, ranks, at_R, copied, at_L, num_copied, copies_L, share_L, fewer_L
-):
+    expert, change, load_L, owner_L, base_R, ranks, line, at_R, copied, shares, at_L, num_copied, copies_L, share_L,
+    fewer_L,
+):  # fmt: skip
     """Give an expert one copy more or fewer, and restore both orders. Returns how many experts have copies."""
     rank = owner_L[expert]
     base_R[rank] -= share_L[expert]
     copies_L[expert] += change
     share_L[expert] = load_L[expert] // copies_L[expert]
     base_R[rank] += share_L[expert]
-    settle(ranks, at_R, ranks.size, base_R, rank)
+    settle(ranks, line, at_R, ranks.size, rank, base_R[rank])
     if copies_L[expert] == 1:  # it leaves the list
         for place in range(at_L[expert], num_copied - 1):
-            copied[place] = copied[place + 1]
+            copied[place], shares[place] = copied[place + 1], shares[place + 1]
             at_L[copied[place]] = place
         return num_copied - 1
     fewer_L[expert] = load_L[expert] // (copies_L[expert] - 1)
     if copies_L[expert] == 2 and change > 0:
-        copied[num_copied], at_L[expert] = expert, num_copied
+        copied[num_copied], shares[num_copied], at_L[expert] = expert, share_L[expert], num_copied
         num_copied += 1
-    settle(copied, at_L, num_copied, share_L, expert)
+    settle(copied, shares, at_L, num_copied, expert, share_L[expert])
     return num_copied
 
 
 @compiled
-def paired_peak(base_R, ranks, copied, num_copied, copies_L, share_L, limit):
+def paired_peak(line, copied, shares, num_copied, copies_L, limit):
     """The fullest rank when the largest copy goes to the emptiest rank, and so on.
+
+    Args:
+        line: The ranks' tokens without copies, the emptiest first.
+        copied, shares: The experts that have copies and what each serves, the smallest share first.
 
     Returns:
         Its tokens, its place among the ranks, and the expert of its copy, -1 if it has none; of the first rank that has
         ``limit`` tokens, if there is one.
     """
     end = np.int64(0)
-    peak, found, item = np.int64(-1), ranks.size - 1, np.int64(-1)
+    peak, found, item = np.int64(-1), line.size - 1, np.int64(-1)
     for index in range(num_copied - 1, -1, -1):
         expert = copied[index]
         end += copies_L[expert] - 1
-        tokens = base_R[ranks[end - 1]] + share_L[expert]  # of its copies, the last one goes to the fullest rank
+        tokens = line[end - 1] + shares[index]  # of its copies, the last one goes to the fullest rank
         if tokens > peak:
             peak, found, item = tokens, end - 1, expert
             if peak >= limit:
                 return peak, found, item
-    if end < ranks.size and base_R[ranks[-1]] > peak:
-        return base_R[ranks[-1]], ranks.size - 1, np.int64(-1)
+    if end < line.size and line[-1] > peak:
+        return line[-1], line.size - 1, np.int64(-1)
     return peak, found, item

@@ -149,6 +149,8 @@ def drop_copies(
         most -= max(most // 5, 1)  # by so much at once, or a thousand copies would have to be judged one by one
         affordable = max(min(limit, lowest) - enough, 0.0) / copy  # may be more than int64 holds
         most = np.int64(min(np.float64(most), affordable))
+        if most == 0 and fullest_alone(load_L, slots_RS, num_primaries, weight_R) >= lowest:
+            break
         thin_out(trial_RS, num_primaries, owner_L, most, sent_R, received_R, trial_quota_RS, trial_tokens_R)
         if is_even:
             even_quotas(load_L, trial_RS, trial_quota_RS, trial_tokens_R)
@@ -175,6 +177,18 @@ def drop_copies(
         elif not is_even:
             most = min(most, np.int64(1))  # fewer still would take longer, but for none at all
     return lowest
+
+
+@compiled
+def fullest_alone(load_L, slots_RS, num_primaries, weight_R):
+    """The weighted parts of the fullest rank without any copies."""
+    peak = 0.0
+    for rank in range(slots_RS.shape[0]):
+        tokens = np.int64(0)
+        for slot in range(num_primaries):
+            tokens += load_L[slots_RS[rank, slot]]
+        peak = max(peak, tokens * weight_R[rank])
+    return peak
 
 
 @compiled

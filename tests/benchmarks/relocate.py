@@ -44,8 +44,8 @@ from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 FRACTIONS = (0.1, 0.5)
 LAYERS = 8
 """Of the model whose rows move without training."""
-INTERVAL = 4
-BATCH_FACTOR = 2
+INTERVAL = 6
+BATCH_FACTOR = 4
 """In training, so that GPUs of their own are not waiting for their hosts, which would hide what moving takes."""
 BANDWIDTH_BAR, EXPOSED_BAR = 0.8, 0.15
 
@@ -81,7 +81,7 @@ def main() -> int:
     """Time both parts, print their tables and then the bars."""
     arguments = parse_arguments(__doc__)
     size = GPU if "RANK" in os.environ and torch.cuda.is_available() else CPU
-    found = on_all_ranks(run, size, 8 if arguments.quick else 20, 2 if arguments.quick else 40)
+    found = on_all_ranks(run, size, 8 if arguments.quick else 20, 2 if arguments.quick else 24)
     return report(found, size, arguments.json) if found is not None else 0
 
 
@@ -117,8 +117,8 @@ def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[st
 def seconds_of_interval(lane: Lane, interval: int, size: Size, device: torch.device) -> float:
     """Of ``INTERVAL`` steps, in the midst of which experts move: only before and behind them the ranks wait."""
     batch = torch.randint(0, VOCABULARY, (size.sequences, size.sequence), device=device)
-    if not interval:  # so that the first decision falls into the midst of its interval, and so do all others
-        for step in range(INTERVAL // 4 + INTERVAL // 2):
+    if not interval:  # a decision is due in the second step of each interval: what moves behind the next has arrived
+        for step in range(INTERVAL // 4 + INTERVAL - 2):
             train_on(lane, batch, step)
     seconds: list[float] = []
     with timed(seconds, device):

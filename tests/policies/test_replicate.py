@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.policies.replicate import balance_counts, replicate
+from lightning_eplb.policies.replicate import balance_counts, deal, deal_in_order, replicate, sorted_by
 
 
 def lognormal_layer(seed, ranks, per_rank):
@@ -55,6 +55,28 @@ def test_other_counts_lower_the_fullest_rank_of_the_best_deal(seed, ranks, per_r
     assert (copies_L - 1).sum() <= ranks
     before, after = lowest_deal(load_L, own_RN, before_L), lowest_deal(load_L, own_RN, copies_L)
     assert after < before or (copies_L == before_L).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 8))
+def test_copies_in_order_are_those_dealt_to_the_emptiest(seed, ranks):
+    """No two loads are equal, so that both have no choice."""
+    generator = np.random.default_rng(seed)
+    load_L, own_RN = generator.permutation(ranks) + 10**6 * generator.integers(1, 9, ranks) ** 2, np.arange(ranks)
+    copies_L = np.ones(ranks, dtype=np.int64)
+    for expert in generator.integers(0, ranks, int(generator.integers(0, ranks + 1))):
+        copies_L[expert] += copies_L[expert] < ranks
+    share_L = load_L // copies_L
+    slots_RS = np.stack([own_RN, np.full(ranks, -1)], axis=1)
+    expected_RS = slots_RS.copy()
+    deal(load_L, expected_RS, 1, np.ones(ranks), copies_L, share_L)
+    in_order = sorted_by(share_L)
+    deal_in_order(slots_RS, in_order, in_order[copies_L[in_order] > 1], copies_L)
+    if len(set(share_L)) == ranks:
+        assert (slots_RS == expected_RS).all()
+    copied, held = slots_RS[:, 1], slots_RS[:, 1] >= 0
+    assert (copied[held] != own_RN[held]).all()
+    assert held.sum() >= (copies_L - 1).sum() - 1  # the last rank may own the expert
 
 
 @pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.96), (1.2, 0.91)])
