@@ -23,8 +23,8 @@ from lightning_eplb.policies.split import split_tokens
 
 BYTES_IN_PARTS_WITHIN_NODE = 384 * 2**20
 """Between four H200 with NVLink one layer, forward and backward, took 1.22 times as long in two parts with 96 MiB, 1.08
-with 192 (the hosts had more to launch), 0.98 with 384 and 0.99 with 768. Between quarters of an H100, whose exchanges are
-slower, it was 0.95 with 96."""
+with 192 (the hosts had more to launch), 0.98 with 384 and 0.99 with 768. Between quarters of an H100, whose exchanges
+are slower, it was 0.95 with 96."""
 
 BYTES_IN_PARTS_BETWEEN_NODES = 64 * 2**20
 """Reckoned, not seen: networks between nodes carry about an eighth of what NVLink does."""

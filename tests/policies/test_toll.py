@@ -244,8 +244,8 @@ def test_copies_stay_for_what_may_come():
 def test_plans_settle(split, seed, copy, row):
     """As long as the forecast is the same, the copies do not come and go: soon nothing changes any more.
 
-    One layer in some 20,000 goes on, between two plans that are nearly as good: the quotas of each are swept over too
-    few times to tell. So the examples are the same in each run.
+    One layer in some ten thousands goes on, between two plans that are nearly as good: the quotas of each are swept
+    over too few times to tell. So the examples are the same in each run.
     """
     generator = np.random.default_rng(seed)
     ranks, own, redundant = (int(generator.integers(low, high)) for low, high in ((2, 6), (1, 5), (1, 3)))
