@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,7 +28,7 @@ from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
-from lightning_eplb.steps import Rearrangement, StepLoad
+from lightning_eplb.steps import Rearrangement, StepLoad, take_load
 
 
 class ExpertLoadBalancer:
@@ -207,7 +206,7 @@ class ExpertLoadBalancer:
             self._warn_of_drift()
         self._first_step_is_done = True
         self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
-        served = self._take_load()
+        served = take_load([layer for layer, _ in self._modules], self.groups)
         self._mover.go_on()
         done = self._close_rearrangement() or self._untold
         self._untold = done if not served.load.any() else None
@@ -438,25 +437,6 @@ class ExpertLoadBalancer:
             for layer, module in self._modules
             for name, parameter in module.named_parameters(recurse=False)
         }
-
-    def _take_load(self) -> StepLoad:
-        """What all layers served since the last step."""
-        taken = [layer.take_load() for layer, _ in self._modules]
-        counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
-        loads = torch.stack([part.load for part in taken]).cpu()  # where it waits for the device, it waits once
-        summed = self._sum_over_groups(torch.cat([loads, counts], dim=1))
-        load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
-        if self.groups.size == 1:
-            max_Y = load_YL.max(dim=1).values
-        avg_Y = load_YL.sum(dim=1) / (self.groups.size if self.groups.size > 1 else load_YL.shape[1])
-        seconds = sum(part.plan_seconds for part in taken)
-        return StepLoad(load_YL, avg_Y.double(), max_Y.clone(), int(copies_Y.sum()), int(bytes_Y.sum()), seconds)
-
-    def _sum_over_groups(self, counts: Tensor) -> Tensor:
-        if self.groups.num_replicas > 1:
-            dist.all_reduce(counts, group=self.groups.control)
-            counts //= self.groups.size  # each rank of an EP group gave that group's counts
-        return counts
 
     def _surroundings(self, with_gradients: bool) -> Surroundings:
         costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)

@@ -4,10 +4,13 @@ import os
 import warnings
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+hypothesis.settings.register_profile("suite", deadline=None)  # machines are noisy
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

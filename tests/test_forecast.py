@@ -130,7 +130,7 @@ windows = st.tuples(st.integers(1, 30), st.integers(1, 3), st.integers(1, 8)).fl
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(windows)
 @example(np.eye(5, dtype=np.int64)[:, None])
 @example(1000 * np.eye(5, dtype=np.int64)[:, None])
@@ -149,7 +149,7 @@ def test_whole_numbers_of_the_windows_sum(window_WYL: np.ndarray) -> None:
     assert (found.spread <= found.first / 2).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(windows, st.randoms(use_true_random=False))
 def test_layers_are_forecast_each_by_itself(window_WYL: np.ndarray, random) -> None:
     order = random.sample(range(window_WYL.shape[1]), window_WYL.shape[1])
@@ -157,7 +157,7 @@ def test_layers_are_forecast_each_by_itself(window_WYL: np.ndarray, random) -> N
         assert np.array_equal(part[order], shuffled)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(windows, st.integers(2, 5))
 def test_idle_layers_change_nothing_in_the_others(window_WYL: np.ndarray, more: int) -> None:
     assume(window_WYL.any())

@@ -25,7 +25,7 @@ def placements(draw):
     return ExpertPlacement(slots.reshape(layers, ranks * (per_rank + redundant)), experts, ranks)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(placements())
 def test_the_maps_are_each_others_inverse(placement):
     n, S = placement.primaries_per_rank, placement.slots_per_rank
@@ -47,7 +47,7 @@ def test_the_maps_are_each_others_inverse(placement):
         assert not array.flags.writeable
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(placements(), placements())
 def test_digests_are_equal_where_placements_are(one, other):
     is_same = (one.num_ranks, one.num_logical_experts, one.physical_to_logical.tolist()) == (
@@ -75,7 +75,7 @@ def test_placements_differ_by_rank_count_alone():
     assert ExpertPlacement([[0, 1, 2, 3]], 4, 2) != "a placement"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 4))
 def test_initial_placement(layers, ranks, per_rank, redundant):
     experts = ranks * per_rank
@@ -96,7 +96,7 @@ def test_initial_placement_by_hand():
     assert ExpertPlacement.initial(1, 2, 1, 2).physical_to_logical.tolist() == [[0, 1, -1, -1]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(placements())
 def test_without_copies_the_primaries_stay(placement):
     bare = placement.without_copies()

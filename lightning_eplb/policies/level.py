@@ -138,11 +138,9 @@ def plan_level(
             load_L, likely_L, trial_RS, num_primaries, weight_R, copy, present, LEVEL, before, enough, quota_RS,
             tokens_R,
         )  # fmt: skip
-        if best_peak < before - gain:
+        if best_peak < before:
             best_RS = trial_RS.copy()
             is_new = True
-        else:
-            best_peak = before
     lowest = best_peak - gain
     if has_copies:
         if not is_tried:

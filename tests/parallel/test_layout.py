@@ -25,7 +25,7 @@ def plans(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int
     return slots_RS, sent_RRS, counts_RL, primaries, draw(st.integers(0, primaries - 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plans())
 def test_each_pair_is_served_once_by_the_slot_that_it_is_for(
     plan: tuple[np.ndarray, np.ndarray, np.ndarray, int, int],

@@ -24,7 +24,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs())
 def test_copies_and_sums_of_pairs_are_those_of_indexing(drawn: tuple[int, int, Tensor]):
     tokens, top_k, order = drawn

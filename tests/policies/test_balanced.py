@@ -78,7 +78,7 @@ def lognormal_load(layers, experts, tokens=10**6, seed=0):
 
 
 @BOTH
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(situation=situations())
 def test_plan_is_valid_and_repeatable(split, situation):
     load_YL, before, topology = situation
@@ -97,7 +97,7 @@ def test_plan_is_valid_and_repeatable(split, situation):
 
 
 @BOTH
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(situation=situations())
 def test_no_layer_is_worse_than_before(split, situation):
     load_YL, before, topology = situation
@@ -113,7 +113,7 @@ def test_no_layer_is_worse_than_before(split, situation):
 
 
 @BOTH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(situation=situations(), max_moves=st.sampled_from([0, 1, 2, 3, 5, 8]), nodes=st.integers(1, 3))
 def test_max_moves_bounds_the_primaries_that_change_rank_over_all_layers(split, situation, max_moves, nodes):
     load_YL, before, topology = situation
@@ -156,7 +156,7 @@ def test_copies_still_change_when_no_primary_may_move(split):
 
 
 @BOTH
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(situation=situations())
 def test_what_stays_on_its_rank_keeps_its_slot(split, situation):
     load_YL, before, topology = situation

@@ -18,7 +18,7 @@ def served(load_L, slots_RS, weight_R=None):
     return split_tokens(counts_RL, slots_RS, np.zeros(ranks, dtype=np.int64), weight_R, 0)[2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_copies_are_possible_and_pay_and_never_make_it_worse(data):
     ranks, per_rank, redundant = (data.draw(st.integers(*ends)) for ends in ((1, 6), (1, 4), (0, 3)))

@@ -16,7 +16,7 @@ def as_words(numbers, size):
     return np.array(words, dtype=np.uint64)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.integers(1, 3), st.integers(1, 20))
 def test_the_next_number_of_a_set_and_of_two(data, size, most):
     sets = st.sets(st.integers(0, 64 * size - 1)) | st.just(set(range(64 * size)))

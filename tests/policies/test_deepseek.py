@@ -79,7 +79,7 @@ SHAPES = [  # experts, replicas, groups, nodes, gpus
 ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(SHAPES), st.sampled_from([1, 2, 10, 1000, 10**9, 0.5]), st.integers(0, 2**32))
 def test_equals_a_plain_reference(shape, scale, seed):
     generator = np.random.default_rng(seed)
@@ -116,7 +116,7 @@ def test_refuses_numbers_that_do_not_fit(weight, numbers, message):
         rebalance_experts(weight, *numbers)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.sampled_from([2, 100, 10**12]), st.data())
 def test_policy_is_valid_and_repeatable(ranks, per_rank, redundant, most, data):
     experts = ranks * per_rank
@@ -235,7 +235,7 @@ def test_matching_keeps_present_ranks_and_augments_where_it_must():
     assert _match_primaries([{0, 1}, set()], [0, 1], per_rank=1) == [0, None]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(1, 2), st.data())
 def test_matching_is_a_maximum_one(ranks, per_rank, data):
     experts = ranks * per_rank

@@ -44,7 +44,7 @@ def test_the_table_is_that_of_the_normal_distribution():
             assert excess + step == pytest.approx(NORMAL[entry + 1, 0], abs=1e-15)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(2, 40), st.integers(0, 2**32), st.sampled_from([0.3, 1.2, 2.5]), st.sampled_from([0.3, 0.6, 1.0]))
 def test_exchanges_leave_the_ranks_level_and_copies_possible(ranks, seed, sigma, depth):
     generator = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from lightning_eplb.policies.even import pair_up
 from lightning_eplb.policies.split import even_quotas
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(2, 12), st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 1.0]))
 def test_pairs_hold_the_same_copies_and_no_rank_becomes_fuller(num_ranks: int, seed: int, spread: float) -> None:
     random = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ def shuffled_layer(seed):
     return load_L, slots_RS, per_rank, capacity_R
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32), limit=st.sampled_from([0.9, 1.0, 1.01, 1.1, 1.5, 3.0]))
 def test_what_must_exceed_a_limit_does_so_whatever_the_quotas(seed, limit):
     load_L, slots_RS, own, capacity_R = shuffled_layer(seed)

@@ -22,7 +22,7 @@ def lowest_deal(load_L, own_RN, copies_L):
     return min((share_L[own_RN].sum(axis=1) + deal).max() for deal in permutations(copies))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 3), st.integers(0, 3), st.sampled_from([0, 10**6]))
 def test_copies_are_possible_and_large_enough(seed, ranks, per_rank, redundant, least):
     load_L, own_RN = lognormal_layer(seed, ranks, per_rank)
@@ -39,7 +39,7 @@ def test_copies_are_possible_and_large_enough(seed, ranks, per_rank, redundant, 
     assert (again_RS == slots_RS).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.integers(2, 6), st.integers(1, 2))
 def test_other_counts_lower_the_fullest_rank_of_the_best_deal(seed, ranks, per_rank):
     load_L, own_RN = lognormal_layer(seed, ranks, per_rank)
@@ -57,7 +57,7 @@ def test_other_counts_lower_the_fullest_rank_of_the_best_deal(seed, ranks, per_r
     assert after < before or (copies_L == before_L).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**32), st.integers(1, 8))
 def test_copies_in_order_are_those_dealt_to_the_emptiest(seed, ranks):
     """No two loads are equal, so that both have no choice."""

@@ -42,7 +42,7 @@ def layers(draw):
     return load_L, generator.permutation(ranks * per_rank).reshape(ranks, per_rank), generator
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layers(), st.integers(0, 3), st.integers(0, 3), st.sampled_from([0.0, 0.01, 0.3]))
 def test_tokens_are_conserved_and_copies_are_possible(layer, slots, nodes, least):
     load_L, own_RN, generator = layer
@@ -72,7 +72,7 @@ def test_tokens_are_conserved_and_copies_are_possible(layer, slots, nodes, least
     assert all((one == other).all() for one, other in zip((held_RE, quota_RE, left_L, tokens_R), again, strict=True))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(2, 12), st.integers(0, 2**32), st.integers(1, 2))
 def test_ranks_of_one_expert_each_are_level_with_one_slot_a_rank(ranks, seed, slots):
     # Whatever is above the level can go to one gap after the other: that is the alias method.
@@ -83,7 +83,7 @@ def test_ranks_of_one_expert_each_are_level_with_one_slot_a_rank(ranks, seed, sl
     assert tokens_YR.max() <= 1.0001 * load_L.sum() / ranks
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 10), st.integers(2, 4), st.integers(0, 2**32), st.integers(1, 2))
 def test_ranks_are_level_where_one_slot_a_rank_suffices(others, per_rank, seed, slots):
     # One rank holds an expert that alone could fill all gaps; the other ranks are below the level.
@@ -131,7 +131,7 @@ def test_of_equal_gaps_the_one_on_the_givers_node_is_filled():
         assert quota_RE[near, 0] > 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(COUNTS, min_size=1, max_size=12))
 def test_any_counts_are_scaled_to_a_total_of_nearly_as_many_bits(counts):
     load_L = np.array(counts, dtype=np.int64)

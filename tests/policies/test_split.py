@@ -29,7 +29,7 @@ def split_of_all(counts_RL, slots_RS, node_R=None, weight_R=None):
     return sent, parts[0][2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_every_token_is_sent_once_and_the_ranks_are_as_level_as_quotas_make_them(data):
     ranks = data.draw(st.integers(1, 5))
@@ -110,7 +110,7 @@ def assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R):
     assert (quota_RS.sum(axis=1) == tokens_R).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layers())
 def test_even_quotas_differ_by_one_token_at_most(layer):
     load_L, slots_RS, _ = layer
@@ -123,7 +123,7 @@ def test_even_quotas_differ_by_one_token_at_most(layer):
         assert (np.diff(quotas) <= 0).all()  # the first slots get what does not divide
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layers(), st.booleans())
 def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
     load_L, slots_RS, generator = layer
@@ -139,7 +139,7 @@ def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
     assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layers())
 def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
     load_L, slots_RS, _ = layer
@@ -162,7 +162,7 @@ def test_quotas_that_are_level_enough_stay():
     assert tokens_R.tolist() == [95, 95]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(layers(), min_size=1, max_size=1), st.booleans())
 def test_level_tokens_of_a_layer_are_the_best_there_are(some, has_capacity):
     (load_L, slots_RS, generator) = some[0]

@@ -62,7 +62,7 @@ def drop(layer, copy, present, is_even, limit=np.inf):
     return time, left_RS, quota_RS, tokens_R
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(layer=layers, is_even=st.booleans(), copy=st.sampled_from(COPIES))
 def test_what_is_left_is_a_part_and_its_time_is_told(layer, is_even, copy):
     load_L, likely_L, slots_RS, own = layer
@@ -83,7 +83,7 @@ def test_what_is_left_is_a_part_and_its_time_is_told(layer, is_even, copy):
         assert time <= 1.01 * weigh(layer, other_RS, copy, present, is_even)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layer=layers, is_even=st.booleans(), copies=st.integers(0, 3))
 def test_more_copies_than_their_travel_allows_are_not_tried(layer, is_even, copies):
     load_L, _, slots_RS, own = layer
@@ -114,7 +114,7 @@ def test_trying_all_sets_of_copies_finds_little_more(split, worst):
     assert max(excess) <= worst
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layer=layers, most=st.integers(0, 3))
 def test_no_rank_sends_or_receives_more_and_no_more_is_dropped_than_must_be(layer, most):
     load_L, _, slots_RS, own = layer
@@ -236,7 +236,7 @@ def test_copies_stay_for_what_may_come():
 
 
 @BOTH
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(seed=st.integers(0, 2**32), copy=st.sampled_from([10.0, 300.0, 3e3, 1e5]), row=st.sampled_from([0.0, 1e3, 1e9]))
 @example(seed=9017, copy=10.0, row=0.0)  # a few sweeps over the quotas of what was planned leave it 7 % above the level
 @example(seed=354_229_732, copy=10.0, row=1e9)

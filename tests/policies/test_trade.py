@@ -42,7 +42,7 @@ def layers(draw):
     return load_L, slots_RS, per_rank, weight_R
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layers(), st.sampled_from([0, 1, 1000]), st.sampled_from([0, 10**6]))
 def test_trades_lower_the_fullest_rank_and_the_books_are_kept(layer, most_changes, least):
     load_L, slots_RS, own, weight_R = layer
@@ -66,7 +66,7 @@ def test_trades_lower_the_fullest_rank_and_the_books_are_kept(layer, most_change
     assert (kept[3][grown] >= least).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layers())
 def test_no_exchange_of_two_copies_is_left_that_lowers_the_fullest_rank(layer):
     load_L, slots_RS, own, _ = layer
