@@ -37,6 +37,7 @@ SHARDED = [
 ASYNC = [
     Case(ranks=2, redundant=1, accumulation=2, clip="norm", use_async=True, parts=2),
     Case(model="gpt_oss", ranks=4, optimizer="sgd", clip="value", redundant=1, redundancy="batch", use_async=True),
+    Case(ranks=4, ep_size=2, redundant=1, use_async=True),
     Case(ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, checkpointing="reentrant", use_async=True),
     Case(ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", accumulation=2, use_async=True),
 ]

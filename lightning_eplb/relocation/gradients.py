@@ -37,7 +37,7 @@ class GradientsUnderway:
         if self._rows is None or any(parameter.grad is not None for parameter in self._frozen):
             return False
         grads = [parameter.grad for parameter in self._parameters]
-        return all(
+        return len(grads) == len(self._sent) and all(
             grad is sent and sent._version == version for grad, (sent, version) in zip(grads, self._sent, strict=True)
         )
 

@@ -177,6 +177,8 @@ class ExpertMover:
         return self.tensors(layer_index, with_gradients=False)
 
     def _parameters_of_autograd(self, layer_index: int) -> list[nn.Parameter]:
+        if self.groups.num_replicas > 1:  # gradients are averaged after autograd had them: all would be sent in vain
+            return []
         return parameters_of_autograd(self._modules[layer_index][1])
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:

@@ -92,3 +92,17 @@ def half_frozen() -> None:
     parameters[1].grad = torch.ones(ROWS)  # was trained before
     assert not underway.is_current
     underway.close()
+
+
+def test_one_without_a_gradient_makes_them_void(workers: Workers) -> None:
+    """The other was accumulated twice, as by two micro-batches."""
+    workers.run(2, half_used)
+
+
+def half_used() -> None:
+    parameters = layer()
+    underway = GradientsUnderway(parameters, swap(), dist.group.WORLD)
+    for _ in range(2):
+        (parameters[0] ** 2).sum().backward()
+    assert not underway.is_current
+    underway.close()
