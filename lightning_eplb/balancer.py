@@ -28,7 +28,8 @@ from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
-from lightning_eplb.steps import Rearrangement, StepLoad, take_load
+from lightning_eplb.served import take_load
+from lightning_eplb.steps import Rearrangement, StepLoad
 
 
 class ExpertLoadBalancer:

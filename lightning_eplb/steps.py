@@ -1,16 +1,11 @@
 """What an optimizer step brought, and what a decision between two steps changed."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.functional import balancedness
-from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
 
@@ -63,23 +58,6 @@ class StepLoad:
             for a, b in bounds
         }
         return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
-
-
-def take_load(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> StepLoad:
-    """What all layers served since it was last taken. All ranks of the default group must call it."""
-    taken = [layer.take_load() for layer in layers]
-    counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
-    loads = torch.stack([part.load for part in taken]).cpu()  # where it waits for the device, it waits once
-    summed = torch.cat([loads, counts], dim=1)
-    if groups.num_replicas > 1:
-        dist.all_reduce(summed, group=groups.control)
-        summed //= groups.size  # each rank of an EP group gave that group's counts
-    load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
-    if groups.size == 1:
-        max_Y = load_YL.max(dim=1).values
-    avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
-    seconds = sum(part.plan_seconds for part in taken)
-    return StepLoad(load_YL, avg_Y.double(), max_Y.clone(), int(copies_Y.sum()), int(bytes_Y.sum()), seconds)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[st
 def seconds_of_interval(lane: Lane, interval: int, size: Size, device: torch.device) -> float:
     """Of ``INTERVAL`` steps, in the midst of which experts move: only before and behind them the ranks wait."""
     batch = torch.randint(0, VOCABULARY, (size.sequences, size.sequence), device=device)
-    if not interval:  # a decision is due in the second step of each interval: what moves behind the next has arrived
+    if not interval:  # so that decisions are due in the second step, and what moves behind others arrives in time
         for step in range(INTERVAL // 4 + INTERVAL - 2):
             train_on(lane, batch, step)
     seconds: list[float] = []
