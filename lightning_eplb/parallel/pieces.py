@@ -14,6 +14,9 @@ from lightning_eplb.parallel.permute import has_kernels
 MOST_VIEWS = 256
 """So many pieces of a buffer are copied one by one in a single call; more are gathered and scattered by index."""
 
+MOST_ADDRESSES = 4096
+"""So many rows of tensors go into a table of addresses: it must be there before the first of them is sent."""
+
 WORDS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
 """What rows are copied as, by its bytes."""
 
@@ -22,6 +25,11 @@ Stack: TypeAlias = "Sequence[Tensor]"
 
 Window: TypeAlias = "list[tuple[int, int, int]]"
 """Columns that share a buffer: of each stack, which it is, its first column and the last + 1, in words."""
+
+
+def most_rows_together(tensor: Tensor) -> int:
+    """How many rows of tensors like this one, a rank's of all tensors together, should travel together at most."""
+    return MOST_ADDRESSES if has_kernels(tensor) else MOST_VIEWS
 
 
 def pieces_of(stacks: Sequence[Stack], rows: Tensor, windows: Sequence[Window], word: int) -> "Pieces":

@@ -116,7 +116,7 @@ class RowsUnderway:
         is_taken: bool = False,
         is_behind: bool = False,
     ) -> None:
-        self._sources = [[tensor.detach() for tensor in stack] for stack in sources]
+        self._sources = [[_plain(tensor) for tensor in stack] for stack in sources]
         self._route, self._group, self._is_behind = route, group, is_behind
         row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
         self._word = next(size for size in WORDS if all(width % size == 0 for width in row_bytes))
@@ -157,7 +157,7 @@ class RowsUnderway:
                 count them. They may be the sources.
         """
         if self._windows:
-            targets = [[tensor.detach() for tensor in stack] for stack in targets]
+            targets = [[_plain(tensor) for tensor in stack] for stack in targets]
             self._written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
         return self
 
@@ -255,6 +255,10 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     logical = torch.empty(size * len(mine), *mine.shape[1:], dtype=mine.dtype)
     logical[order] = flat.view(logical.shape).cpu()
     return logical
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _chunk_columns(total: int, most: int, least: int, aligned: int) -> list[int]:

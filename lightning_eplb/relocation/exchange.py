@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.pieces import MOST_VIEWS, Stack
+from lightning_eplb.parallel.pieces import Stack, most_rows_together
 from lightning_eplb.parallel.rows import Route, RowsUnderway
 from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.relocation.optimizer import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
+
+_Kind: TypeAlias = "tuple[torch.Size, torch.dtype, torch.device]"
 
 
 def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gradients: bool) -> list[Tensor]:
@@ -83,21 +86,24 @@ class LayersUnderway:
         self.num_bytes = 0
         """What crosses ranks, over all ranks of the EP group."""
         tensors_of_layers: list[Sequence[Tensor]] = []
-        num_pieces = 0
+        kinds_of_first: list[_Kind] = []
+        num_rows = row_bytes = 0
         while plan:
             tensors = tensors_of(plan[0].layer)
-            row_bytes, most_rows = sum(tensor.nbytes // len(tensor) for tensor in tensors), plan[0].most_rows
-            num_bytes = most_rows * row_bytes
-            num_pieces += most_rows * len(tensors)
-            if self.moves and (
+            kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+            num_rows += plan[0].most_rows * len(tensors)
+            if not self.moves:
+                kinds_of_first = kinds
+                row_bytes = sum(math.prod(shape[1:]) * dtype.itemsize for shape, dtype, _ in kinds)
+            elif (
                 self.bytes_of_fullest >= most_bytes
-                or num_pieces > MOST_VIEWS
-                or not _are_alike(tensors, tensors_of_layers[0])
+                or num_rows > most_rows_together(tensors[0])
+                or kinds != kinds_of_first
             ):
                 break
             self.moves.append(plan.popleft())
             tensors_of_layers.append(tensors)
-            self.bytes_of_fullest += num_bytes
+            self.bytes_of_fullest += row_bytes * self.moves[-1].most_rows
             self.num_bytes += row_bytes * self.moves[-1].num_rows_between_ranks
         self._parts: list[tuple[list[Stack], RowsUnderway]] = []
         stacks = list(zip(*tensors_of_layers, strict=True))
@@ -153,11 +159,6 @@ def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Te
     if before is not None:
         before.put_in_place()
     return num_bytes
-
-
-def _are_alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    kinds = ([(tensor.shape, tensor.dtype, tensor.device) for tensor in each] for each in (tensors, others))
-    return next(kinds) == next(kinds)
 
 
 def _by_device(stacks: Sequence[Stack]) -> list[list[Stack]]:

@@ -20,15 +20,9 @@ class LayerMoves:
     source_row: np.ndarray
     target_rank: np.ndarray
     target_row: np.ndarray
-
-    @property
-    def num_rows_between_ranks(self) -> int:
-        return int((self.source_rank != self.target_rank).sum())
-
-    @property
-    def most_rows(self) -> int:
-        """Those that the fullest rank sends or receives; of one that keeps its rank, too."""
-        return int(max(np.bincount(self.source_rank).max(), np.bincount(self.target_rank).max()))
+    num_rows_between_ranks: int
+    most_rows: int
+    """Those that the fullest rank sends or receives; of one that keeps its rank, too."""
 
 
 def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMoves]:
@@ -48,12 +42,23 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
     old_rank_YL, old_row_YL = _places(old)
     new_rank_YL, new_row_YL = _places(new)
     moved_YL = (old_rank_YL != new_rank_YL) | (old_row_YL != new_row_YL)
+    between_Y = (old_rank_YL != new_rank_YL).sum(axis=1).tolist()
+    sent_Y, received_Y = (_rows_of_fullest(rank_YL, moved_YL, old.num_ranks) for rank_YL in (old_rank_YL, new_rank_YL))
+    most_Y = np.maximum(sent_Y, received_Y).tolist()
     plan = []
-    for layer in np.flatnonzero(moved_YL.any(axis=1)).tolist():
+    for layer in np.flatnonzero(most_Y).tolist():
         experts = np.flatnonzero(moved_YL[layer])
         places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
-        plan.append(LayerMoves(layer, *places))
+        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], most_rows=most_Y[layer]))
     return plan
+
+
+def _rows_of_fullest(rank_YL: np.ndarray, moved_YL: np.ndarray, num_ranks: int) -> np.ndarray:
+    """How many of the moved primaries the rank has, in each layer, that has most of them: ``[Y]``."""
+    num_layers = len(rank_YL)
+    cell_YL = rank_YL + num_ranks * np.arange(num_layers)[:, None]
+    counts = np.bincount(cell_YL[moved_YL], minlength=num_layers * num_ranks)
+    return counts.reshape(num_layers, num_ranks).max(axis=1)
 
 
 def _places(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
