@@ -45,8 +45,10 @@ FRACTIONS = (0.1, 0.5)
 LAYERS = 8
 """Of the model whose rows move without training."""
 INTERVAL = 6
+FULL_GPU = 132
+"""Multiprocessors of a GPU that is not shared."""
 BATCH_FACTOR = 4
-"""In training, so that GPUs of their own are not waiting for their hosts, which would hide what moving takes."""
+"""In training on such GPUs, which would else be waiting for their hosts, and that would hide what moving takes."""
 BANDWIDTH_BAR, EXPOSED_BAR = 0.8, 0.15
 
 
@@ -95,7 +97,7 @@ def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[st
         print_moves(found, replace(size, layers=LAYERS))
     del lane
     even_YL = even_YL[: size.layers]
-    size = replace(size, sequences=BATCH_FACTOR * size.sequences)
+    size = replace(size, sequences=size.sequences * batch_factor(device))
     lanes = {
         "still": make_lane(size, device, step_interval=10**6),
         "at once": make_lane(size, device, step_interval=INTERVAL, policy=MoveSome()),
@@ -112,6 +114,13 @@ def run(device: torch.device, size: Size, turns: int, intervals: int) -> dict[st
     found["intervals"] = {name: slowest_rank(seconds[2:], device) for name, seconds in taken.items()}
     found["rearrangements"] = [each.balancer.num_rearrangements for each in lanes.values() if each.balancer]
     return found
+
+
+def batch_factor(device: torch.device) -> int:
+    """How many times the usual batch keeps the device as busy as a GPU of its own with ``BATCH_FACTOR`` of them."""
+    if device.type != "cuda":
+        return 1
+    return max(1, BATCH_FACTOR * torch.cuda.get_device_properties(device).multi_processor_count // FULL_GPU)
 
 
 def seconds_of_interval(lane: Lane, interval: int, size: Size, device: torch.device) -> float:
