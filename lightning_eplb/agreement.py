@@ -69,7 +69,11 @@ class Agreement:
         groups: ExpertGroups,
         agrees: bool = True,
     ) -> None:
-        signature = [(layer, str(t.dtype), tuple(t.shape)) for layer, tensors in moved.items() for t in tensors]
+        signature = [
+            (layer, str(tensor.dtype), tuple(tensor.shape), tensor.requires_grad)
+            for layer, tensors in moved.items()
+            for tensor in tensors
+        ]
         mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
         self._word = torch.frombuffer(bytearray([*mine, agrees]), dtype=torch.uint8)
         self._words = [torch.empty_like(self._word) for _ in range(groups.world_size)]
@@ -79,7 +83,7 @@ class Agreement:
         """Whether all ranks agree to that something else.
 
         Raises:
-            RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes.
+            RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes, or frozen.
         """
         assert self._work is not None
         self._work.wait()
@@ -87,7 +91,7 @@ class Agreement:
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise RuntimeError(
-                f"ranks {odd} would move other rows than rank 0 (placement, optimizer state or gradients differ);"
-                " nothing was moved"
+                f"ranks {odd} would move other rows than rank 0 (placement, optimizer state, gradients"
+                " or what is frozen differ); nothing was moved"
             )
         return all(agreed)

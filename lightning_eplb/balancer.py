@@ -1,6 +1,5 @@
 """Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,14 +15,13 @@ from lightning_eplb.arguments import check_redundancy, check_steps, check_switch
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
+from lightning_eplb.pace import Pace
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
-from lightning_eplb.relocation.background import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer import check_optimizers
 from lightning_eplb.replicated import warn_of_drift
@@ -103,6 +101,7 @@ class ExpertLoadBalancer:
             policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
         )
         self._mover = ExpertMover(self._modules, optimizers, use_async)
+        self._pace = Pace(self._modules, self._mover)
         if self._copies_by_batch:
             self._mover.placement = self._mover.placement.without_copies()
         self.load = ExpertLoad(
@@ -137,10 +136,7 @@ class ExpertLoadBalancer:
         self._untold: Rearrangement | None = None
         self._is_due = False
         self._decision: Decision | None = None
-        self._last_step_at: float | None = None
-        self._seconds_between_steps: float | None = None
         self._schedule = Schedule(step_interval)
-        self._speed: Speed | None = None
         self._first_step_is_done = False
         self._has_warned = False
         dispatch.warm_up()
@@ -192,18 +188,16 @@ class ExpertLoadBalancer:
             ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
                 fails or returns what is not a placement. All ranks raise it, and nothing was moved.
         """
-        if self._last_step_at is not None:
-            self._seconds_between_steps = time.perf_counter() - self._last_step_at
-        try:
+        with self._pace.between_steps():
             return self._close_step(with_gradients)
-        finally:
-            self._last_step_at = time.perf_counter()
 
     def _close_step(self, with_gradients: bool) -> StepLoad | None:
         if not self._first_step_is_done and self.groups.size > 1:
             check_optimizers(self.optimizers, self._named_parameters())
-            self._speed = measure_speed(self._modules[0][1], self.groups)
-            self._set_floor(self._measured_costs(with_gradients=False))
+            self._pace.measure()
+            if self.min_tokens_per_copy is None:
+                for layer, _ in self._modules:
+                    layer.min_tokens_per_copy = self._pace.tokens_worth_a_copy()
             self._warn_of_drift()
         self._first_step_is_done = True
         self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
@@ -369,11 +363,11 @@ class ExpertLoadBalancer:
             Seconds, below zero where plain were better; ``None`` where one rank holds all experts, or before the first
             step.
         """
-        if self._speed is None:
+        if self._pace.speed is None:
             return None
         per_group_YR = step.load.view(len(step.load), self.groups.size, -1).sum(dim=2)
         plain = float(per_group_YR.max(dim=1).values.sum())
-        return (plain - step.max_tokens) / self.groups.num_replicas * self._speed.seconds_per_token
+        return (plain - step.max_tokens) / self.groups.num_replicas * self._pace.speed.seconds_per_token
 
     def state_dict(self) -> dict[str, Any]:
         """Window and counters, as tensors and numbers, the same on every rank.
@@ -419,11 +413,6 @@ class ExpertLoadBalancer:
         if ddp is not None and not self._has_warned:
             self._has_warned = warn_of_drift(ddp, self.groups)
 
-    def _set_floor(self, costs: Costs | None) -> None:
-        if self.min_tokens_per_copy is None and costs is not None:
-            for layer, _ in self._modules:
-                layer.min_tokens_per_copy = max(1, math.ceil(costs.copy / costs.token))
-
     def _is_awaited(self, optimizer: Optimizer) -> bool:
         """Whether rows arrive before its step: experts change in it, or, all of them frozen, in no step."""
         return self._holds_experts(optimizer) or not any(self._holds_experts(each) for each in self.optimizers)
@@ -440,22 +429,8 @@ class ExpertLoadBalancer:
         }
 
     def _surroundings(self, with_gradients: bool) -> Surroundings:
-        costs = self.costs if self.costs is not None else self._measured_costs(with_gradients)
-        return Surroundings(self.capacity, costs, self._bytes_behind_a_step())
-
-    def _measured_costs(self, with_gradients: bool) -> Costs | None:
-        if self._speed is None:
-            return None
-        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._mover.tensors(0, with_gradients))
-        weights = [math.prod(p.shape[1:]) * p.element_size() for p in self._modules[0][1].parameters(recurse=False)]
-        return self._speed.costs(row_bytes, sum(weights), self.groups.node_of_rank)
-
-    def _bytes_behind_a_step(self) -> int:
-        """As many as travel in half the time between two steps, if the staging buffers hold them."""
-        if self._speed is None or self._seconds_between_steps is None:
-            return BACKGROUND_BYTES
-        per_second = self._speed.bytes_per_second(self.groups.node_of_rank)
-        return max(1, min(int(self._seconds_between_steps / 2 * per_second), BACKGROUND_BYTES))
+        costs = self.costs if self.costs is not None else self._pace.costs(with_gradients)
+        return Surroundings(self.capacity, costs, self._pace.bytes_behind_a_step())
 
 
 def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:

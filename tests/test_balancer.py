@@ -148,7 +148,7 @@ def test_state_is_saved_and_restored(window_size: int, workers: Workers) -> None
 def saved_by_seconds() -> list[float]:
     """Of a step's tokens on ranks that hold two experts each, and of the same had the placement levelled them."""
     balancer, _, _ = loop(1, {})
-    balancer._speed = Speed(0.5, 1.0, 1.0)
+    balancer._pace.speed = Speed(0.5, 1.0, 1.0)
     load = torch.tensor([[30, 10, 4, 4]])
     step = StepLoad(load, torch.tensor([24.0]), torch.tensor([40]))
     levelled = StepLoad(load, torch.tensor([24.0]), torch.tensor([26]))

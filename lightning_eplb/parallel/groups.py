@@ -66,16 +66,19 @@ class ExpertGroups:
             made.of_ranks[key] = cls._new(mine, ep_groups, control)
         return made.of_ranks[key]
 
-    def background(self) -> dist.ProcessGroup:
+    def background(self, anew: bool = False) -> dist.ProcessGroup:
         """A group of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
 
         It is made when it is first asked for.
+
+        Args:
+            anew: Make another, as something on the present one will never arrive. The same on all ranks.
         """
         made = _Made.under_default_group()
         key = next((key for key, groups in made.of_ranks.items() if groups is self), None)
         if key is None:
             raise RuntimeError("the model was converted under a process group that is gone; build and convert it anew")
-        if key not in made.background:
+        if anew or key not in made.background:
             group = _own_group(key)
             assert group is not None
             made.background[key] = group

@@ -122,14 +122,20 @@ class BackgroundRelocation:
                 self._gradients.pop(moves.layer).write()
                 row_bytes = sum(gradient[0].numel() * gradient.element_size() for gradient in gradients[moves.layer])
                 self.num_bytes += row_bytes * moves.num_rows_between_ranks
-        self.forget_gradients()
+        for sent in self._gradients.values():
+            sent.close()
+        self._gradients.clear()
         if not have_arrived:
             with_gradients = [moves for moves in arrived if gradients[moves.layer]]
             self.num_bytes += relocate(with_gradients, gradients.__getitem__, self._groups)
         return [moves.layer for moves in arrived]
 
-    def forget_gradients(self) -> None:
-        """Send no more gradients, and drop those that are under way."""
+    def abandon(self) -> None:
+        """Forget all that is under way, and wait for nobody.
+
+        Ranks may have sent unequally much: what travels on ``group`` afterwards may never arrive.
+        """
         for sent in self._gradients.values():
-            sent.close()
+            sent.abandon()
         self._gradients.clear()
+        self._underway = []

@@ -54,10 +54,14 @@ class GradientsUnderway:
 
     def close(self) -> None:
         """Send no more. What is under way is forgotten; its buffers are kept until it has arrived."""
+        self._forget()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Send no more, and don't wait for what is under way: some rank may never send its part."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._sent = [], []
-        self._forget()
+        self._hooks, self._sent, self._rows = [], [], None
 
     def _forget(self) -> None:
         if self._rows is not None:

@@ -44,6 +44,7 @@ class ExpertMover:
         self.seconds = 0.0
         """What training waited for that, on this rank."""
         self._background = self.groups.background() if use_async and self.groups.size > 1 else None
+        self._is_background_clear = True
         self._relocation: BackgroundRelocation | None = None
         self._goal = self.placement
         self._has_stepped = False
@@ -111,10 +112,13 @@ class ExpertMover:
         start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
-        agreement = Agreement(self.placement, after, moved, self.groups)
+        agreement = Agreement(self.placement, after, moved, self.groups, self._is_background_clear)
         relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
         relocation.prepare(self._weights_and_state)
-        agreement.wait()
+        if not agreement.wait():
+            self._background, self._is_background_clear = self.groups.background(anew=True), True
+            relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
+            relocation.prepare(self._weights_and_state)
         relocation.send(self._parameters_of_autograd)
         self._relocation = relocation if plan else None
         self._has_stepped = False
@@ -170,7 +174,8 @@ class ExpertMover:
     def abandon(self) -> None:
         """Forget all that is not in place. Communicates with nobody."""
         if self._relocation is not None:
-            self._relocation.forget_gradients()
+            self._relocation.abandon()
+            self._is_background_clear = False
         self._relocation = None
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:

@@ -23,17 +23,24 @@ LAYERS, STEPS, SEQUENCES = 3, 10, 2
 Seen = tuple[dict[str, Tensor], ExpertPlacement, Rearrangement | None]
 
 
-def train(use_async: bool, step_interval: int, most_bytes: int = 1, calls_before: bool = True) -> list[Seen]:
-    """On every worker: after each step, the weights in logical order, the placement, and what was rearranged."""
+def train(
+    use_async: bool, step_interval: int, most_bytes: int = 1, calls_before: bool = True, fault_in: int | None = None
+) -> list[Seen]:
+    """On every worker: after each step, the weights in logical order, the placement, and what was rearranged.
+
+    In the step ``fault_in`` rank 1 first has frozen a parameter whose rows are under way.
+    """
     model = hugging_face_model("mixtral", layers=LAYERS)
-    parallelize_experts(model, num_redundant_experts=2)
+    parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
     optimizer = optimizer_of("adamw", model)
     seen: list[Seen] = []
-    with patch("lightning_eplb.balancer.BACKGROUND_BYTES", most_bytes):
+    with patch("lightning_eplb.pace.BACKGROUND_BYTES", most_bytes):
         balancer = ExpertLoadBalancer(
             model, [optimizer], policy=ShufflePolicy(), step_interval=step_interval, use_async=use_async
         )
-        for batch in token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES):
+        for step, batch in enumerate(token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)):
+            if step == fault_in:
+                fail_in_step(balancer, optimizer, batch)
             language_loss(model, batch[dist.get_rank() :: 2]).backward()
             experts = {id(parameter) for module in experts_of(model) for parameter in module.parameters(recurse=False)}
             for parameter in model.parameters():
@@ -52,6 +59,17 @@ def train(use_async: bool, step_interval: int, most_bytes: int = 1, calls_before
     assert balancer.num_rearrangements == sum(told is not None for *_, told in [*seen, (done,)])
     seen.append(({name: tensor.clone() for name, tensor in model.state_dict().items()}, balancer.placement, done))
     return seen
+
+
+def fail_in_step(balancer: ExpertLoadBalancer, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+    parameter = next(experts_of(balancer.model)[0].parameters(recurse=False))
+    parameter.requires_grad_(dist.get_rank() == 0)
+    language_loss(balancer.model, batch[dist.get_rank() :: 2]).backward()
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] would move other rows than rank 0"):
+        balancer.before_optimizer_step()
+    balancer.abandon_rearrangement()
+    parameter.requires_grad_(True)
+    optimizer.zero_grad()
 
 
 def experts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -151,6 +169,18 @@ def test_the_same_is_moved_and_told(workers: Workers) -> None:
             behind.num_copies,
         )
         assert behind.num_bytes == sync.num_bytes * 4 // 3  # weights and two moments; and gradients
+
+
+def test_training_goes_on_after_ranks_disagreed_about_what_is_under_way(
+    workers: Workers, expected: list[dict[str, Tensor]]
+) -> None:
+    """Rank 0 has sent gradients that rank 1 has not: what moves later must not meet them."""
+    for seen in workers.run(2, train, True, 3, 1, True, 2):
+        assert all(len(changed_layers(one, other)) == 0 for (_, one, _), (_, other, _) in pairwise(seen[:4]))
+        assert any(done is not None for _, _, done in seen[4:])
+        for (weights, _, _), theirs in zip(seen, expected, strict=True):
+            for name, tensor in theirs.items():
+                assert float((weights[name] - tensor).abs().max()) < TOLERANCE, name
 
 
 def test_a_step_without_the_call_before_it_is_refused(workers: Workers) -> None:
