@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -14,6 +11,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.balanced import ENOUGH
 from lightning_eplb.policies.split import level_tokens
+from tests.policies.digest import printed_by, start
 
 BOTH = pytest.mark.parametrize("split", ["even", "level"])
 
@@ -410,68 +408,10 @@ def test_refuses_groups_that_do_not_divide_the_experts():
         BalancedPolicy(num_groups=3).rearrange(np.ones((1, 4), dtype=np.int64), before, Topology.even(2))
 
 
-PRINT_DIGEST = """
-import hashlib
-
-import numpy as np
-
-from lightning_eplb.forecast import forecast
-from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
-
-digest = hashlib.sha256()
-integers = np.random.default_rng(0).integers
-shapes = (64, 8, 8, 2), (64, 8, 16, 1), (48, 4, 0, 1), (128, 16, 16, 2), (64, 64, 64, 2)
-for experts, ranks, redundant, nodes in shapes:
-    products = integers(1, 100, (40, 3, experts)) * integers(1, 100, (3, experts)) * integers(1, 100, (3, experts))
-    ahead = forecast(products)
-    for part in (ahead.load, ahead.first, ahead.spread):
-        digest.update(part.astype("<i8").tobytes())
-    before = ExpertPlacement.initial(3, experts, ranks, redundant)
-    for split in ("even", "level"):
-        for topology in (Topology.even(ranks, nodes), Topology((0,) * ranks, (0.3,) + (0.7,) * (ranks - 1))):
-            digest.update(BalancedPolicy(split=split).rearrange(products.sum(axis=0), before, topology).digest())
-            outlook = Outlook(products.sum(axis=0), 40, ahead, 100, Costs(0.1, 30.0, 70.0, 0.3))
-            digest.update(BalancedPolicy(7, split=split).look_ahead(outlook, before, topology).digest())
-print(digest.hexdigest())
-"""
-
-
-def test_plans_are_the_same_with_other_threads_and_other_instructions_of_the_processor(tmp_path):
-    from numpy._core import _multiarray_umath as numpy_core  # the features that numpy chooses loops by
-
-    disabled = [name for name in numpy_core.__cpu_dispatch__ if numpy_core.__cpu_features__.get(name)]
-    settings_of = {
-        "default": {},
-        "threads": {"OMP_NUM_THREADS": "3", "NUMBA_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "3"},
-        "generic": {
-            "NUMBA_CPU_NAME": "generic",
-            "NUMBA_CPU_FEATURES": "",
-            "NPY_DISABLE_CPU_FEATURES": " ".join(disabled),
-        },
-    }
-
-    def start(name):
-        environment = {**os.environ, **settings_of[name]}
-        if name == "generic":  # threads change nothing in what is compiled
-            environment["NUMBA_CACHE_DIR"] = str(tmp_path)
-        return subprocess.Popen(
-            [sys.executable, "-c", PRINT_DIGEST],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    printed = {}
-    for names in (("default", "generic"), ("threads",)):
-        started = {name: start(name) for name in names}
-        for name, process in started.items():
-            output, errors = process.communicate(timeout=280)
-            assert process.returncode == 0, errors
-            printed[name] = output.strip()
-    assert len(printed["default"]) == 64
-    assert printed == dict.fromkeys(printed, printed["default"])
+def test_plans_are_the_same_with_other_threads_and_other_instructions_of_the_processor(digest_on_plain_processor):
+    default, threads = (printed_by(start(name)) for name in ("default", "threads"))
+    assert len(default) == 64
+    assert threads == digest_on_plain_processor == default
 
 
 @pytest.mark.parametrize("num_groups", [1, 8, 32])

@@ -1,0 +1,65 @@
+"""Prints one digest of many plans and forecasts, for processes with other settings to compare."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+SETTINGS = {
+    "default": {},
+    "threads": {"OMP_NUM_THREADS": "3", "NUMBA_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "3"},
+    "plain processor": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+}
+
+
+def start(name: str, **environment: str) -> "subprocess.Popen[str]":
+    """A process with the settings of this name, that prints the digest."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        env={**os.environ, **SETTINGS[name], **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_on_plain_processor(cache_folder: str) -> "subprocess.Popen[str]":
+    """The same without the instructions that not every processor has. It compiles all loops anew, for a minute."""
+    from numpy._core import _multiarray_umath as numpy_core  # the features that numpy chooses loops by
+
+    disabled = [name for name in numpy_core.__cpu_dispatch__ if numpy_core.__cpu_features__.get(name)]
+    return start("plain processor", NUMBA_CACHE_DIR=cache_folder, NPY_DISABLE_CPU_FEATURES=" ".join(disabled))
+
+
+def printed_by(process: "subprocess.Popen[str]") -> str:
+    output, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors
+    return output.strip()
+
+
+def main() -> None:
+    from lightning_eplb.forecast import forecast
+    from lightning_eplb.placement import ExpertPlacement
+    from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
+
+    digest = hashlib.sha256()
+    integers = np.random.default_rng(0).integers
+    shapes = (64, 8, 8, 2), (64, 8, 16, 1), (48, 4, 0, 1), (128, 16, 16, 2), (64, 64, 64, 2)
+    for experts, ranks, redundant, nodes in shapes:
+        products = integers(1, 100, (40, 3, experts)) * integers(1, 100, (3, experts)) * integers(1, 100, (3, experts))
+        ahead = forecast(products)
+        for part in (ahead.load, ahead.first, ahead.spread):
+            digest.update(part.astype("<i8").tobytes())
+        before = ExpertPlacement.initial(3, experts, ranks, redundant)
+        for split in ("even", "level"):
+            for topology in (Topology.even(ranks, nodes), Topology((0,) * ranks, (0.3,) + (0.7,) * (ranks - 1))):
+                digest.update(BalancedPolicy(split=split).rearrange(products.sum(axis=0), before, topology).digest())
+                outlook = Outlook(products.sum(axis=0), 40, ahead, 100, Costs(0.1, 30.0, 70.0, 0.3))
+                digest.update(BalancedPolicy(7, split=split).look_ahead(outlook, before, topology).digest())
+    print(digest.hexdigest())
+
+
+if __name__ == "__main__":
+    main()
