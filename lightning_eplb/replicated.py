@@ -55,4 +55,6 @@ def first_that_differs(ddp: DistributedDataParallel, groups: ExpertGroups) -> st
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
+    if len(bits) <= PIECE:
+        return bits.sum()
     return torch.stack([piece.sum() for piece in bits.split(PIECE)]).sum()
