@@ -58,7 +58,9 @@ class Agreement:
 
     Args:
         moved: The tensors that are to move, by layer.
-        agrees: This rank's word on something else.
+        groups: Who agrees.
+        word: What this rank has to say besides, 0 ... 2**32 - 1.
+        num_sent: What this rank has sent of them already; the same on all, or some wait for what never comes.
     """
 
     def __init__(
@@ -67,31 +69,33 @@ class Agreement:
         after: ExpertPlacement,
         moved: Mapping[int, Sequence[Tensor]],
         groups: ExpertGroups,
-        agrees: bool = True,
+        word: int = 0,
+        num_sent: int = 0,
     ) -> None:
         signature = [
             (layer, str(tensor.dtype), tuple(tensor.shape), tensor.requires_grad)
             for layer, tensors in moved.items()
             for tensor in tensors
         ]
-        mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
-        self._word = torch.frombuffer(bytearray([*mine, agrees]), dtype=torch.uint8)
-        self._words = [torch.empty_like(self._word) for _ in range(groups.world_size)]
-        self._work = dist.all_gather(self._words, self._word, group=groups.control, async_op=True)
+        mine = hashlib.sha256(before.digest() + after.digest() + repr((signature, num_sent)).encode()).digest()
+        self._said = torch.frombuffer(bytearray(mine + word.to_bytes(4, "little")), dtype=torch.uint8)
+        self._heard = [torch.empty_like(self._said) for _ in range(groups.world_size)]
+        self._work = dist.all_gather(self._heard, self._said, group=groups.control, async_op=True)
 
-    def wait(self) -> bool:
-        """Whether all ranks agree to that something else.
+    def wait(self) -> list[int]:
+        """What each rank has to say besides.
 
         Raises:
             RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes, or frozen.
         """
         assert self._work is not None
         self._work.wait()
-        digests, agreed = zip(*((bytes(word[:-1].tolist()), bool(word[-1])) for word in self._words), strict=True)
+        heard = [bytes(each.tolist()) for each in self._heard]
+        digests = [each[:-4] for each in heard]
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise RuntimeError(
                 f"ranks {odd} would move other rows than rank 0 (placement, optimizer state, gradients"
                 " or what is frozen differ); nothing was moved"
             )
-        return all(agreed)
+        return [int.from_bytes(each[-4:], "little") for each in heard]

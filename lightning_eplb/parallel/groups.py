@@ -66,22 +66,17 @@ class ExpertGroups:
             made.of_ranks[key] = cls._new(mine, ep_groups, control)
         return made.of_ranks[key]
 
-    def background(self, anew: bool = False) -> dist.ProcessGroup:
-        """A group of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
+    def background(self) -> "BackgroundGroups":
+        """Groups of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
 
-        It is made when it is first asked for.
-
-        Args:
-            anew: Make another, as something on the present one will never arrive. The same on all ranks.
+        The first is made when they are first asked for.
         """
         made = _Made.under_default_group()
         key = next((key for key, groups in made.of_ranks.items() if groups is self), None)
         if key is None:
             raise RuntimeError("the model was converted under a process group that is gone; build and convert it anew")
-        if anew or key not in made.background:
-            group = _own_group(key)
-            assert group is not None
-            made.background[key] = group
+        if key not in made.background:
+            made.background[key] = BackgroundGroups(key)
         return made.background[key]
 
     @classmethod
@@ -93,6 +88,47 @@ class ExpertGroups:
         exchange = _own_group(ep_groups)
         replicas = _own_group([list(ranks) for ranks in zip(*ep_groups, strict=True)]) if len(ep_groups) > 1 else None
         return cls(rank, size, exchange, replicas, len(ep_groups), control, nodes)
+
+
+class BackgroundGroups:
+    """Groups of the same ranks. Whoever has something under way has one to itself, known by its number.
+
+    What fails while something is under way leaves some of it on the group that will never arrive, or that a rank has
+    sent and another has not. So a group is given back by who has received all of it, and else never used again.
+    """
+
+    def __init__(self, ep_groups: Sequence[Sequence[int]]) -> None:
+        self._ep_groups = ep_groups
+        self._groups: list[dist.ProcessGroup] = []
+        self._idle: set[int] = set()
+        self.add()
+
+    def __getitem__(self, number: int) -> dist.ProcessGroup:
+        return self._groups[number - 1]
+
+    @property
+    def first_idle(self) -> int:
+        """The number, 1 or more, of a group that nobody uses, as this rank knows; 0 if there is none."""
+        return min(self._idle, default=0)
+
+    def add(self) -> int:
+        """Make another and return its number. Those that are idle now are used no more: ranks may disagree about them.
+
+        Every rank of the default group calls it.
+        """
+        group = _own_group(self._ep_groups)
+        assert group is not None
+        self._groups.append(group)
+        self._idle = {len(self._groups)}
+        return len(self._groups)
+
+    def take(self, number: int) -> None:
+        """Use it from now on."""
+        self._idle.remove(number)
+
+    def give_back(self, number: int) -> None:
+        """Use it no more; all that was sent on it has been received."""
+        self._idle.add(number)
 
 
 class _Made:
@@ -109,7 +145,7 @@ class _Made:
         assert isinstance(control, dist.ProcessGroup)
         self.control = control
         self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
-        self.background: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}
+        self.background: dict[tuple[tuple[int, ...], ...], BackgroundGroups] = {}
 
     @classmethod
     def under_default_group(cls) -> "_Made":

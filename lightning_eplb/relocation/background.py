@@ -64,6 +64,11 @@ class BackgroundRelocation:
             layer in self._gradients and self._gradients[layer].is_current for layer in self.layers_underway
         )
 
+    @property
+    def num_sent(self) -> int:
+        """How often this rank has sent gradients of layers that are under way."""
+        return sum(gradients.num_sent for gradients in self._gradients.values())
+
     def prepare(self, tensors_of: Callable[[int], list[Tensor]]) -> None:
         """Take the next layers, for :meth:`send`. Right after an optimizer step, and none before :meth:`finish`.
 

@@ -26,6 +26,8 @@ class GradientsUnderway:
         self._frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._route, self._group = route, group
+        self.num_sent = 0
+        """How often this rank has sent them."""
         self._missing = len(self._parameters)
         self._rows: RowsUnderway | None = None
         self._sent: list[tuple[Tensor, int]] = []
@@ -80,3 +82,4 @@ class GradientsUnderway:
             stacks = [[local_shard(grad)] for grad in grads]
             self._rows = RowsUnderway(stacks, self._route, self._group, is_behind=True).send()
         self._sent = [(grad, grad._version) for grad in grads]
+        self.num_sent += 1

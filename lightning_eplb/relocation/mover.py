@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,11 +16,16 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
 from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
-from lightning_eplb.relocation.plan import plan_relocation
+from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
+
+_UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
+"""What moves behind training, by the model's first layer."""
 
 
 class ExpertMover:
     """Moves primaries between ranks and switches the layers' maps. All ranks use it alike.
+
+    A model has one: what another has under way in it, as after a failure, is abandoned.
 
     Args:
         modules: The converted modules, in the order of layers, each with what it knows.
@@ -43,8 +49,10 @@ class ExpertMover:
         """What crossed ranks since the last start, over all ranks."""
         self.seconds = 0.0
         """What training waited for that, on this rank."""
+        if (left_behind := _UNDERWAY.pop(first_layer, None)) is not None:
+            left_behind.abandon()
         self._background = self.groups.background() if use_async and self.groups.size > 1 else None
-        self._is_background_clear = True
+        self._number_taken = 0
         self._relocation: BackgroundRelocation | None = None
         self._goal = self.placement
         self._has_stepped = False
@@ -112,15 +120,18 @@ class ExpertMover:
         start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
-        agreement = Agreement(self.placement, after, moved, self.groups, self._is_background_clear)
-        relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
-        relocation.prepare(self._weights_and_state)
-        if not agreement.wait():
-            self._background, self._is_background_clear = self.groups.background(anew=True), True
-            relocation = BackgroundRelocation(plan, self.groups, self._background, most_bytes)
-            relocation.prepare(self._weights_and_state)
-        relocation.send(self._parameters_of_autograd)
-        self._relocation = relocation if plan else None
+        number = self._background.first_idle
+        agreement = Agreement(self.placement, after, moved, self.groups, number)
+        relocation = self._prepared(plan, number, most_bytes) if number else None
+        numbers = set(agreement.wait())
+        if relocation is None or len(numbers) > 1:
+            number = self._background.add()
+            relocation = self._prepared(plan, number, most_bytes)
+        if plan:
+            self._background.take(number)
+            self._number_taken = number
+            self._relocation = _UNDERWAY[self._modules[0][0]] = relocation
+            relocation.send(self._parameters_of_autograd)
         self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
@@ -142,7 +153,7 @@ class ExpertMover:
                 " were under way are older than the weights; call it right before optimizer.step()"
             )
         if self._relocation.is_done:
-            self._relocation = None
+            self._close()
         else:
             self._has_stepped = False
             self._relocation.prepare(self._weights_and_state)
@@ -155,27 +166,42 @@ class ExpertMover:
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
         """
-        if self._relocation is None or not self._relocation.is_underway:
+        relocation = self._relocation
+        if relocation is None or not relocation.is_underway:
             return
         start = time.perf_counter()
-        layers = self._relocation.layers_underway
-        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in layers}
-        agreement = Agreement(self.placement, self._goal, gradients, self.groups, self._relocation.has_gradients)
-        self._relocation.aim(gradients)
-        self._switch(self._goal, self._relocation.finish(gradients, have_arrived=agreement.wait()))
-        self.num_bytes = self._relocation.num_bytes * self.groups.num_replicas
+        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
+        word, num_sent = int(relocation.has_gradients), relocation.num_sent
+        agreement = Agreement(self.placement, self._goal, gradients, self.groups, word, num_sent)
+        relocation.aim(gradients)
+        self._switch(self._goal, relocation.finish(gradients, have_arrived=all(agreement.wait())))
+        self.num_bytes = relocation.num_bytes * self.groups.num_replicas
         self.seconds += time.perf_counter() - start
 
     def stop(self) -> None:
         """Put in place what is under way, and forget the rest."""
         self.put_in_place()
-        self._relocation = None
+        if self._relocation is not None:
+            self._close()
 
     def abandon(self) -> None:
         """Forget all that is not in place. Communicates with nobody."""
         if self._relocation is not None:
             self._relocation.abandon()
-            self._is_background_clear = False
+            _UNDERWAY.pop(self._modules[0][0], None)
+        self._relocation = None
+
+    def _prepared(self, plan: Sequence[LayerMoves], number: int, most_bytes: int) -> BackgroundRelocation:
+        assert self._background is not None
+        relocation = BackgroundRelocation(plan, self.groups, self._background[number], most_bytes)
+        relocation.prepare(self._weights_and_state)
+        return relocation
+
+    def _close(self) -> None:
+        """Nothing is under way any more: all that was sent has been received."""
+        assert self._background is not None
+        self._background.give_back(self._number_taken)
+        _UNDERWAY.pop(self._modules[0][0], None)
         self._relocation = None
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:

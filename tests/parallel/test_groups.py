@@ -41,6 +41,26 @@ def test_models_on_the_same_ranks_share_groups(workers: Workers) -> None:
         assert told_apart
 
 
+def numbers_in_the_background() -> tuple[list[int], bool]:
+    """On every worker: which group is idle as ranks go on, rank 0 without giving its first back."""
+    background = ExpertGroups.create(dist.new_subgroups(2)[0]).background()
+    first = background.first_idle
+    background.take(first)
+    seen = [first, background.first_idle, background.add()]
+    if dist.get_rank():
+        background.give_back(first)
+    assert background.first_idle == (first if dist.get_rank() else seen[-1])
+    seen.append(background.add())
+    seen.append(background.first_idle)
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=background[seen[-1]])
+    return seen, float(ones) == 2
+
+
+def test_groups_in_the_background_are_for_one_at_a_time(workers: Workers) -> None:
+    assert workers.run(4, numbers_in_the_background) == [([1, 0, 2, 3, 3], True)] * 4
+
+
 def kept() -> int:
     """On every worker: of how many default groups groups are kept; something else may hold on to a former one."""
     ExpertGroups.create()

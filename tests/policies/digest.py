@@ -4,8 +4,11 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+
+import lightning_eplb
 
 SETTINGS = {
     "default": {},
@@ -17,7 +20,8 @@ SETTINGS = {
 def start(name: str, **environment: str) -> "subprocess.Popen[str]":
     """A process with the settings of this name, that prints the digest."""
     return subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "tests.policies.digest"],
+        cwd=Path(__file__).parents[2],  # the package beside these tests, wherever another is installed
         env={**os.environ, **SETTINGS[name], **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -36,7 +40,9 @@ def start_on_plain_processor(cache_folder: str) -> "subprocess.Popen[str]":
 def printed_by(process: "subprocess.Popen[str]") -> str:
     output, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
-    return output.strip()
+    digest, package = output.splitlines()
+    assert package == lightning_eplb.__file__
+    return digest
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
                 digest.update(BalancedPolicy(split=split).rearrange(products.sum(axis=0), before, topology).digest())
                 outlook = Outlook(products.sum(axis=0), 40, ahead, 100, Costs(0.1, 30.0, 70.0, 0.3))
                 digest.update(BalancedPolicy(7, split=split).look_ahead(outlook, before, topology).digest())
-    print(digest.hexdigest())
+    print(digest.hexdigest(), lightning_eplb.__file__, sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_expe
 from lightning_eplb.relocation.exchange import relocate
 from lightning_eplb.relocation.gradients import GradientsUnderway
 from lightning_eplb.relocation.plan import LayerMoves
-from lightning_eplb.steps import Rearrangement
+from lightning_eplb.steps import Rearrangement, StepLoad
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
 from tests.workers import WorkerError, Workers
@@ -41,18 +41,8 @@ def train(
         for step, batch in enumerate(token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)):
             if step == fault_in:
                 fail_in_step(balancer, optimizer, batch)
-            language_loss(model, batch[dist.get_rank() :: 2]).backward()
-            experts = {id(parameter) for module in experts_of(model) for parameter in module.parameters(recurse=False)}
-            for parameter in model.parameters():
-                if id(parameter) not in experts and parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
-                    parameter.grad /= 2
-            if calls_before:
-                balancer.before_optimizer_step()
-            optimizer.step()
-            optimizer.zero_grad()
-            served = balancer.step(with_gradients=False)
-            assert served is not None
+                balancer.abandon_rearrangement()
+            served = train_step(balancer, optimizer, batch, calls_before)
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             seen.append((weights, balancer.placement, served.rearrangement))
         done = balancer.finish_rearrangement()
@@ -61,13 +51,36 @@ def train(
     return seen
 
 
-def fail_in_step(balancer: ExpertLoadBalancer, optimizer: torch.optim.Optimizer, batch: Tensor) -> None:
+def train_step(
+    balancer: ExpertLoadBalancer, optimizer: torch.optim.Optimizer, batch: Tensor, calls_before: bool = True
+) -> StepLoad:
+    model = balancer.model
+    language_loss(model, batch[dist.get_rank() :: 2]).backward()
+    experts = {id(parameter) for module in experts_of(model) for parameter in module.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if id(parameter) not in experts and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= 2
+    if calls_before:
+        balancer.before_optimizer_step()
+    optimizer.step()
+    optimizer.zero_grad()
+    served = balancer.step(with_gradients=False)
+    assert served is not None
+    return served
+
+
+def fail_in_step(
+    balancer: ExpertLoadBalancer, optimizer: torch.optim.Optimizer, batch: Tensor, is_zeroed: bool = False
+) -> None:
+    """Rank 1 has frozen a parameter: it has no gradient, or the zeros of before the backward pass."""
     parameter = next(experts_of(balancer.model)[0].parameters(recurse=False))
     parameter.requires_grad_(dist.get_rank() == 0)
+    if is_zeroed:
+        parameter.grad = torch.zeros_like(parameter)
     language_loss(balancer.model, batch[dist.get_rank() :: 2]).backward()
     with pytest.raises(RuntimeError, match=r"ranks \[1\] would move other rows than rank 0"):
         balancer.before_optimizer_step()
-    balancer.abandon_rearrangement()
     parameter.requires_grad_(True)
     optimizer.zero_grad()
 
@@ -181,6 +194,105 @@ def test_training_goes_on_after_ranks_disagreed_about_what_is_under_way(
         for (weights, _, _), theirs in zip(seen, expected, strict=True):
             for name, tensor in theirs.items():
                 assert float((weights[name] - tensor).abs().max()) < TOLERANCE, name
+
+
+Trained = tuple[dict[str, Tensor], int]
+"""The weights in logical order, and how many rearrangements there were."""
+
+
+def training(seed: int = 0) -> tuple[ExpertLoadBalancer, torch.optim.Optimizer]:
+    """Its first rearrangement is under way after two steps."""
+    model = hugging_face_model("mixtral", layers=LAYERS)
+    parallelize_experts(model)
+    optimizer = optimizer_of("adamw", model)
+    return balancer_of(model, optimizer, seed), optimizer
+
+
+def balancer_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> ExpertLoadBalancer:
+    return ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(seed), step_interval=3, use_async=True)
+
+
+def trained(balancer: ExpertLoadBalancer) -> Trained:
+    return {name: tensor.clone() for name, tensor in balancer.model.state_dict().items()}, balancer.num_rearrangements
+
+
+def train_two(other_is_moving: bool) -> list[Trained]:
+    """Two models on the same ranks; what moves in the first fails."""
+    batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
+    before = 2 if other_is_moving else 0
+    with patch("lightning_eplb.pace.BACKGROUND_BYTES", 1):
+        (balancer, optimizer), (other, its_optimizer) = training(), training(seed=1)
+        for batch in batches[:2]:
+            train_step(balancer, optimizer, batch)
+        for batch in batches[:before]:
+            train_step(other, its_optimizer, batch)
+        fail_in_step(balancer, optimizer, batches[2])
+        balancer.abandon_rearrangement()
+        for batch in batches[before:]:
+            train_step(other, its_optimizer, batch)
+        for batch in batches[2:]:
+            train_step(balancer, optimizer, batch)
+    return [trained(balancer), trained(other)]
+
+
+def train_after_a_failure(is_same_model: bool) -> Trained:
+    """The balancer under which training failed is told nothing; another one goes on, or starts with another model."""
+    batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
+    with patch("lightning_eplb.pace.BACKGROUND_BYTES", 1):
+        balancer, optimizer = training()
+        for batch in batches[:2]:
+            train_step(balancer, optimizer, batch)
+        fail_in_step(balancer, optimizer, batches[2])
+        if is_same_model:
+            balancer = balancer_of(balancer.model, optimizer)
+        else:
+            balancer, optimizer = training()
+        for batch in batches[2 if is_same_model else 0 :]:
+            train_step(balancer, optimizer, batch)
+    return trained(balancer)
+
+
+def train_with_zeroed_gradients() -> Trained:
+    with patch("lightning_eplb.pace.BACKGROUND_BYTES", 1):
+        balancer, optimizer = training()
+        for step, batch in enumerate(token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)):
+            if step == 2:
+                fail_in_step(balancer, optimizer, batch, is_zeroed=True)
+                balancer.abandon_rearrangement()
+            train_step(balancer, optimizer, batch)
+    return trained(balancer)
+
+
+def check_trained(seen: Trained, expected: dict[str, Tensor]) -> None:
+    weights, num_rearrangements = seen
+    assert num_rearrangements > 0
+    for name, tensor in expected.items():
+        assert float((weights[name] - tensor).abs().max()) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("other_is_moving", [False, True])
+def test_what_fails_in_one_model_does_not_harm_another(
+    other_is_moving: bool, workers: Workers, expected: list[dict[str, Tensor]]
+) -> None:
+    for of_models in workers.run(2, train_two, other_is_moving):
+        for seen in of_models:
+            check_trained(seen, expected[-1])
+
+
+@pytest.mark.parametrize("is_same_model", [True, False])
+def test_another_balancer_trains_after_a_failure(
+    is_same_model: bool, workers: Workers, expected: list[dict[str, Tensor]]
+) -> None:
+    for seen in workers.run(2, train_after_a_failure, is_same_model):
+        check_trained(seen, expected[-1])
+
+
+def test_ranks_that_sent_gradients_unequally_often_hang_nobody(
+    workers: Workers, expected: list[dict[str, Tensor]]
+) -> None:
+    """All have gradients of the same shapes, but only rank 0 has sent some of them."""
+    for seen in workers.run(2, train_with_zeroed_gradients):
+        check_trained(seen, expected[-1])
 
 
 def test_a_step_without_the_call_before_it_is_refused(workers: Workers) -> None:
