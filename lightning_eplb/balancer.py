@@ -196,8 +196,9 @@ class ExpertLoadBalancer:
             check_optimizers(self.optimizers, self._named_parameters())
             self._pace.measure()
             if self.min_tokens_per_copy is None:
+                floor = self._pace.tokens_worth_a_copy()
                 for layer, _ in self._modules:
-                    layer.min_tokens_per_copy = self._pace.tokens_worth_a_copy()
+                    layer.min_tokens_per_copy = floor
             self._warn_of_drift()
         self._first_step_is_done = True
         self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import lightning_eplb
+from lightning_eplb.forecast import forecast
+from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
 
 SETTINGS = {
     "default": {},
@@ -46,10 +49,6 @@ def printed_by(process: "subprocess.Popen[str]") -> str:
 
 
 def main() -> None:
-    from lightning_eplb.forecast import forecast
-    from lightning_eplb.placement import ExpertPlacement
-    from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
-
     digest = hashlib.sha256()
     integers = np.random.default_rng(0).integers
     shapes = (64, 8, 8, 2), (64, 8, 16, 1), (48, 4, 0, 1), (128, 16, 16, 2), (64, 64, 64, 2)
