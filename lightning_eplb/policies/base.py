@@ -113,6 +113,8 @@ class Outlook:
         forecast: What a window of that many steps will look like from now on.
         interval: Steps until the next decision.
         costs: As far as they were measured.
+        sub_windows: Tokens of each expert in parts of the window, oldest first, int64 ``[B, Y, L]``, as
+            :func:`lightning_eplb.forecast.sub_windows` cuts it; ``None``: not known.
     """
 
     window: np.ndarray
@@ -120,6 +122,7 @@ class Outlook:
     forecast: Forecast
     interval: int
     costs: Costs | None = None
+    sub_windows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "interval"):

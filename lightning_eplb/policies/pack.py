@@ -1,0 +1,165 @@
+"""Replicate experts and pack the replicas to ranks, as DeepSeek's published planner does. Compiled.
+
+Source: https://github.com/deepseek-ai/EPLB (2025): replicas by load, heaviest first to the emptiest rank. Here each rank
+has its own room for primaries and for redundant replicas, and holds an expert once; afterwards the ranks are relabelled.
+
+Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
+"""
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.layer import Layer
+
+
+@compiled
+def replicate(load_L: np.ndarray, num_redundant: int, most: int) -> np.ndarray:
+    """Count the replicas of each expert: one more, again and again, for the expert with most load a replica.
+
+    Args:
+        load_L: Load of each expert, float64.
+        num_redundant: Redundant replicas.
+        most: Replicas that an expert can have.
+    """
+    count_L = np.ones(load_L.size, dtype=np.int64)
+    share_L = load_L.copy()
+    for _ in range(num_redundant):
+        best = np.int64(-1)
+        for expert in range(load_L.size):
+            if count_L[expert] < most and share_L[expert] > 0.0 and (best < 0 or share_L[expert] > share_L[best]):
+                best = np.int64(expert)
+        if best < 0:
+            break
+        count_L[best] += 1
+        share_L[best] = load_L[best] / count_L[best]
+    return count_L
+
+
+@compiled
+def pack(layer: Layer, load_L: np.ndarray, count_L: np.ndarray, keeps_primaries: bool) -> np.ndarray:
+    """Pack replicas to ranks, heaviest first, each to the emptiest rank with room that does not hold its expert.
+
+    Args:
+        layer: To plan.
+        load_L: Load of each expert, float64.
+        count_L: Replicas of each expert, the primary included.
+        keeps_primaries: Primaries stay where they are; only redundant replicas are packed.
+
+    Returns:
+        Slots, int64 ``[R, S]``. A replica that finds no room is left out.
+    """
+    num_ranks, num_slots = layer.before_RS.shape
+    n = layer.num_primaries
+    slots_RS = np.full((num_ranks, num_slots), -1)
+    held_RL = np.zeros((num_ranks, load_L.size), dtype=np.bool_)
+    tokens_R = np.zeros(num_ranks)
+    own_R, more_R = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
+    has_primary_L = np.zeros(load_L.size, dtype=np.bool_)
+    share_L, left_L = load_L / count_L, count_L.copy()
+    if keeps_primaries:
+        for rank in range(num_ranks):
+            for slot in range(n):
+                expert = layer.before_RS[rank, slot]
+                slots_RS[rank, slot] = expert
+                held_RL[rank, expert] = has_primary_L[expert] = True
+                left_L[expert] -= 1
+                tokens_R[rank] += share_L[expert]
+            own_R[rank] = n
+    for expert in np.argsort(-share_L, kind="mergesort"):
+        for _ in range(left_L[expert]):
+            best = np.int64(-1)
+            lowest = np.inf
+            for rank in range(num_ranks):
+                has_room = more_R[rank] < num_slots - n if has_primary_L[expert] else own_R[rank] < n
+                if has_room and not held_RL[rank, expert]:
+                    filled = (tokens_R[rank] + share_L[expert]) * layer.weight_R[rank]
+                    if filled < lowest:
+                        best, lowest = np.int64(rank), filled
+            if best < 0:
+                break
+            if has_primary_L[expert]:
+                slots_RS[best, n + more_R[best]] = expert
+                more_R[best] += 1
+            else:
+                slots_RS[best, own_R[best]] = expert
+                own_R[best] += 1
+                has_primary_L[expert] = True
+            held_RL[best, expert] = True
+            tokens_R[best] += share_L[expert]
+    return slots_RS
+
+
+@compiled
+def relabel_ranks(layer: Layer, slots_RS: np.ndarray) -> None:
+    """Permute the ranks of a plan so that many experts find themselves where their primary is now, in place.
+
+    Greedy: the pair of ranks with most experts in common first. Ranks of unequal cost keep their names.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    if layer.weight_R.min() == layer.weight_R.max():
+        common_RR = np.zeros((num_ranks, num_ranks), dtype=np.int16)
+        for rank in range(num_ranks):
+            for slot in range(num_slots):
+                if slots_RS[rank, slot] >= 0:
+                    common_RR[rank, layer.home_L[slots_RS[rank, slot]]] += 1
+        to_R = np.full(num_ranks, -1)
+        is_taken_R = np.zeros(num_ranks, dtype=np.bool_)
+        for common in range(num_slots, 0, -1):
+            for rank in range(num_ranks):
+                for slot in range(num_slots):
+                    if to_R[rank] < 0 and slots_RS[rank, slot] >= 0:
+                        target = layer.home_L[slots_RS[rank, slot]]
+                        if common_RR[rank, target] == common and not is_taken_R[target]:
+                            to_R[rank], is_taken_R[target] = target, True
+        target = np.int64(0)
+        for rank in range(num_ranks):
+            if to_R[rank] < 0:
+                while is_taken_R[target]:
+                    target += 1
+                to_R[rank], is_taken_R[target] = target, True
+        packed_RS = slots_RS.copy()
+        for rank in range(num_ranks):
+            slots_RS[to_R[rank]] = packed_RS[rank]
+    _exchange_roles(layer, slots_RS)
+
+
+@compiled
+def _exchange_roles(layer: Layer, slots_RS: np.ndarray) -> None:
+    """Make a replica on its expert's present rank the primary, in exchange for a primary that has a replica there."""
+    num_ranks, num_slots = slots_RS.shape
+    n = layer.num_primaries
+    place_L = np.empty(layer.home_L.size, dtype=np.int64)
+    for rank in range(num_ranks):
+        for slot in range(n):
+            place_L[slots_RS[rank, slot]] = rank * num_slots + slot
+    for home in range(num_ranks):
+        for redundant in range(n, num_slots):
+            expert = slots_RS[home, redundant]
+            if expert < 0 or layer.home_L[expert] != home:
+                continue
+            rank, slot = place_L[expert] // num_slots, place_L[expert] % num_slots
+            for other in range(n, num_slots):
+                back = slots_RS[rank, other]
+                if back >= 0 and place_L[back] // num_slots == home and layer.home_L[back] != home:
+                    own = place_L[back] % num_slots
+                    slots_RS[home, own], slots_RS[home, redundant] = expert, back
+                    slots_RS[rank, slot], slots_RS[rank, other] = back, expert
+                    place_L[expert], place_L[back] = home * num_slots + own, rank * num_slots + slot
+                    break
+
+
+@compiled
+def keep_rows(before_RS: np.ndarray, after_RS: np.ndarray, num_primaries: int) -> None:
+    """Reorder ``after_RS`` in place, primaries and redundant slots apart, so that what stays on a rank keeps its row."""
+    num_slots = after_RS.shape[1]
+    for rank in range(after_RS.shape[0]):
+        for slot in range(num_slots):
+            expert = before_RS[rank, slot]
+            if expert < 0 or after_RS[rank, slot] == expert:
+                continue
+            start, end = (0, num_primaries) if slot < num_primaries else (num_primaries, num_slots)
+            for other in range(start, end):
+                if after_RS[rank, other] == expert:
+                    after_RS[rank, other] = after_RS[rank, slot]
+                    after_RS[rank, slot] = expert
+                    break

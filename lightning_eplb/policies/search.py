@@ -1,0 +1,245 @@
+"""Local search: exchange experts of the fullest rank, and drop replicas that cost more than they bring. Compiled.
+
+Shape suffixes: ``C`` scenarios, ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lightning_eplb.compiled import compiled
+from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, judge, price_of
+
+LEAST_GAIN = 1.0 / 16384
+"""An exchange must lower the cost by this part of a mean rank's load."""
+ROUNDS = 48
+"""Exchanges that are tried at least; as many as there are ranks where these are more."""
+
+
+class _State(NamedTuple):
+    """A plan as the search sees it: tokens of an expert are divided evenly among its replicas.
+
+    Attributes:
+        slots_RS: The plan.
+        held_RL: Experts of each rank.
+        each_LC: Load of one replica in each scenario, times the scenario's weight; a last row of zeros for an empty
+            slot.
+        full_RC: Load of each rank.
+        arrived_R: Cost of the primaries that arrive.
+        top_C3: The three fullest ranks' load in each scenario.
+        at_C3: These ranks.
+    """
+
+    slots_RS: np.ndarray
+    held_RL: np.ndarray
+    each_LC: np.ndarray
+    full_RC: np.ndarray
+    arrived_R: np.ndarray
+    top_C3: np.ndarray
+    at_C3: np.ndarray
+
+
+@compiled
+def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) -> None:
+    """Exchange experts between the fullest rank and another while the cost falls, in place.
+
+    Primaries are exchanged for primaries, replicas for replicas or into an empty slot. The exchange that is made is the
+    best of all of the rank that is fullest over the scenarios; where none helps, the next fullest rank has its turn.
+
+    Args:
+        layer: To plan.
+        slots_RS: Plan; primaries first.
+        scenario_weight_C: Weights of the first scenarios, float64; the others are not looked at.
+    """
+    state = _start(layer, slots_RS, scenario_weight_C)
+    num_ranks, num_experts = state.held_RL.shape
+    moved = count_moved(layer, slots_RS)
+    is_done_R = np.zeros(num_ranks, dtype=np.bool_)
+    for _ in range(max(ROUNDS, num_ranks)):
+        now = _find_fullest(state)
+        hot = np.int64(-1)
+        most = 0.0
+        for rank in range(num_ranks):
+            over = 0.0
+            for scenario in range(scenario_weight_C.size):
+                if state.at_C3[scenario, 0] == rank:
+                    over += state.top_C3[scenario, 0] - scenario_weight_C[scenario]
+            if over > most and not is_done_R[rank]:
+                hot, most = np.int64(rank), over
+        if hot < 0:
+            return
+        rank, mine, theirs = _best_exchange(layer, state, hot, now, moved)
+        if rank < 0:
+            is_done_R[hot] = True
+            continue
+        is_done_R[:] = False
+        given, taken = slots_RS[hot, mine], slots_RS[rank, theirs]
+        slots_RS[hot, mine], slots_RS[rank, theirs] = taken, given
+        state.held_RL[hot, given], state.held_RL[rank, given] = False, True
+        if taken >= 0:
+            state.held_RL[rank, taken], state.held_RL[hot, taken] = False, True
+        if mine < layer.num_primaries:
+            state.arrived_R[hot] += price_of(layer, taken, hot) - price_of(layer, given, hot)
+            state.arrived_R[rank] += price_of(layer, given, rank) - price_of(layer, taken, rank)
+            moved += _newly_moved(layer, given, taken, hot, rank)
+        taken = taken if taken >= 0 else num_experts
+        for scenario in range(scenario_weight_C.size):
+            change = state.each_LC[given, scenario] - state.each_LC[taken, scenario]
+            state.full_RC[hot, scenario] -= change * layer.weight_R[hot]
+            state.full_RC[rank, scenario] += change * layer.weight_R[rank]
+
+
+@compiled
+def _start(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) -> _State:
+    num_ranks, num_slots = slots_RS.shape
+    num_scenarios, num_experts = scenario_weight_C.size, layer.home_L.size
+    count_L = np.zeros(num_experts, dtype=np.int64)
+    held_RL = np.zeros((num_ranks, num_experts), dtype=np.bool_)
+    arrived_R = np.zeros(num_ranks)
+    for rank in range(num_ranks):
+        for slot in range(num_slots):
+            expert = slots_RS[rank, slot]
+            if expert >= 0:
+                count_L[expert] += 1
+                held_RL[rank, expert] = True
+                if slot < layer.num_primaries:
+                    arrived_R[rank] += price_of(layer, expert, rank)
+    each_LC = np.zeros((num_experts + 1, num_scenarios))
+    for scenario in range(num_scenarios):
+        for expert in range(num_experts):
+            share = layer.share_CL[scenario, expert] / count_L[expert]
+            each_LC[expert, scenario] = share * scenario_weight_C[scenario]
+    full_RC = np.zeros((num_ranks, num_scenarios))
+    for rank in range(num_ranks):
+        for slot in range(num_slots):
+            expert = slots_RS[rank, slot]
+            if expert >= 0:
+                for scenario in range(num_scenarios):
+                    full_RC[rank, scenario] += each_LC[expert, scenario] * layer.weight_R[rank]
+    top_C3 = np.empty((num_scenarios, 3))
+    return _State(slots_RS, held_RL, each_LC, full_RC, arrived_R, top_C3, np.empty((num_scenarios, 3), dtype=np.int64))
+
+
+@compiled
+def _find_fullest(state: _State) -> float:
+    """Find the three fullest ranks of each scenario. Returns the fullest rank's load, summed over scenarios."""
+    total = 0.0
+    for scenario in range(state.top_C3.shape[0]):
+        top_3, at_3 = state.top_C3[scenario], state.at_C3[scenario]
+        top_3[:] = 0.0
+        at_3[:] = -1
+        for rank in range(state.full_RC.shape[0]):
+            full = state.full_RC[rank, scenario]
+            if full > top_3[2]:
+                place = 2
+                while place > 0 and full > top_3[place - 1]:
+                    top_3[place], at_3[place] = top_3[place - 1], at_3[place - 1]
+                    place -= 1
+                top_3[place], at_3[place] = full, rank
+        total += top_3[0]
+    return total
+
+
+@compiled
+def _newly_moved(layer: Layer, given: int, taken: int, hot: int, rank: int) -> int:
+    """Count the primaries that an exchange moves away from where they are now, less those that it brings back."""
+    home_of_given, home_of_taken = layer.home_L[given], layer.home_L[taken]
+    return (
+        np.int64(home_of_given == hot)
+        + np.int64(home_of_taken == rank)
+        - np.int64(home_of_given == rank)
+        - np.int64(home_of_taken == hot)
+    )
+
+
+@compiled
+def _best_exchange(layer: Layer, state: _State, hot: int, now: float, moved: int) -> tuple[int, int, int]:
+    """Find the exchange of rank ``hot`` that lowers the cost most: the other rank and both slots; -1 if none does."""
+    num_ranks, num_slots = state.slots_RS.shape
+    num_scenarios, n = state.top_C3.shape[0], layer.num_primaries
+    num_experts = layer.home_L.size
+    other_C = np.empty(num_scenarios)
+    paid = state.arrived_R.max()
+    lowest = now - LEAST_GAIN
+    best_rank, best_mine, best_theirs = np.int64(-1), np.int64(-1), np.int64(-1)
+    for rank in range(num_ranks):
+        if rank == hot:
+            continue
+        others = 0.0  # of the fullest ranks but these two
+        for scenario in range(num_scenarios):
+            place = 0
+            while place < 2 and (state.at_C3[scenario, place] == hot or state.at_C3[scenario, place] == rank):
+                place += 1
+            other_C[scenario] = state.top_C3[scenario, place]
+            others += other_C[scenario]
+        if others >= lowest:
+            continue
+        for mine in range(num_slots):
+            given = state.slots_RS[hot, mine]
+            if given < 0 or state.held_RL[rank, given]:
+                continue
+            first, last = (0, n) if mine < n else (n, num_slots)
+            for theirs in range(first, last):
+                taken = state.slots_RS[rank, theirs]
+                if taken >= 0 and state.held_RL[hot, taken]:
+                    continue
+                cost = others
+                if mine < n:
+                    if moved + _newly_moved(layer, given, taken, hot, rank) > layer.most_moved:
+                        continue
+                    here = state.arrived_R[hot] + price_of(layer, taken, hot) - price_of(layer, given, hot)
+                    there = state.arrived_R[rank] + price_of(layer, given, rank) - price_of(layer, taken, rank)
+                    cost += max(max(here, there) - paid, 0.0)
+                taken = taken if taken >= 0 else num_experts
+                for scenario in range(num_scenarios):
+                    change = state.each_LC[given, scenario] - state.each_LC[taken, scenario]
+                    full = max(
+                        state.full_RC[hot, scenario] - change * layer.weight_R[hot],
+                        state.full_RC[rank, scenario] + change * layer.weight_R[rank],
+                    )
+                    cost += max(full - other_C[scenario], 0.0)
+                    if cost >= lowest:
+                        break
+                if cost < lowest:
+                    lowest = cost
+                    best_rank, best_mine, best_theirs = np.int64(rank), np.int64(mine), np.int64(theirs)
+    return best_rank, best_mine, best_theirs
+
+
+@compiled
+def drop_replicas(layer: Layer, slots_RS: np.ndarray, cost: float, expected_weight: float) -> float:
+    """Drop the replicas whose travel costs more than they bring, in place; the cost of what is left.
+
+    The busiest ranks go without the replicas that serve least until they send and receive one less, and so on. The
+    plan that costs least is kept.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    n = layer.num_primaries
+    trial_RS = slots_RS.copy()
+    quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(num_ranks, dtype=np.int64)
+    owner_L = np.empty(layer.home_L.size, dtype=np.int64)
+    sent_R, received_R = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
+    for rank in range(num_ranks):
+        for slot in range(n):
+            owner_L[slots_RS[rank, slot]] = rank
+    most = np.int64(busiest(layer, slots_RS))
+    while most > 0:
+        most -= max(most // 4, np.int64(1))
+        fullest_expected(layer, trial_RS, quota_RS, tokens_R)
+        sent_R[:], received_R[:] = 0, 0
+        order = np.argsort(-quota_RS[:, n:].copy().ravel(), kind="mergesort")
+        for place in order:  # those that serve most are kept, as long as there is room
+            rank, slot = place // (num_slots - n), n + place % (num_slots - n)
+            expert = trial_RS[rank, slot]
+            if expert < 0:
+                continue
+            if received_R[rank] < most and sent_R[owner_L[expert]] < most:
+                received_R[rank] += 1
+                sent_R[owner_L[expert]] += 1
+            else:
+                trial_RS[rank, slot] = -1
+        trial_cost, _ = judge(layer, trial_RS, np.inf, expected_weight)
+        if trial_cost < cost:
+            cost = trial_cost
+            slots_RS[:] = trial_RS
+    return cost
