@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightning_eplb.agreement import check_successor, decided_by_rank_zero
 from lightning_eplb.compiled import will_be_kept
-from lightning_eplb.forecast import Forecast, forecast
+from lightning_eplb.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
-from lightning_eplb.policies.balanced import plan_layers
+from lightning_eplb.policies.balanced import plan_layer
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import level_tokens, rank_weights
 from lightning_eplb.relocation.plan import plan_relocation
@@ -83,7 +83,7 @@ class DecisionMaker:
         rank_tokens(load_YL, placement)
         balancedness(level_tokens(load_YL, placement.by_rank))
         if self._groups.size > 1:
-            if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layers):
+            if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layer):
                 rank_zero_info("the planner is compiled now, in about 40 seconds; the next run finds it compiled")
             self.policy.warm_up(placement)
 
@@ -155,7 +155,9 @@ class DecisionMaker:
         """What the policy is told. Every rank forecasts, so that each can tell later how good the forecast was."""
         self._forecast = forecast(steps_WYL)
         self._load_since_forecast.zero_()
-        return Outlook(steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self._step_interval, costs)
+        return Outlook(
+            steps_WYL.sum(axis=0), len(steps_WYL), self._forecast, self._step_interval, costs, sub_windows(steps_WYL)
+        )
 
     def _predict(self, outlook: Outlook, after: ExpertPlacement, capacity: tuple[float, ...] | None) -> float:
         """Balancedness of a step that gets what is forecast."""

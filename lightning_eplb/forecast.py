@@ -84,6 +84,22 @@ def forecast(steps_WYL: np.ndarray) -> Forecast:
     return Forecast(load_YL, first_YL, spread_YL)
 
 
+def sub_windows(steps_WYL: np.ndarray, most: int = 3) -> np.ndarray:
+    """Cut the window into blocks, as :func:`forecast` does, and return the latest: real changes, with their covariance.
+
+    Args:
+        steps_WYL: Tokens of each expert in each step, int64, oldest first; at least one step.
+        most: Blocks to return.
+
+    Returns:
+        Tokens of each expert in each block, oldest first, int64 ``[B, Y, L]``; none where there is one step only.
+    """
+    blocks = min(NUM_BLOCKS, len(steps_WYL)) if len(steps_WYL) > 1 else 0
+    length = len(steps_WYL) // max(blocks, 1)
+    latest = steps_WYL[len(steps_WYL) - min(most, blocks) * length :]
+    return latest.reshape(min(most, blocks), length, *steps_WYL.shape[1:]).sum(axis=1)
+
+
 def plain_mean(load_YL: np.ndarray, spread: float = UNKNOWN_SPREAD) -> Forecast:
     """The forecast of who knows the window's sum only: the same again, give or take ``spread`` of it."""
     load_YL = np.ascontiguousarray(load_YL, dtype=np.int64)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_eplb.forecast import Forecast, forecast
+from lightning_eplb.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs, Outlook, Policy, Topology
@@ -169,7 +169,9 @@ def replay(
             errors.append(expected.error(np.sum(seen[decided_after:], axis=0)))
         window_WYL = np.array(seen[-schedule.look_back(min(window_size, len(seen))) :])
         decided_after, expected = len(seen), forecast(window_WYL)
-        outlook = Outlook(window_WYL.sum(axis=0), len(window_WYL), expected, step_interval, costs)
+        outlook = Outlook(
+            window_WYL.sum(axis=0), len(window_WYL), expected, step_interval, costs, sub_windows(window_WYL)
+        )
         start = time.perf_counter()
         decided = policy.look_ahead(outlook, placement, topology)
         seconds = time.perf_counter() - start

@@ -14,7 +14,8 @@ from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.layer import Layer, count_moved, judge
-from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks, replicate
+from lightning_eplb.policies.batch import grow_tree
+from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
 
@@ -28,9 +29,20 @@ LEAST_GAIN = 1.0 / 2048
 """Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
+ALL_MOVED = float(__import__("os").environ.get("AM", 1/64))
+"""Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; a part of them as much less.
+Gains are expected, moves are certain."""
+FREE = 1.0 / 2**20
+"""The same where moves cost nothing: so that no more are made than help."""
 MOST_MOVES = int(np.iinfo(np.int32).max)
 LEAST_CAPACITY = 1.0 / 16
 """Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
+
+
+STAY, TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, BARE = range(7)
+LAST = BARE
+RESERVE = float(__import__("os").environ.get("RS", 0.125))
+TREE_DEPTH = float(__import__("os").environ.get("TD", 0.5))
 
 
 class BalancedPolicy(Policy):
@@ -127,7 +139,7 @@ class BalancedPolicy(Policy):
         """Plan all layers, in place, and see to it that no more is moved than may be."""
         before = [problem.slots_YRS.copy() for problem in problems]
         for problem in problems:
-            plan_layers(problem)
+            _plan_layers(problem)
         if self.max_moves is None or sum(int(problem.moved_Y.sum()) for problem in problems) <= self.max_moves:
             return
         # The layers that gain most by a move may make theirs; the others get what is left.
@@ -140,7 +152,7 @@ class BalancedPolicy(Policy):
         for problem, slots_YRS, most_Y in zip(problems, before, most_DY, strict=True):
             problem.slots_YRS[:] = slots_YRS
             problem.most_moved_Y[:] = most_Y
-            plan_layers(problem)
+            _plan_layers(problem)
 
     def _domains(self, placement: ExpertPlacement, topology: Topology) -> list[np.ndarray] | None:
         """The ranks of each node where groups must stay on their node; None where experts may go anywhere."""
@@ -175,6 +187,7 @@ class _Problem(NamedTuple):
         weight_R: Cost of a token on each rank, float64.
         node_R: Node of each rank, int64.
         price_Y2: Cost of a primary's arrival from its node and from another, in mean rank loads of the interval.
+        move_gain: Gain that each primary's move must bring beyond its cost.
         copy_Y: Cost of a replica's travel.
         least_gain_Y: Gain below which a layer stays as it is.
         most_moved_Y: Primaries that may change ranks, int64.
@@ -188,6 +201,7 @@ class _Problem(NamedTuple):
     weight_R: np.ndarray
     node_R: np.ndarray
     price_Y2: np.ndarray
+    move_gain: float
     copy_Y: np.ndarray
     least_gain_Y: np.ndarray
     most_moved_Y: np.ndarray
@@ -215,6 +229,7 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
         weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),
         node_R=np.array(topology.node_of_rank),
         price_Y2=price_Y2,
+        move_gain=(ALL_MOVED if outlook.costs is not None else FREE) / outlook.forecast.first.shape[1],
         copy_Y=copy_Y,
         least_gain_Y=np.maximum(LEAST_GAIN, NOISE / np.sqrt(tokens_Y)),
         most_moved_Y=np.full(layers, MOST_MOVES),
@@ -256,76 +271,84 @@ def _localize(slots_YRS: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np
     return local_YRS, expert_YL
 
 
-@compiled
-def plan_layers(problem: _Problem) -> None:
+def _plan_layers(problem: _Problem) -> None:
     """Plan layer after layer, in place."""
-    layers, num_ranks, _ = problem.slots_YRS.shape
-    scenarios, _, num_experts = problem.load_CYL.shape
-    share_CL = np.empty((scenarios, num_experts))
-    mean_C = np.empty(scenarios)
-    home_L = np.empty(num_experts, dtype=np.int64)
-    for index in range(layers):
-        load_CL = problem.load_CYL[:, index].copy()
-        problem.gain_Y[index], problem.moved_Y[index] = 0.0, 0
-        if not load_CL[0].any():
-            continue
-        for scenario in range(scenarios):
-            mean_C[scenario] = max(load_CL[scenario].sum() / num_ranks, 1.0)
-            for expert in range(num_experts):
-                share_CL[scenario, expert] = load_CL[scenario, expert] / mean_C[scenario]
-        before_RS = problem.slots_YRS[index].copy()
-        for rank in range(num_ranks):
-            for slot in range(problem.num_primaries):
-                home_L[before_RS[rank, slot]] = rank
+    num_layers, num_ranks, _ = problem.slots_YRS.shape
+    mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
+    share_CYL = problem.load_CYL / mean_CY[:, :, None]
+    home_YL = np.empty(problem.load_CYL.shape[1:], dtype=np.int64)
+    rank_P = np.repeat(np.arange(num_ranks), problem.num_primaries)
+    np.put_along_axis(
+        home_YL, problem.slots_YRS[:, :, : problem.num_primaries].reshape(num_layers, -1), rank_P[None], axis=1
+    )
+    for index in np.flatnonzero(problem.load_CYL[0].any(axis=1)):
         layer = Layer(
-            load_CL, share_CL, mean_C, home_L, before_RS, np.int64(problem.num_primaries), problem.weight_R,
-            problem.node_R, problem.price_Y2[index, 0], problem.price_Y2[index, 1], problem.copy_Y[index],
-            problem.most_moved_Y[index],
-        )  # fmt: skip
-        planned_RS, problem.gain_Y[index] = _plan_layer(layer, problem.least_gain_Y[index])
-        problem.moved_Y[index] = count_moved(layer, planned_RS)
-        keep_rows(before_RS, planned_RS, problem.num_primaries)
-        problem.slots_YRS[index] = planned_RS
+            load_CL=np.ascontiguousarray(problem.load_CYL[:, index]),
+            share_CL=np.ascontiguousarray(share_CYL[:, index]),
+            mean_C=np.ascontiguousarray(mean_CY[:, index]),
+            home_L=home_YL[index],
+            before_RS=problem.slots_YRS[index].copy(),
+            num_primaries=problem.num_primaries,
+            weight_R=problem.weight_R,
+            node_R=problem.node_R,
+            price_within=problem.price_Y2[index, 0],
+            price_between=problem.price_Y2[index, 1],
+            least_gain=problem.move_gain,
+            copy=problem.copy_Y[index],
+            most_moved=int(problem.most_moved_Y[index]),
+        )
+        problem.gain_Y[index] = plan_layer(layer, problem.least_gain_Y[index], problem.slots_YRS[index])
+        primaries_P = problem.slots_YRS[index, :, : problem.num_primaries].ravel()
+        problem.moved_Y[index] = (home_YL[index][primaries_P] != rank_P).sum()
 
 
 @compiled
-def _plan_layer(layer: Layer, least_gain: float) -> tuple[np.ndarray, float]:
-    """Make several plans and choose the best; the present one where none is better by ``least_gain``."""
+def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float:
+    """Make several plans and choose the best; the present one where none is better by ``least_gain``.
+
+    Args:
+        layer: To plan.
+        least_gain: In parts of a mean rank's load.
+        planned_RS: Filled with the plan's slots; what stays on its rank keeps its row.
+
+    Returns:
+        The gain.
+    """
     num_ranks, num_slots = layer.before_RS.shape
-    num_redundant = num_ranks * (num_slots - layer.num_primaries)
-    best_RS = layer.before_RS.copy()
+    n, num_redundant = layer.num_primaries, num_ranks * (num_slots - layer.num_primaries)
+    best_RS, trial_RS = layer.before_RS.copy(), layer.before_RS.copy()
     stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT)
     limit = stay - least_gain
-    best = stay
-    if layer.copy > 0.0:
-        cost = drop_replicas(layer, best_RS, stay, EXPECTED_WEIGHT)
-        if cost < limit:
-            limit = best = cost
-        else:
-            best_RS[:] = layer.before_RS
-    if limit <= 1.0:  # no plan is better
-        return best_RS, stay - best
-    few = min(SEARCHED, layer.mean_C.size)
-    weight_C = np.full(few, (1.0 - EXPECTED_WEIGHT) / max(few - 1, 1))
-    weight_C[0] = EXPECTED_WEIGHT
-    one_C = np.ones(1)
-    for attempt in range(6):
-        redundant = num_redundant if attempt < 4 else 0
-        if attempt >= 4 and (num_redundant == 0 or layer.copy == 0.0):
-            break  # the same plans without replicas
-        keeps_primaries = attempt % 2 == 0
-        count_L = replicate(layer.share_CL[0], redundant, num_ranks)
-        trial_RS = pack(layer, layer.share_CL[0], count_L, keeps_primaries)
-        if not keeps_primaries:
-            relabel_ranks(layer, trial_RS)
-            if count_moved(layer, trial_RS) > layer.most_moved:
-                continue
-        exchange(layer, trial_RS, one_C if attempt // 2 == 0 else weight_C)
-        cost, expected = judge(layer, trial_RS, np.inf if layer.copy > 0.0 else limit, EXPECTED_WEIGHT)
+    scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
+    scenario_weight_C[0] = EXPECTED_WEIGHT
+    level_R = np.empty(num_ranks, dtype=np.int64)
+    for rank in range(num_ranks):
+        level_R[rank] = np.int64(np.ceil(layer.mean_C[0] / layer.weight_R[rank]))
+    for plan in range(STAY, LAST + 1):
+        if limit <= 1.0:
+            break  # no plan is better
+        if num_redundant == 0 and (plan == TREE or plan == BARE) or (layer.copy == 0.0 and plan == BARE):
+            continue
+        trial_RS[:] = layer.before_RS
+        if plan == TREE:
+            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE)
+            pack(layer, trial_RS, num_redundant)
+        elif plan != STAY:
+            trial_RS[:, n if plan == SWAPPED or plan == SWAPPED_ROBUST or plan == BARE else 0 :] = -1
+            pack(layer, trial_RS, num_redundant if plan != BARE else 0)
+            if plan == FRESH or plan == FRESH_ROBUST:
+                relabel_ranks(layer, trial_RS)
+            is_robust = plan == SWAPPED_ROBUST or plan == FRESH_ROBUST
+            exchange(layer, trial_RS, scenario_weight_C if is_robust else scenario_weight_C[:1])
+        if count_moved(layer, trial_RS) > layer.most_moved:
+            continue
         if layer.copy > 0.0:
-            cost = drop_replicas(layer, trial_RS, cost, EXPECTED_WEIGHT)
-            _, expected = judge(layer, trial_RS, np.inf, EXPECTED_WEIGHT)
+            cost, expected = drop_replicas(layer, trial_RS, EXPECTED_WEIGHT)
+        else:
+            cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT)
         if cost < limit and expected <= max(expected_before, LEVEL):
-            limit = best = cost
-            best_RS = trial_RS
-    return best_RS, stay - best
+            limit = cost
+            best_RS[:] = trial_RS
+    keep_rows(layer.before_RS, best_RS, layer.num_primaries)
+    planned_RS[:] = best_RS
+    return stay - limit

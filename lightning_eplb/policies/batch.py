@@ -6,7 +6,6 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.spill import spill
 from lightning_eplb.policies.split import LEVEL_ENOUGH, SPLIT_SWEEPS, even_quotas, fullest_rank, level_quotas
 
 LEVEL = 1.0 + 1.0 / 128
@@ -61,17 +60,13 @@ def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
     quota_RS = np.empty_like(slots_RS)
     tokens_R = np.empty(num_ranks, dtype=np.int64)
     trial_RS = slots_RS.copy()
-    no_spread_L, node_R = np.zeros_like(load_L), np.zeros(num_ranks, dtype=np.int64)
     enough, low_enough = LEVEL_ENOUGH * total / speed, LEVEL * total / speed + 1.0
     lowest = np.inf
     for attempt in range(4 + len(DEPTHS)):
         if attempt < 4:
             spill_greedily(load_L, trial_RS, num_primaries, level_R, least, attempt % 2 == 1, attempt >= 2)
         else:
-            spill(
-                load_L, no_spread_L, trial_RS[:, :num_primaries], level_R, node_R, least, DEPTHS[attempt - 4],
-                trial_RS[:, num_primaries:], quota_RS[:, :num_primaries], quota_RS[:, num_primaries:], tokens_R,
-            )  # fmt: skip
+            grow_tree(load_L, trial_RS, num_primaries, level_R, least, DEPTHS[attempt - 4], 0.0)
         even_quotas(load_L, trial_RS, quota_RS, tokens_R)
         peak = level_quotas(load_L, trial_RS, weight_R, SPLIT_SWEEPS, enough, 0.0, quota_RS, tokens_R)
         if peak < lowest:
@@ -209,3 +204,78 @@ def spill_greedily(load_L, slots_RS, num_primaries, level_R, least, small_first,
         left_L[expert] -= amount
         over_R[giver] -= amount
         over_R[taker] += amount
+
+
+@compiled
+def grow_tree(load_L, slots_RS, num_primaries, level_R, least, depth, reserve):
+    """Fill the redundant slots, in place, so that the replicas form a tree over the ranks.
+
+    From the lowest to the fullest, a rank above its level fills up others by one replica each until it is at its level,
+    or below; then it waits to be filled up by a fuller one. With one slot a rank, ``R - 1`` replicas level any load of
+    one expert a rank: the alias method (Walker 1974; Vose 1991).
+
+    Args:
+        depth: Most that a rank gives away below its level, in parts of it.
+        reserve: Least that it gives away below its level, in parts of it and up to half of its heaviest expert: that
+            can flow back when the load changes. So ranks that are level are connected, too.
+    """
+    num_ranks, num_slots = slots_RS.shape
+    slots_RS[:, num_primaries:] = -1
+    left_L = load_L.copy()
+    over_R = -level_R  # tokens above what the rank should serve
+    goal_R = np.empty(num_ranks, dtype=np.int64)
+    is_done_R = np.empty(num_ranks, dtype=np.bool_)  # has given, or has nothing to give
+    for rank in range(num_ranks):
+        most = np.int64(0)
+        for slot in range(num_primaries):
+            over_R[rank] += load_L[slots_RS[rank, slot]]
+            most = max(most, load_L[slots_RS[rank, slot]])
+        goal_R[rank] = -min(np.int64(reserve * level_R[rank]), most // 2)
+        is_done_R[rank] = over_R[rank] < goal_R[rank]
+    next_R = np.full(num_ranks, num_primaries)
+    for turn in range(num_ranks):
+        giver, fullest = np.int64(-1), np.int64(0)
+        for rank in range(num_ranks):
+            if not is_done_R[rank] and (giver < 0 or over_R[rank] < over_R[giver]):
+                giver = np.int64(rank)
+            if over_R[rank] >= over_R[fullest]:
+                fullest = np.int64(rank)
+        if giver < 0:
+            return
+        is_done_R[giver] = True
+        lowest = -np.int64(depth * level_R[giver])
+        while over_R[giver] > goal_R[giver]:
+            expert, taker, amount = np.int64(-1), np.int64(-1), least - 1
+            for rank in range(num_ranks):
+                gap = -over_R[rank]
+                if not is_done_R[rank] or gap <= amount or next_R[rank] == num_slots or over_R[giver] - gap < lowest:
+                    continue
+                found, most = heaviest_missing(left_L, slots_RS, giver, rank, num_primaries, next_R[rank])
+                if most >= gap:  # one replica fills it
+                    expert, taker, amount = found, np.int64(rank), gap
+            if taker < 0 and turn == 0 and goal_R[giver] < 0 and fullest != giver and next_R[fullest] < num_slots:
+                taker, amount = fullest, over_R[giver] - goal_R[giver]  # closes a ring
+                expert, most = heaviest_missing(left_L, slots_RS, giver, taker, num_primaries, next_R[taker])
+                amount = min(amount, most)
+            if taker < 0 or expert < 0:
+                break
+            slots_RS[taker, next_R[taker]] = expert
+            next_R[taker] += 1
+            left_L[expert] -= amount
+            over_R[giver] -= amount
+            over_R[taker] += amount
+
+
+@compiled
+def heaviest_missing(left_L, slots_RS, giver, taker, num_primaries, num_held):
+    """Find the giver's primary with most tokens left that the taker does not hold, and these tokens; -1 and 0 if none."""
+    found, most = np.int64(-1), np.int64(0)
+    for slot in range(num_primaries):
+        mine = slots_RS[giver, slot]
+        if left_L[mine] > most:
+            is_there = False
+            for other in range(num_primaries, num_held):
+                is_there |= slots_RS[taker, other] == mine
+            if not is_there:
+                found, most = mine, left_L[mine]
+    return found, most

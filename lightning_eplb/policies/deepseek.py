@@ -7,9 +7,9 @@ expert, ``G`` expert groups, ``N`` nodes, ``R`` ranks, ``S`` slots on a rank, ``
 number of independent rows.
 """
 
+import math
 import warnings
 from collections import deque
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -105,8 +105,8 @@ class DeepSeekPolicy(Policy):
     It plans from scratch and moves nearly everything each time. What it plans knows no primaries, and may put an
     expert on a rank twice. So the second copy is dropped and its slot stays empty, and the primaries are chosen among
     the ranks that hold an expert, on its present one where that works out. A rank that then lacks primaries takes
-    those that no rank had room for, and gives up its least loaded redundant copies. A layer without tokens stays as
-    it is. The algorithm fills every slot; where it is known what a copy's travel takes, as it is in training, a layer
+    those that no rank had room for, each in exchange for the replica whose load is closest. A layer without tokens
+    stays as it is. The algorithm fills every slot; where it is known what a copy's travel takes, as it is in training, a layer
     goes without copies that relieve the fullest rank of less.
 
     Example::
@@ -284,14 +284,33 @@ def _with_primaries(
     primary_rank = _match_primaries(held, current_rank_L.tolist(), per_rank)
     primaries = [{expert for expert, at in enumerate(primary_rank) if at == rank} for rank in range(num_ranks)]
     redundant = [of_rank - own for of_rank, own in zip(held, primaries, strict=True)]
-    copies = [sum(expert in of_rank for of_rank in held) for expert in range(load_L.size)]
-    share = [Fraction(int(load), count) for load, count in zip(load_L, copies, strict=True)]
+    copies = [0] * load_L.size
+    for of_rank in held:
+        for expert in of_rank:
+            copies[expert] += 1
+    common = math.lcm(*copies)
+    share = [int(load) * (common // count) for load, count in zip(load_L, copies, strict=True)]
     leftover = sorted((x for x, at in enumerate(primary_rank) if at is None), key=lambda x: (-share[x], x))
     for expert in leftover:
         lacking = [rank for rank in range(num_ranks) if len(primaries[rank]) < per_rank]
-        emptiest = min(lacking, key=lambda rank: (sum(share[x] for x in held[rank]), rank))
-        primaries[emptiest].add(expert)
-        held[emptiest].add(expert)
+        full = [rank for rank in range(num_ranks) if expert in held[rank]]
+        exchanges = (
+            (abs(share[expert] - share[back]), taker, giver, back)
+            for taker in lacking
+            for back in redundant[taker]
+            for giver in full
+            if back not in held[giver]
+        )
+        if (best := min(exchanges, default=None)) is not None:
+            _, taker, giver, back = best
+            held[giver] ^= {expert, back}
+            redundant[giver] ^= {expert, back}
+            held[taker].remove(back)
+            redundant[taker].remove(back)
+        else:
+            taker = min(lacking, key=lambda rank: (sum(share[x] for x in held[rank]), rank))
+        primaries[taker].add(expert)
+        held[taker].add(expert)
     for rank in range(num_ranks):
         heaviest_first = sorted(redundant[rank], key=lambda x: (-share[x], x))
         redundant[rank] = set(heaviest_first[: num_slots - per_rank])

@@ -25,13 +25,14 @@ class Layer(NamedTuple):
         mean_C: Parts of a mean rank, float64.
         home_L: Present rank of each primary, int64.
         before_RS: Present slots, int64, ``-1`` where one is empty.
-        num_primaries: Primaries of each rank, its first slots; int64.
+        num_primaries: Primaries of each rank, its first slots.
         weight_R: Cost of a token on each rank, float64, 1 on the mean.
         node_R: Node of each rank, int64.
         price_within: Cost of a primary that arrives from its node.
         price_between: Cost of a primary that arrives from another node.
+        least_gain: Gain that a primary's move must bring beyond its cost.
         copy: Cost of the travel of one replica's weights and gradient.
-        most_moved: Primaries that may change ranks, int64.
+        most_moved: Primaries that may change ranks.
     """
 
     load_CL: np.ndarray
@@ -39,13 +40,14 @@ class Layer(NamedTuple):
     mean_C: np.ndarray
     home_L: np.ndarray
     before_RS: np.ndarray
-    num_primaries: np.int64
+    num_primaries: int
     weight_R: np.ndarray
     node_R: np.ndarray
     price_within: float
     price_between: float
+    least_gain: float
     copy: float
-    most_moved: np.int64
+    most_moved: int
 
 
 @compiled
@@ -91,7 +93,7 @@ def busiest(layer: Layer, slots_RS: np.ndarray) -> int:
 def fixed_cost(layer: Layer, slots_RS: np.ndarray) -> float:
     """Cost of a plan whatever the load: moves of primaries, and the travel of replicas.
 
-    The ranks send and receive at once. A rearrangement waits for the rank at which most arrives.
+    The ranks send and receive at once: a rearrangement waits for the rank at which most arrives.
     """
     most = 0.0
     for rank in range(slots_RS.shape[0]):
@@ -99,6 +101,7 @@ def fixed_cost(layer: Layer, slots_RS: np.ndarray) -> float:
         for slot in range(layer.num_primaries):
             arrived += price_of(layer, slots_RS[rank, slot], rank)
         most = max(most, arrived)
+    most += layer.least_gain * count_moved(layer, slots_RS)
     return most + (layer.copy * busiest(layer, slots_RS) if layer.copy > 0.0 else 0.0)
 
 
@@ -136,3 +139,25 @@ def judge(layer: Layer, slots_RS: np.ndarray, limit: float, own_weight: float) -
         )  # fmt: skip
         cost += each * full / mean
     return cost, expected
+
+
+@compiled
+def heaviest_first(value_X: np.ndarray) -> np.ndarray:
+    """Order by value, the largest first; the lower index first where values are equal. A merge sort, bottom up."""
+    size = value_X.size
+    order, merged = np.arange(size), np.empty(size, dtype=np.int64)
+    width = 1
+    while width < size:
+        for start in range(0, size, 2 * width):
+            left, middle, end = start, min(start + width, size), min(start + 2 * width, size)
+            right = middle
+            for place in range(start, end):
+                if left < middle and (right >= end or value_X[order[left]] >= value_X[order[right]]):
+                    merged[place] = order[left]
+                    left += 1
+                else:
+                    merged[place] = order[right]
+                    right += 1
+        order, merged = merged, order
+        width *= 2
+    return order

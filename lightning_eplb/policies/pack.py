@@ -9,84 +9,78 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.layer import Layer
+from lightning_eplb.policies.layer import Layer, heaviest_first
 
 
 @compiled
-def replicate(load_L: np.ndarray, num_redundant: int, most: int) -> np.ndarray:
-    """Count the replicas of each expert: one more, again and again, for the expert with most load a replica.
-
-    Args:
-        load_L: Load of each expert, float64.
-        num_redundant: Redundant replicas.
-        most: Replicas that an expert can have.
-    """
-    count_L = np.ones(load_L.size, dtype=np.int64)
-    share_L = load_L.copy()
+def replicate(layer: Layer, num_redundant: int, count_L: np.ndarray) -> None:
+    """Add replicas in ``count_L``: one more, again and again, for the expert with most load a replica."""
+    num_ranks, load_L = layer.before_RS.shape[0], layer.share_CL[0]
+    share_L = load_L / count_L
     for _ in range(num_redundant):
         best = np.int64(-1)
         for expert in range(load_L.size):
-            if count_L[expert] < most and share_L[expert] > 0.0 and (best < 0 or share_L[expert] > share_L[best]):
+            if count_L[expert] < num_ranks and share_L[expert] > 0.0 and (best < 0 or share_L[expert] > share_L[best]):
                 best = np.int64(expert)
         if best < 0:
-            break
+            return
         count_L[best] += 1
         share_L[best] = load_L[best] / count_L[best]
-    return count_L
 
 
 @compiled
-def pack(layer: Layer, load_L: np.ndarray, count_L: np.ndarray, keeps_primaries: bool) -> np.ndarray:
-    """Pack replicas to ranks, heaviest first, each to the emptiest rank with room that does not hold its expert.
+def pack(layer: Layer, slots_RS: np.ndarray, num_redundant: int) -> None:
+    """Fill the empty slots: replicas, heaviest first, each to the emptiest rank with room that does not hold its expert.
 
     Args:
-        layer: To plan.
-        load_L: Load of each expert, float64.
-        count_L: Replicas of each expert, the primary included.
-        keeps_primaries: Primaries stay where they are; only redundant replicas are packed.
-
-    Returns:
-        Slots, int64 ``[R, S]``. A replica that finds no room is left out.
+        layer: To plan, for the expected load.
+        slots_RS: Plan; what it holds stays. Filled in place; a replica that finds no room is left out.
+        num_redundant: Redundant replicas that it shall hold in all.
     """
-    num_ranks, num_slots = layer.before_RS.shape
-    n = layer.num_primaries
-    slots_RS = np.full((num_ranks, num_slots), -1)
-    held_RL = np.zeros((num_ranks, load_L.size), dtype=np.bool_)
+    num_ranks, num_slots = slots_RS.shape
+    n, num_experts = layer.num_primaries, layer.home_L.size
+    placed_L, count_L = np.zeros(num_experts, dtype=np.int64), np.ones(num_experts, dtype=np.int64)
+    held_RL = np.zeros((num_ranks, num_experts), dtype=np.bool_)
+    has_primary_L = np.zeros(num_experts, dtype=np.bool_)
+    room_R2 = np.zeros((num_ranks, 2), dtype=np.int64)
+    for rank in range(num_ranks):
+        for slot in range(num_slots):
+            expert = slots_RS[rank, slot]
+            if expert < 0:
+                room_R2[rank, np.int64(slot >= n)] += 1
+                continue
+            placed_L[expert] += 1
+            held_RL[rank, expert] = True
+            if slot < n:
+                has_primary_L[expert] = True
+            else:
+                count_L[expert] += 1
+                num_redundant -= 1
+    replicate(layer, num_redundant, count_L)
+    share_L = layer.share_CL[0] / count_L
     tokens_R = np.zeros(num_ranks)
-    own_R, more_R = np.zeros(num_ranks, dtype=np.int64), np.zeros(num_ranks, dtype=np.int64)
-    has_primary_L = np.zeros(load_L.size, dtype=np.bool_)
-    share_L, left_L = load_L / count_L, count_L.copy()
-    if keeps_primaries:
-        for rank in range(num_ranks):
-            for slot in range(n):
-                expert = layer.before_RS[rank, slot]
-                slots_RS[rank, slot] = expert
-                held_RL[rank, expert] = has_primary_L[expert] = True
-                left_L[expert] -= 1
-                tokens_R[rank] += share_L[expert]
-            own_R[rank] = n
-    for expert in np.argsort(-share_L, kind="mergesort"):
-        for _ in range(left_L[expert]):
+    for rank in range(num_ranks):
+        for slot in range(num_slots):
+            if slots_RS[rank, slot] >= 0:
+                tokens_R[rank] += share_L[slots_RS[rank, slot]]
+    for expert in heaviest_first(share_L):
+        for _ in range(count_L[expert] - placed_L[expert]):
+            part = np.int64(has_primary_L[expert])
             best = np.int64(-1)
             lowest = np.inf
             for rank in range(num_ranks):
-                has_room = more_R[rank] < num_slots - n if has_primary_L[expert] else own_R[rank] < n
-                if has_room and not held_RL[rank, expert]:
-                    filled = (tokens_R[rank] + share_L[expert]) * layer.weight_R[rank]
-                    if filled < lowest:
-                        best, lowest = np.int64(rank), filled
+                filled = (tokens_R[rank] + share_L[expert]) * layer.weight_R[rank]
+                if room_R2[rank, part] > 0 and not held_RL[rank, expert] and filled < lowest:
+                    best, lowest = np.int64(rank), filled
             if best < 0:
                 break
-            if has_primary_L[expert]:
-                slots_RS[best, n + more_R[best]] = expert
-                more_R[best] += 1
-            else:
-                slots_RS[best, own_R[best]] = expert
-                own_R[best] += 1
-                has_primary_L[expert] = True
-            held_RL[best, expert] = True
+            slot = part * n
+            while slots_RS[best, slot] >= 0:
+                slot += 1
+            slots_RS[best, slot] = expert
+            room_R2[best, part] -= 1
+            has_primary_L[expert] = held_RL[best, expert] = True
             tokens_R[best] += share_L[expert]
-    return slots_RS
 
 
 @compiled

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, judge, price_of
+from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, heaviest_first, judge, price_of
 
 LEAST_GAIN = 1.0 / 16384
 """An exchange must lower the cost by this part of a mean rank's load."""
@@ -185,11 +185,12 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, moved: int
                     continue
                 cost = others
                 if mine < n:
-                    if moved + _newly_moved(layer, given, taken, hot, rank) > layer.most_moved:
+                    newly_moved = _newly_moved(layer, given, taken, hot, rank)
+                    if moved + newly_moved > layer.most_moved:
                         continue
                     here = state.arrived_R[hot] + price_of(layer, taken, hot) - price_of(layer, given, hot)
                     there = state.arrived_R[rank] + price_of(layer, given, rank) - price_of(layer, taken, rank)
-                    cost += max(max(here, there) - paid, 0.0)
+                    cost += max(max(here, there) - paid, 0.0) + layer.least_gain * newly_moved
                 taken = taken if taken >= 0 else num_experts
                 for scenario in range(num_scenarios):
                     change = state.each_LC[given, scenario] - state.each_LC[taken, scenario]
@@ -207,39 +208,40 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, moved: int
 
 
 @compiled
-def drop_replicas(layer: Layer, slots_RS: np.ndarray, cost: float, expected_weight: float) -> float:
-    """Drop the replicas whose travel costs more than they bring, in place; the cost of what is left.
+def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float) -> tuple[float, float]:
+    """Drop the replicas whose travel costs more than they bring, in place. Returns as :func:`judge`, of what is left.
 
-    The busiest ranks go without the replicas that serve least until they send and receive one less, and so on. The
-    plan that costs least is kept.
+    The busiest ranks go without the replicas that serve least until they send and receive fewer, and so on. The plan
+    that costs least is kept.
     """
     num_ranks, num_slots = slots_RS.shape
     n = layer.num_primaries
     trial_RS = slots_RS.copy()
     quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(num_ranks, dtype=np.int64)
-    owner_L = np.empty(layer.home_L.size, dtype=np.int64)
     sent_R, received_R = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
+    owner_L = np.empty(layer.home_L.size, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(n):
             owner_L[slots_RS[rank, slot]] = rank
-    most = np.int64(busiest(layer, slots_RS))
+    cost, expected = judge(layer, slots_RS, np.inf, expected_weight)
+    most = busiest(layer, slots_RS)
     while most > 0:
-        most -= max(most // 4, np.int64(1))
+        most -= max(most // 4, 1)
         fullest_expected(layer, trial_RS, quota_RS, tokens_R)
-        sent_R[:], received_R[:] = 0, 0
-        order = np.argsort(-quota_RS[:, n:].copy().ravel(), kind="mergesort")
-        for place in order:  # those that serve most are kept, as long as there is room
+        sent_R[:] = 0
+        received_R[:] = 0
+        for place in heaviest_first(quota_RS[:, n:].copy().ravel()):  # those are kept, as long as there is room
             rank, slot = place // (num_slots - n), n + place % (num_slots - n)
             expert = trial_RS[rank, slot]
-            if expert < 0:
-                continue
-            if received_R[rank] < most and sent_R[owner_L[expert]] < most:
-                received_R[rank] += 1
-                sent_R[owner_L[expert]] += 1
-            else:
-                trial_RS[rank, slot] = -1
-        trial_cost, _ = judge(layer, trial_RS, np.inf, expected_weight)
+            if expert >= 0:
+                owner = owner_L[expert]
+                if received_R[rank] < most and sent_R[owner] < most:
+                    received_R[rank] += 1
+                    sent_R[owner] += 1
+                else:
+                    trial_RS[rank, slot] = -1
+        trial_cost, trial_expected = judge(layer, trial_RS, np.inf, expected_weight)
         if trial_cost < cost:
-            cost = trial_cost
+            cost, expected = trial_cost, trial_expected
             slots_RS[:] = trial_RS
-    return cost
+    return cost, expected
