@@ -15,7 +15,7 @@ from lightning_eplb.trace import read_trace
 POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
     "static": lambda arguments: StaticPolicy(),
     "deepseek": lambda arguments: DeepSeekPolicy(arguments.num_groups),
-    "balanced": lambda arguments: BalancedPolicy(num_groups=arguments.num_groups, split=arguments.split),
+    "balanced": lambda arguments: BalancedPolicy(num_groups=arguments.num_groups),
 }
 
 

@@ -29,20 +29,24 @@ LEAST_GAIN = 1.0 / 2048
 """Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
-ALL_MOVED = float(__import__("os").environ.get("AM", 1/64))
+ALL_MOVED = 1.0 / 32
 """Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; a part of them as much less.
 Gains are expected, moves are certain."""
 FREE = 1.0 / 2**20
 """The same where moves cost nothing: so that no more are made than help."""
+NEVER = 1e9
+"""Cost of what shall never be done: infinity times nothing would be no number."""
 MOST_MOVES = int(np.iinfo(np.int32).max)
-LEAST_CAPACITY = 1.0 / 16
+LEAST_CAPACITY = 1.0 / 64
 """Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
 
 
-STAY, TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, BARE = range(7)
-LAST = BARE
-RESERVE = float(__import__("os").environ.get("RS", 0.125))
-TREE_DEPTH = float(__import__("os").environ.get("TD", 0.5))
+STAY, TREE, RING, SWAPPED_TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, BARE = range(9)
+"""Plans of a layer, in the order in which they are tried: of equal ones the first is taken."""
+TREE_DEPTH = 0.5
+"""Most that a rank gives away below its level when replicas form a tree, in parts of it."""
+RESERVE = 1.0 / 16
+"""Least that it gives away when they form a ring. Ranks that are level are connected by it."""
 
 
 class BalancedPolicy(Policy):
@@ -217,8 +221,8 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
     price_Y2, copy_Y = np.zeros((layers, 2)), np.zeros(layers)
     if (costs := outlook.costs) is not None:
         rows = np.array([costs.row_within_node, costs.row_between_nodes])
-        price_Y2 = rows * (outlook.num_steps / outlook.interval / costs.token) / tokens_Y[:, None]
-        copy_Y = costs.copy / costs.token * outlook.num_steps / tokens_Y
+        price_Y2 = np.minimum(rows * (outlook.num_steps / outlook.interval / costs.token) / tokens_Y[:, None], NEVER)
+        copy_Y = np.minimum(costs.copy / costs.token * outlook.num_steps / tokens_Y, NEVER)
     capacity_R = np.ones(num_ranks) if topology.capacity is None else np.array(topology.capacity)
     capacity_R = capacity_R / capacity_R.max()
     mean = capacity_R.cumsum()[-1] / num_ranks
@@ -321,26 +325,29 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     limit = stay - least_gain
     scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     scenario_weight_C[0] = EXPECTED_WEIGHT
-    level_R = np.empty(num_ranks, dtype=np.int64)
-    for rank in range(num_ranks):
-        level_R[rank] = np.int64(np.ceil(layer.mean_C[0] / layer.weight_R[rank]))
-    for plan in range(STAY, LAST + 1):
+    level_R = np.ceil(layer.mean_C[0] / layer.weight_R).astype(np.int64)
+    # Where the present plan is level for the expected load, only replicas are chosen anew.
+    most_moved = layer.most_moved if expected_before > 1.0 + least_gain else 0
+    for plan in range(STAY, BARE + 1):
         if limit <= 1.0:
             break  # no plan is better
-        if num_redundant == 0 and (plan == TREE or plan == BARE) or (layer.copy == 0.0 and plan == BARE):
+        if num_redundant == 0 and STAY < plan < SWAPPED:
             continue
         trial_RS[:] = layer.before_RS
-        if plan == TREE:
-            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE)
+        if plan == BARE or plan == SWAPPED_TREE:
+            trial_RS[:, n:] = -1
+            exchange(layer, trial_RS, scenario_weight_C[:1], most_moved)
+        if TREE <= plan <= SWAPPED_TREE:
+            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE if plan == RING else 0.0)
             pack(layer, trial_RS, num_redundant)
-        elif plan != STAY:
-            trial_RS[:, n if plan == SWAPPED or plan == SWAPPED_ROBUST or plan == BARE else 0 :] = -1
-            pack(layer, trial_RS, num_redundant if plan != BARE else 0)
-            if plan == FRESH or plan == FRESH_ROBUST:
+        elif SWAPPED <= plan < BARE:
+            is_fresh = plan == FRESH or plan == FRESH_ROBUST
+            trial_RS[:, 0 if is_fresh else n :] = -1
+            pack(layer, trial_RS, num_redundant)
+            if is_fresh:
                 relabel_ranks(layer, trial_RS)
-            is_robust = plan == SWAPPED_ROBUST or plan == FRESH_ROBUST
-            exchange(layer, trial_RS, scenario_weight_C if is_robust else scenario_weight_C[:1])
-        if count_moved(layer, trial_RS) > layer.most_moved:
+            exchange(layer, trial_RS, scenario_weight_C if plan >= SWAPPED_ROBUST else scenario_weight_C[:1], most_moved)
+        if count_moved(layer, trial_RS) > most_moved:
             continue
         if layer.copy > 0.0:
             cost, expected = drop_replicas(layer, trial_RS, EXPECTED_WEIGHT)

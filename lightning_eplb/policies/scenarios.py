@@ -18,7 +18,7 @@ OWN_SPREAD, SHARED_SPREAD = 0.25, 0.35
 neighbouring workloads of DeepSeek-V3: 0.03 to 0.49 in all."""
 UNKNOWN = 0.43
 """The same of both together."""
-LEAST = float(__import__("os").environ.get("LS", 0.1))
+LEAST = 0.1
 """Least size of the prior: where the window was quiet, it need not stay so."""
 PARTS_BITS = 31
 """Bits of a layer's parts, so that no sum, product or square of them leaves int64 or is rounded in float64."""

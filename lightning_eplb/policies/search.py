@@ -40,7 +40,7 @@ class _State(NamedTuple):
 
 
 @compiled
-def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) -> None:
+def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray, most_moved: int) -> None:
     """Exchange experts between the fullest rank and another while the cost falls, in place.
 
     Primaries are exchanged for primaries, replicas for replicas or into an empty slot. The exchange that is made is the
@@ -50,6 +50,7 @@ def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) 
         layer: To plan.
         slots_RS: Plan; primaries first.
         scenario_weight_C: Weights of the first scenarios, float64; the others are not looked at.
+        most_moved: Primaries that may change ranks.
     """
     state = _start(layer, slots_RS, scenario_weight_C)
     num_ranks, num_experts = state.held_RL.shape
@@ -68,7 +69,7 @@ def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) 
                 hot, most = np.int64(rank), over
         if hot < 0:
             return
-        rank, mine, theirs = _best_exchange(layer, state, hot, now, moved)
+        rank, mine, theirs = _best_exchange(layer, state, hot, now, most_moved - moved)
         if rank < 0:
             is_done_R[hot] = True
             continue
@@ -153,7 +154,7 @@ def _newly_moved(layer: Layer, given: int, taken: int, hot: int, rank: int) -> i
 
 
 @compiled
-def _best_exchange(layer: Layer, state: _State, hot: int, now: float, moved: int) -> tuple[int, int, int]:
+def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: int) -> tuple[int, int, int]:
     """Find the exchange of rank ``hot`` that lowers the cost most: the other rank and both slots; -1 if none does."""
     num_ranks, num_slots = state.slots_RS.shape
     num_scenarios, n = state.top_C3.shape[0], layer.num_primaries
@@ -186,7 +187,7 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, moved: int
                 cost = others
                 if mine < n:
                     newly_moved = _newly_moved(layer, given, taken, hot, rank)
-                    if moved + newly_moved > layer.most_moved:
+                    if newly_moved > may_move:
                         continue
                     here = state.arrived_R[hot] + price_of(layer, taken, hot) - price_of(layer, given, hot)
                     there = state.arrived_R[rank] + price_of(layer, given, rank) - price_of(layer, taken, rank)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import lightning_eplb
-from lightning_eplb.forecast import forecast
+from lightning_eplb.forecast import forecast, sub_windows
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
 
@@ -58,11 +58,11 @@ def main() -> None:
         for part in (ahead.load, ahead.first, ahead.spread):
             digest.update(part.astype("<i8").tobytes())
         before = ExpertPlacement.initial(3, experts, ranks, redundant)
-        for split in ("even", "level"):
-            for topology in (Topology.even(ranks, nodes), Topology((0,) * ranks, (0.3,) + (0.7,) * (ranks - 1))):
-                digest.update(BalancedPolicy(split=split).rearrange(products.sum(axis=0), before, topology).digest())
-                outlook = Outlook(products.sum(axis=0), 40, ahead, 100, Costs(0.1, 30.0, 70.0, 0.3))
-                digest.update(BalancedPolicy(7, split=split).look_ahead(outlook, before, topology).digest())
+        for topology in (Topology.even(ranks, nodes), Topology((0,) * ranks, (0.3,) + (0.7,) * (ranks - 1))):
+            digest.update(BalancedPolicy().rearrange(products.sum(axis=0), before, topology).digest())
+            costs, windows = Costs(0.1, 30.0, 70.0, 0.3), sub_windows(products)
+            outlook = Outlook(products.sum(axis=0), 40, ahead, 100, costs, windows)
+            digest.update(BalancedPolicy(7).look_ahead(outlook, before, topology).digest())
     print(digest.hexdigest(), lightning_eplb.__file__, sep="\n")
 
 

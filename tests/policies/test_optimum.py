@@ -96,7 +96,7 @@ def test_the_program_finds_what_trying_everything_finds():
 
 def test_excess_over_the_optimum():
     generator = np.random.default_rng(0)
-    policy = BalancedPolicy(split="level")
+    policy = BalancedPolicy()
     excess = []
     for _ in range(NUM_LOADS):
         ranks, redundant, layers = generator.integers(2, 5), generator.integers(0, 3), generator.integers(1, 4)
