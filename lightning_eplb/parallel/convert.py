@@ -15,6 +15,7 @@ from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.hooks import NOT_UNDER_FSDP, check_unhooked
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
@@ -97,6 +98,9 @@ def parallelize_experts(
     found = dict(find_experts(model))
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     check_experts(model, found, size, num_redundant_experts)
+    if mesh is not None and size > 1:
+        for name, module in found.items():
+            check_unhooked(module, name, NOT_UNDER_FSDP)
     groups = ExpertGroups.create(group)
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
