@@ -44,6 +44,11 @@ def parallelize_experts(
     parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
     ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
 
+    Gradient hooks on expert parameters, ``register_hook`` and ``register_post_accumulate_grad_hook``, registered before
+    or after, run on what one process would have: the gradient of all experts in logical order, ``[L, ...]``, averaged
+    over EP groups; this rank keeps its own rows. All ranks must register the same, and gather the gradient for each. A
+    hook can't use weights (a ``ValueError`` in the backward pass), and there can be none on a mesh, for FSDP2.
+
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
     1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;
@@ -86,8 +91,9 @@ def parallelize_experts(
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, or layers differ.
-            All ranks raise it, before any communication.
+        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
+            ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before any
+            communication.
     """
     if any(expert_layers(model)):
         return model

@@ -64,7 +64,6 @@ def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
     numbers = [
         _wrap(hooks, kind, parameters, layer)
         for parameter in parameters
-        if parameter.requires_grad
         for hooks, kind in zip(_hooks_of(parameter), (_OnGradient, _AfterAccumulation), strict=True)
     ]
     if not any(numbers):
