@@ -309,3 +309,16 @@ def message_of(function: Callable[[], None]) -> str:
 def test_hooks_that_cannot_be_served_are_refused_on_all_ranks(function: Callable[[], None], workers: Workers) -> None:
     for message in workers.run(2, message_of, function, seconds=180):
         assert re.search(REFUSED[function], message)
+
+
+def frozen() -> bool:
+    """The gate's parameter is frozen after a hook was registered on it, the other one has a hook, too."""
+    model, parameter, tokens = converted()
+    register(model, [masked])
+    parameter.requires_grad_(False)
+    language_loss(model, tokens).backward()
+    return parameter.grad is None and all(other.grad is not None for other in experts_of(model)[1:])
+
+
+def test_a_hook_on_a_frozen_parameter_does_not_run(workers: Workers) -> None:
+    assert workers.run(2, frozen, seconds=180) == [True, True]

@@ -28,7 +28,7 @@ class Change:
 
     def after_backward(self, parameters: list[nn.Parameter], optimizer: Optimizer) -> None: ...
 
-    def after_forward(self, parameters: list[nn.Parameter]) -> None: ...
+    def before_forward(self, parameters: list[nn.Parameter]) -> None: ...
 
     def step(self, optimizer: Optimizer) -> None:
         optimizer.step()
@@ -74,14 +74,14 @@ class LateHook(Change):
     def __init__(self) -> None:
         self.handles: list[Any] = []
 
-    def after_forward(self, parameters: list[nn.Parameter]) -> None:
+    def before_forward(self, parameters: list[nn.Parameter]) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = [parameter.register_post_accumulate_grad_hook(halve) for parameter in parameters]
 
 
 class OtherGradient(LateHook):
-    def after_forward(self, parameters: list[nn.Parameter]) -> None:
+    def before_forward(self, parameters: list[nn.Parameter]) -> None:
         if not self.handles:
             self.handles = [parameter.register_hook(lambda grad: grad / 2) for parameter in parameters]
 
@@ -121,8 +121,8 @@ def one_process(change_name: str, accumulation: int) -> Weights:
     optimizer, change, experts = optimizer_of("sgd", model), CHANGES[change_name](), experts_of(model)
     for micro_batches in batches(accumulation):
         for batch in micro_batches:
+            change.before_forward(experts)
             loss = language_loss(model, batch)
-            change.after_forward(experts)
             change.scaled(loss / accumulation).backward()
         change.after_backward(experts, optimizer)
         change.step(optimizer)
@@ -140,8 +140,8 @@ def two_ranks(change_name: str, accumulation: int, use_async: bool) -> tuple[Wei
         balancer = ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(), step_interval=1, use_async=use_async)
         for micro_batches in batches(accumulation):
             for batch in micro_batches:
+                change.before_forward(experts)
                 loss = language_loss(model, batch[dist.get_rank() :: 2])
-                change.after_forward(experts)
                 change.scaled(loss / accumulation).backward()
             for parameter in model.parameters():
                 if id(parameter) not in ids and parameter.grad is not None:
