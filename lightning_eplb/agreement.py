@@ -60,7 +60,6 @@ class Agreement:
         moved: The tensors that are to move, by layer.
         groups: Who agrees.
         word: What this rank has to say besides, 0 ... 2**32 - 1.
-        num_sent: What this rank has sent of them already; the same on all, or some wait for what never comes.
     """
 
     def __init__(
@@ -70,14 +69,13 @@ class Agreement:
         moved: Mapping[int, Sequence[Tensor]],
         groups: ExpertGroups,
         word: int = 0,
-        num_sent: int = 0,
     ) -> None:
         signature = [
             (layer, str(tensor.dtype), tuple(tensor.shape), tensor.requires_grad)
             for layer, tensors in moved.items()
             for tensor in tensors
         ]
-        mine = hashlib.sha256(before.digest() + after.digest() + repr((signature, num_sent)).encode()).digest()
+        mine = hashlib.sha256(before.digest() + after.digest() + repr(signature).encode()).digest()
         self._said = torch.frombuffer(bytearray(mine + word.to_bytes(4, "little")), dtype=torch.uint8)
         self._heard = [torch.empty_like(self._said) for _ in range(groups.world_size)]
         self._work = dist.all_gather(self._heard, self._said, group=groups.control, async_op=True)

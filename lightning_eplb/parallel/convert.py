@@ -15,6 +15,7 @@ from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.hooks import NOT_UNDER_FSDP, check_unhooked
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
@@ -42,6 +43,11 @@ def parallelize_experts(
     it starts from rank 0's weights. Gradients of experts are averaged over the losses of the ranks, so these
     parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
     ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
+
+    Gradient hooks on expert parameters, ``register_hook`` and ``register_post_accumulate_grad_hook``, registered before
+    or after, run on what one process would have: the gradient of all experts in logical order, ``[L, ...]``, averaged
+    over EP groups; this rank keeps its own rows. All ranks must register the same, and gather the gradient for each. A
+    hook can't use weights (a ``ValueError`` in the backward pass), and there can be none on a mesh, for FSDP2.
 
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
@@ -85,8 +91,9 @@ def parallelize_experts(
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, or layers differ.
-            All ranks raise it, before any communication.
+        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
+            ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before any
+            communication.
     """
     if any(expert_layers(model)):
         return model
@@ -97,6 +104,9 @@ def parallelize_experts(
     found = dict(find_experts(model))
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     check_experts(model, found, size, num_redundant_experts)
+    if mesh is not None and size > 1:
+        for name, module in found.items():
+            check_unhooked(module, name, NOT_UNDER_FSDP)
     groups = ExpertGroups.create(group)
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)

@@ -1,5 +1,6 @@
 """The forward of a converted expert module: its experts live on several ranks."""
 
+import functools
 import inspect
 import time
 import weakref
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-from lightning_eplb.parallel import dispatch, grouped
+from lightning_eplb.parallel import dispatch, grouped, hooks
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
@@ -222,10 +223,14 @@ class ParallelExperts(nn.Module):
         hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
         self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
+        parameters = list(self.parameters(recurse=False))
         if layer.average is not None:
-            layer.average.watch(layer.index, list(self.parameters(recurse=False)))
+            layer.average.watch(layer.index, parameters)
+        word = hooks.wrap_hooks(self, layer)
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
-        counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
+        # The one place where the host waits for the device.
+        counts_RL, words_R = dispatch.gather_counts(counts_L, groups, word)
+        has_hooks = hooks.check_hooks(words_R, self, layer)
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts_RL)
         pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
@@ -233,7 +238,8 @@ class ParallelExperts(nn.Module):
             order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries, pairs_in_parts
         )
         seconds = time.perf_counter() - start
-        copies = CopiesUnderway(self._local_parameters(), routes, groups)
+        check = functools.partial(hooks.check_wrapped, parameters, layer)
+        copies = CopiesUnderway(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
         if sends_ahead := not _is_recomputing() and not _is_cached():
             copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
         else:
@@ -290,13 +296,17 @@ class ParallelExperts(nn.Module):
         shared = [parameter for child in self.children() for parameter in child.parameters()]
         return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
 
-    def _local_parameters(self, rows: int | None = None) -> list[Tensor]:
+    def _local_parameters(self, rows: int | None = None, has_hooks: bool = False) -> list[Tensor]:
         """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.
 
-        ``fully_shard`` has them whole within a forward.
+        ``fully_shard`` has them whole within a forward. Where their gradients have hooks, which all ranks run together,
+        they are views: autograd runs the backward passes of these, and what follows of each, last one first on every
+        rank. Parameters that get their gradients from one function are ready at once, and their order is any.
         """
         dtype = self.expert_layer.compute_dtype
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters(recurse=False)]
+        if has_hooks:
+            parameters = [parameter.view_as(parameter) for parameter in parameters]
         if rows is not None:
             parameters = [parameter[:rows] for parameter in parameters]
         return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]

@@ -15,7 +15,7 @@ from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
+from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -131,7 +131,7 @@ class ExpertMover:
             self._background.take(number)
             self._number_taken = number
             self._relocation = _UNDERWAY[self._modules[0][0]] = relocation
-            relocation.send(self._parameters_of_autograd)
+            relocation.send()
         self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
@@ -157,7 +157,7 @@ class ExpertMover:
         else:
             self._has_stepped = False
             self._relocation.prepare(self._weights_and_state)
-            self._relocation.send(self._parameters_of_autograd)
+            self._relocation.send()
         self.seconds += time.perf_counter() - start
 
     def put_in_place(self) -> None:
@@ -171,10 +171,10 @@ class ExpertMover:
             return
         start = time.perf_counter()
         gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
-        word, num_sent = int(relocation.has_gradients), relocation.num_sent
-        agreement = Agreement(self.placement, self._goal, gradients, self.groups, word, num_sent)
-        relocation.aim(gradients)
-        self._switch(self._goal, relocation.finish(gradients, have_arrived=all(agreement.wait())))
+        agreement = Agreement(self.placement, self._goal, gradients, self.groups)
+        relocation.aim()
+        agreement.wait()
+        self._switch(self._goal, relocation.finish(gradients))
         self.num_bytes = relocation.num_bytes * self.groups.num_replicas
         self.seconds += time.perf_counter() - start
 
@@ -206,11 +206,6 @@ class ExpertMover:
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:
         return self.tensors(layer_index, with_gradients=False)
-
-    def _parameters_of_autograd(self, layer_index: int) -> list[nn.Parameter]:
-        if self.groups.num_replicas > 1:  # gradients are averaged after autograd had them: all would be sent in vain
-            return []
-        return parameters_of_autograd(self._modules[layer_index][1])
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
         """Follow ``after`` in some layers, from the next forward on."""
