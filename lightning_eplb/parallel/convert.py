@@ -15,6 +15,7 @@ from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.per_expert import find_per_expert
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
@@ -164,6 +165,8 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             owners[id(parameter)] = full_name
     if size > 1:
         _check_owners(model, found)
+        for name, module in found.items():
+            find_per_expert(name, module)
 
 
 def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:
@@ -225,6 +228,9 @@ def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) 
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
+    for name in layer.per_expert.taken:
+        if isinstance(value := getattr(module, name), Tensor) and not value.is_meta:
+            _share(value, layer.groups)
     install_state_dict_hooks(module)
 
 
@@ -235,8 +241,15 @@ def _class_over_ranks(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:
-    assert groups.control is not None
     with torch.no_grad():
         if not parameter.is_meta:
-            dist.broadcast(parameter.data, src=0, group=groups.control)
+            _share(parameter.data, groups)
         parameter.data = parameter.data[rows.to(parameter.device)]
+
+
+def _share(tensor: Tensor, groups: ExpertGroups) -> None:
+    """Give all ranks the tensor of rank 0."""
+    assert groups.control is not None
+    words = tensor.contiguous().view(torch.uint8)  # gloo does not know all dtypes
+    dist.broadcast(words, src=0, group=groups.control)
+    tensor.copy_(words.view(tensor.dtype))
