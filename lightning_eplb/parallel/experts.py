@@ -79,6 +79,7 @@ class ExpertLayer:
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
+        self.parameter_names = [name for name, _ in module.named_parameters(recurse=False)]
         self.num_primaries = self.num_logical_experts // groups.size
         self.per_expert = find_per_expert(name, module) if groups.size > 1 else PerExpert()
         self.records_load = False
@@ -154,6 +155,15 @@ class ExpertLayer:
         """That which the layer was last called in, on several ranks; ``None``: it was in none, or that is gone."""
         return self._checked_ddp() if self._checked_ddp is not None else None
 
+    def check_parameters(self, module: nn.Module) -> None:
+        """Raise ``RuntimeError`` where parameters of ``module`` were replaced since it was converted, as by pruning."""
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if names != self.parameter_names:
+            raise RuntimeError(
+                f"{self.name} had the parameters {self.parameter_names} when its experts were spread over ranks, and"
+                f" has {names} now; pruning and parametrizations of experts are not supported, so take them away"
+            )
+
     def check_left_out(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
         ddp = DistributedDataParallel._active_ddp_module
@@ -223,6 +233,7 @@ class ParallelExperts(nn.Module):
     @torch.compiler.disable()  # or autograd would see several exchanges as one, and each rank others
     def _forward_over_ranks(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
+        self.expert_layer.check_parameters(self)
         self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
         if layer.average is not None:
@@ -253,7 +264,8 @@ class ParallelExperts(nn.Module):
         additions = Additions(self, layer.per_expert.counters)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)
-            own, others = np.split(slot_map.slots[groups.rank, part.served], [len(part.primary_ends)])
+            served = slot_map.slots[groups.rank, part.served].tolist()
+            own, others = served[: len(part.primary_ends)], served[len(part.primary_ends) :]
             own_MD = self._serve(primaries[i], own, own_MD, part.primary_ends, weights_TK.dtype, additions)
             if routes.num_copies and part is plan.parts[-1]:  # their weights travelled meanwhile
                 weights = copies.receive(ticket)
@@ -288,7 +300,7 @@ class ParallelExperts(nn.Module):
     def _serve(
         self,
         weights: list[Tensor],
-        experts: np.ndarray,
+        experts: Sequence[int],
         hidden_MD: Tensor,
         ends_S: Tensor,
         weights_dtype: torch.dtype,
@@ -312,7 +324,7 @@ class ParallelExperts(nn.Module):
             return _Tied.apply(output_MD, *shared) if layer.per_expert.has_modules else output_MD
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=device)
-            first = self._original_with(self._local_parameters(1), layer.local_experts[:1].numpy())
+            first = self._original_with(self._local_parameters(1), layer.local_experts[:1].tolist())
             sample = forward(first, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
 
@@ -327,11 +339,11 @@ class ParallelExperts(nn.Module):
             parameters = [parameter[:rows] for parameter in parameters]
         return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]
 
-    def _original_with(self, weights: Sequence[Tensor], experts: np.ndarray) -> nn.Module:
+    def _original_with(self, weights: Sequence[Tensor], experts: Sequence[int]) -> nn.Module:
         """The module as it was before it was converted, for these ``experts``, whose ``weights`` they are."""
         layer = self.expert_layer
         parameters = dict(zip((name for name, _ in self.named_parameters(recurse=False)), weights, strict=True))
-        return part_of(self, layer.original_class, parameters, layer.per_expert.taken, experts.tolist())
+        return part_of(self, layer.original_class, parameters, layer.per_expert.taken, experts)
 
 
 class _Tied(torch.autograd.Function):

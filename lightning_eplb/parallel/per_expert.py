@@ -1,8 +1,8 @@
-"""Buffers, tensors, lists and module lists with an element for each expert, beside the parameters of a module.
+"""Buffers, tensors, lists and lists of modules with an element for each expert, beside the parameters of a module.
 
-They stay whole on every rank, in the order of logical experts, as the router and the model's own code know them: nothing
-of them moves, and a state dict has them as they are. The forward gets the elements of the experts that it computes.
-Whatever it adds to a tensor, such as a counter of tokens, is summed over ranks.
+They stay whole on every rank, in the order of logical experts, as the router and the model's own code know them. So
+nothing of them moves, and a state dict has them as they are. The forward gets the elements of the experts that it
+computes. Whatever it adds to a tensor, such as a counter of tokens, is summed over ranks.
 
 A trial at conversion tells how a forward uses them. It knows nothing of their meaning: tokens are served by parts of
 the experts, as ranks would serve them, and outputs and tensors must be those of one call of the whole module.
@@ -37,6 +37,10 @@ class PerExpert:
     has_modules: bool = False
 
 
+_DICTS = (dict, nn.ModuleDict, nn.ParameterDict)
+"""Their keys are in the order of logical experts."""
+
+
 def part_of(
     module: nn.Module,
     original: type[nn.Module],
@@ -69,6 +73,9 @@ def _elements(value: Any, experts: Sequence[int]) -> Any:
         return value[to_device(np.array(experts), value.device)]
     if isinstance(value, np.ndarray):
         return value[list(experts)]
+    if isinstance(value, _DICTS):
+        keys = list(value)
+        return {keys[i]: value[keys[expert]] for i, expert in enumerate(experts)}
     elements = [value[expert] for expert in experts]
     return tuple(elements) if isinstance(value, tuple) else elements
 
@@ -136,7 +143,7 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def _with_an_element_each(module: nn.Module) -> tuple[str, ...]:
-    """Names of buffers, tensors, arrays, lists, tuples and lists of modules with as many elements as experts."""
+    """Names of buffers, tensors, arrays, lists and dictionaries, of modules too, with as many elements as experts."""
     number = module.num_experts
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     found = own | module._buffers | module._modules
@@ -146,7 +153,7 @@ def _with_an_element_each(module: nn.Module) -> tuple[str, ...]:
 def _num_elements(value: Any) -> int:
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
         return value.shape[0] if value.ndim else 0
-    return len(value) if type(value) in (list, tuple, nn.ModuleList, nn.ParameterList) else 0
+    return len(value) if isinstance(value, (list, tuple, *_DICTS, nn.ModuleList, nn.ParameterList)) else 0
 
 
 def _inner_state(module: nn.Module) -> Iterator[object]:
@@ -160,9 +167,11 @@ def _inner_state(module: nn.Module) -> Iterator[object]:
 
 
 class _Call(NamedTuple):
-    hidden_TD: Tensor
-    index_TK: Tensor
-    weights_TK: Tensor
+    """Arguments of a forward: ``[T, D]``, ``[T, K]`` and ``[T, K]``."""
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
 
 
 class _Trial:
@@ -190,12 +199,13 @@ class _Trial:
         self._call = self._find_call()
 
     def differences(self, taken: Sequence[str]) -> str | None:
-        """The difference, in words, between all experts in one call and parts of them that get elements of ``taken``."""
+        """The difference, in words, between one call of all experts and calls of parts that get those of ``taken``."""
         return self._differences(taken, False) or self._differences(taken, True)
 
     def _find_call(self) -> _Call:
         """Random tokens, as wide as the module takes them: one of the dimensions of its weights."""
-        widths = dict.fromkeys(size for value in self._parameters.values() if value.ndim > 2 for size in value.shape[1:])
+        matrices = [value for value in self._parameters.values() if value.ndim > 2]
+        widths = dict.fromkeys(size for value in matrices for size in value.shape[1:])
         dtypes = (value.dtype for value in self._parameters.values() if value.is_floating_point())
         dtype = next(dtypes, torch.get_default_dtype())
         experts = list(dict.fromkeys((0, self._number - 1, self._number // 2)))
@@ -262,9 +272,7 @@ class _Trial:
         """A module like the original, whose tensors and lists are its own."""
         whole = object.__new__(type(self._module))
         whole.__dict__.update(self._module.__dict__, training=training)
-        for key, value in vars(self._module).items():
-            if type(value) in _COPIED:
-                whole.__dict__[key] = _copy(value)
+        whole.__dict__.update(_lists(self._module))
         tensors = {key: value.clone() for key, value in self._tensors.items()}
         whole.__dict__.update({key: value for key, value in tensors.items() if key not in whole._buffers})
         whole.__dict__.update(
@@ -313,16 +321,18 @@ class _Trial:
     def _state(self, module: nn.Module) -> dict[str, Any]:
         """Copies of the tensors and lists that a forward may have changed."""
         tensors = {key: getattr(module, key).clone() for key in self._tensors}
-        lists = {key: _copy(value) for key, value in vars(module).items() if type(value) in _COPIED}
         inner = {
             f"{key}.{name}": value.clone()
             for key, child in module.named_children()
             for name, value in child.named_buffers()
         }
-        return {**tensors, **lists, **inner}
+        return {**tensors, **_lists(module), **inner}
 
 
-_COPIED = (list, tuple, np.ndarray)
+def _lists(module: nn.Module) -> dict[str, Any]:
+    """Copies of a module's own lists, dictionaries and arrays, and of the tensors in them."""
+    own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    return {key: _copy(value) for key, value in own.items() if type(value) in (list, tuple, dict, np.ndarray)}
 
 
 def _copy(value: Any) -> Any:
@@ -330,7 +340,9 @@ def _copy(value: Any) -> Any:
         return value.clone()
     if isinstance(value, np.ndarray):
         return value.copy()
-    return type(value)(_copy(one) if isinstance(one, Tensor) else one for one in value)
+    if isinstance(value, dict):
+        return {key: one.clone() if isinstance(one, Tensor) else one for key, one in value.items()}
+    return type(value)(one.clone() if isinstance(one, Tensor) else one for one in value)
 
 
 def _other_values(value: Tensor, device: torch.device) -> Tensor:
@@ -368,6 +380,8 @@ def _can_count(value: Any) -> bool:
 
 def _same(ours: Any, theirs: Any) -> bool:
     """Whether two tensors are equal but for rounding; or two lists or arrays, or what is in them."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return _same([*ours, *ours.values()], [*theirs, *theirs.values()])
     if isinstance(ours, list | tuple):
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     if isinstance(ours, np.ndarray | int | float | str):

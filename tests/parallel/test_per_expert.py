@@ -1,20 +1,15 @@
 """What belongs to experts and is no parameter: the same training as in one process with the unmodified module."""
 
-import copy
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb import EPLBCallback
 from tests.fidelity import ShufflePolicy, trainer_for
-from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import loader
 from tests.workers import Workers
 
@@ -101,10 +96,12 @@ class Lists(Experts):
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH, dtype=torch.float64) for _ in range(EXPERTS))
         self.vectors = nn.ParameterList(torch.randn(WIDTH, dtype=torch.float64) for _ in range(EXPERTS))
         self.numbers = [0.5 + 0.1 * expert for expert in range(EXPERTS)]
-        self.functions = tuple([torch.tanh, torch.sin, F.relu, F.silu] * 2)
+        self.functions = tuple([torch.tanh, torch.sin, functional.relu, functional.silu] * 2)
         self.tensors = torch.rand(EXPERTS, dtype=torch.float64)
+        self.gates = nn.ModuleDict({str(i): nn.Linear(WIDTH, 1, dtype=torch.float64) for i in range(EXPERTS)})
 
     def change(self, expert: int, rows: Tensor) -> Tensor:
+        rows = rows * self.gates[str(expert)](rows).sigmoid()
         rows = self.functions[expert](self.norms[expert](rows)) * self.numbers[expert]
         return rows * self.tensors[expert] + self.vectors[expert]
 
@@ -117,9 +114,7 @@ class Outside(Experts):
         self.register_buffer("correction", torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float64))
 
 
-SERVED: dict[str, type[Experts]] = {
-    each.__name__: each for each in (Buffer, SharedBuffers, Counters, Lists, Outside)
-}
+SERVED: dict[str, type[Experts]] = {each.__name__: each for each in (Buffer, SharedBuffers, Counters, Lists, Outside)}
 
 
 class Model(pl.LightningModule):
@@ -141,7 +136,7 @@ class Model(pl.LightningModule):
             scores = router(hidden).softmax(-1)
             index = (scores + getattr(experts, "correction", 0)).topk(TOP_K).indices
             hidden = hidden + experts(hidden, index, scores.gather(1, index))
-        return F.mse_loss(hidden, target)
+        return functional.mse_loss(hidden, target)
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch[0])
