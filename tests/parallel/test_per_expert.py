@@ -1,20 +1,25 @@
 """What belongs to experts and is no parameter: the same training as in one process with the unmodified module."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
-from lightning_eplb import EPLBCallback
-from tests.fidelity import ShufflePolicy, trainer_for
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy, fully_shard_moe
+from tests.fidelity import TOLERANCE, ShufflePolicy, trainer_for, whole
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import loader
 from tests.workers import Workers
 
-EXPERTS, WIDTH, TOP_K, STEPS, SEQUENCES, TOKENS = 8, 16, 2, 6, 2, 8
-TOLERANCE = 1e-10
+EXPERTS, WIDTH, TOP_K, STEPS, SEQUENCES, TOKENS = 8, 16, 2, 6, 4, 8
 
 
 class Experts(nn.Module):
@@ -114,22 +119,59 @@ class Outside(Experts):
         self.register_buffer("correction", torch.linspace(-0.5, 0.5, EXPERTS, dtype=torch.float64))
 
 
-SERVED: dict[str, type[Experts]] = {each.__name__: each for each in (Buffer, SharedBuffers, Counters, Lists, Outside)}
+class Saved(Experts):
+    """Counts in a buffer, which a checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(EXPERTS, dtype=torch.int64))
+
+    def count(self, hidden: Tensor, index: Tensor) -> None:
+        self.tokens = self.tokens + torch.bincount(index.flatten(), minlength=self.num_experts)
+
+
+SERVED: dict[str, type[Experts]] = {
+    each.__name__: each for each in (Buffer, SharedBuffers, Counters, Lists, Outside, Saved)
+}
 
 
 class Model(pl.LightningModule):
     """Two layers of a router and experts, on sequences of tokens."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, num_redundant_experts: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.num_redundant_experts = num_redundant_experts
+        self.model = Layers(name)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(batch[0])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        # Without a token one process has no gradient for an element of a list, which momentum then leaves alone.
+        momentum = 0.0 if isinstance(self.model.experts[0], Lists) else 0.9
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=momentum)
+
+
+class Sharded(Model):
+    def configure_model(self) -> None:
+        if not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            fully_shard_moe(self.model, self.device_mesh, num_redundant_experts=self.num_redundant_experts)
+
+
+class Layers(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
         self.experts = nn.ModuleList(SERVED[name]() for _ in range(2))
         width = self.experts[0].up.shape[1]
         self.embedding = nn.Embedding(64, width, dtype=torch.float64)
         self.routers = nn.ModuleList(nn.Linear(width, EXPERTS, dtype=torch.float64) for _ in range(2))
-        self.losses: list[float] = []
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens.flatten())
         target = hidden.detach().roll(1, 1)
         for router, experts in zip(self.routers, self.experts, strict=True):
@@ -138,60 +180,83 @@ class Model(pl.LightningModule):
             hidden = hidden + experts(hidden, index, scores.gather(1, index))
         return functional.mse_loss(hidden, target)
 
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(batch[0])
-        self.losses.append(loss.item())
-        return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+State: TypeAlias = "dict[str, Tensor]"
 
 
-def tokens(ranks: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(64, (STEPS * SEQUENCES * ranks, TOKENS), generator=generator)
+def tokens() -> Tensor:
+    return torch.randint(64, (STEPS * SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def in_one_process(name: str) -> tuple[list[float], dict[str, Tensor]]:
-    model = Model(name)
-    optimizer = model.configure_optimizers()
+def in_one_process(name: str) -> tuple[list[float], State]:
+    module = Model(name)
+    optimizer = module.configure_optimizers()
     losses = []
-    for batch in tokens(2).split(SEQUENCES * 2):
-        loss = model.loss(batch)
+    for batch in tokens().split(SEQUENCES):
+        loss = module.model(batch)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return losses, model.state_dict() | tensors_of(model)
+    return losses, module.model.state_dict() | unsaved(module)
 
 
-def tensors_of(model: Model) -> dict[str, Tensor]:
+def unsaved(module: Model) -> State:
     """The buffers that are not saved, and the tensors that are no buffers."""
-    found = dict(model.named_buffers())
-    for i, experts in enumerate(model.experts):
-        found |= {f"{i}.{key}": value for key, value in vars(experts).items() if isinstance(value, Tensor)}
+    found = {}
+    for i, experts in enumerate(module.model.experts):
+        values = {key: value for key, value in vars(experts).items() if isinstance(value, Tensor)}
+        values |= {key: experts.get_buffer(key) for key in experts._non_persistent_buffers_set}
+        found |= {f"{i}.{key}": value for key, value in values.items()}
     return found
 
 
-def trained(name: str, redundancy: Literal["window", "batch"], redundant: int) -> tuple[list[float], dict[str, Tensor]]:
-    model = Model(name)
-    callback = EPLBCallback(
-        redundant, policy=ShufflePolicy(), step_interval=1, redundancy=redundancy, min_tokens_per_copy=1
+def run(
+    name: str,
+    kind: str,
+    redundancy: Literal["window", "batch"] = "window",
+    steps: int = STEPS,
+    ckpt_path: str | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+) -> tuple[list[float], State]:
+    """Train with experts that are shuffled after every step."""
+    ranks = dist.get_world_size()
+    module, strategy, plugins = Model(name, ranks), None, []
+    if kind == "fsdp1":
+        strategy, plugins = fsdp1(auto_wrap_policy={Layers}), [DoublePrecision()]
+    if kind == "sharded":
+        module, strategy = Sharded(name, ranks), ExpertParallelStrategy(ep_size=2)
+    eplb = EPLBCallback(
+        ranks,
+        2 if kind == "groups" else None,
+        ShufflePolicy(),
+        step_interval=1,
+        redundancy=redundancy,
+        min_tokens_per_copy=1 if redundancy == "batch" else None,
     )
-    trainer = trainer_for(2, max_steps=STEPS, callbacks=[callback])
-    trainer.fit(model, loader(tokens(2), SEQUENCES))
-    assert callback.balancer is not None
-    assert callback.balancer.num_rearrangements >= STEPS
-    return model.losses, model.state_dict() | tensors_of(model)
+    trainer = trainer_for(
+        ranks,
+        strategy,
+        plugins=plugins,
+        max_steps=steps,
+        callbacks=[eplb, *callbacks],
+        enable_checkpointing=bool(callbacks),
+    )
+    trainer.fit(module, loader(tokens(), SEQUENCES // ranks), ckpt_path=ckpt_path)
+    assert eplb.balancer is not None
+    assert eplb.balancer.num_rearrangements > 0
+    if kind == "fsdp1":
+        return module.losses, full_state(trainer)[0] | unsaved(module)
+    return module.losses, {key: whole(value) for key, value in module.model.state_dict().items()} | unsaved(module)
 
 
-def difference(expected: tuple[list[float], dict[str, Tensor]], ranks: list[Any]) -> float:
-    found = [
-        abs(sum(losses) / len(losses) - loss)
-        for loss, *losses in zip(expected[0], *(rank[0] for rank in ranks), strict=True)
-    ]
+def difference(expected: tuple[list[float], State], ranks: list[tuple[list[float], State]]) -> float:
+    """Over the last losses, the mean over ranks, and over all tensors of every rank."""
+    count = len(ranks[0][0])
+    mean = [sum(losses) / len(ranks) for losses in zip(*(rank[0] for rank in ranks), strict=True)]
+    found = [abs(ours - theirs) for ours, theirs in zip(mean, expected[0][-count:], strict=True)]
     for _, state in ranks:
-        assert list(state) == list(expected[1])
+        assert state.keys() == expected[1].keys()
         found += [float((state[key].double() - value.double()).abs().max()) for key, value in expected[1].items()]
     return max(found)
 
@@ -199,4 +264,35 @@ def difference(expected: tuple[list[float], dict[str, Tensor]], ranks: list[Any]
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 @pytest.mark.parametrize("name", SERVED)
 def test_training_is_that_of_one_process(name: str, redundancy: str, workers: Workers) -> None:
-    assert difference(in_one_process(name), workers.run(2, trained, name, redundancy, 4)) < TOLERANCE
+    assert difference(in_one_process(name), workers.run(2, run, name, "ddp", redundancy)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Counters", "groups"),
+        ("Lists", "groups"),
+        ("Buffer", "sharded"),
+        ("Counters", "sharded"),
+        ("Buffer", "fsdp1"),
+        ("Counters", "fsdp1"),
+        ("Lists", "fsdp1"),
+    ],
+)
+def test_training_in_other_ways_is_that_of_one_process(name: str, kind: str, workers: Workers) -> None:
+    assert difference(in_one_process(name), workers.run(4, run, name, kind)) < TOLERANCE
+
+
+def save_halfway(name: str, kind: str, folder: str) -> None:
+    checkpoint = ModelCheckpoint(folder, "half", every_n_train_steps=STEPS // 2, save_top_k=1, monitor=None)
+    run(name, kind, steps=STEPS // 2, callbacks=[checkpoint])
+
+
+@pytest.mark.parametrize(("kind", "ranks", "later"), [("ddp", 2, 4), ("sharded", 4, 2)])
+@pytest.mark.parametrize("name", ["SharedBuffers", "Saved"])
+def test_a_run_goes_on_with_other_ranks(
+    name: str, kind: str, ranks: int, later: int, tmp_path: Path, workers: Workers
+) -> None:
+    workers.run(ranks, save_halfway, name, kind, str(tmp_path))
+    found = workers.run(later, run, name, "ddp", "window", STEPS, str(tmp_path / "half.ckpt"))
+    assert difference(in_one_process(name), found) < TOLERANCE
