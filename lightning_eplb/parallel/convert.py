@@ -59,6 +59,16 @@ def parallelize_experts(
        its K experts of weight times expert output: linear in the weights, every token by itself;
     4. ids from ``num_experts`` up, if the router emits them, mean no expert.
 
+    It may hold more with an element for each expert, on dimension 0 or in order: buffers, tensors, lists, dictionaries,
+    ``nn.ModuleList`` and its like. These stay whole on every rank, and ``forward`` gets the elements of the experts
+    that it computes. It may add to such a buffer what each token brings (a counter): every rank then has the sum over
+    all. A trial with random values tells, at conversion, which of them ``forward`` uses so; what it uses otherwise by
+    expert, or changes otherwise, is refused. An element of an ``nn.ModuleList`` whose expert got no token has a zero
+    gradient where one process has none.
+
+    From then on a parameter's rows are this rank's experts, in any order. Code of your own that indexes rows by expert
+    (an initialization, a mask, a log) must run before, or on what ``state_dict()`` returns.
+
     Example::
 
         class Experts(nn.Module):
@@ -92,8 +102,9 @@ def parallelize_experts(
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, or layers differ.
-            All ranks raise it, before any communication.
+        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
+            a module's experts can't be told apart: its forward was replaced, its parameters are pruned, parametrized or
+            quantized, or see above. All ranks raise it, before any communication.
     """
     if any(expert_layers(model)):
         return model
