@@ -27,7 +27,14 @@ from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.precision import clip_as_before, clip_by_global_norm, clip_fsdp_by_global_norm, shared_scaler
-from lightning_eplb.requirements import check_adopted, check_spread, checked_ep_size, ep_size_in
+from lightning_eplb.requirements import (
+    check_adopted,
+    check_found,
+    check_pruning,
+    check_spread,
+    checked_ep_size,
+    ep_size_in,
+)
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
@@ -141,6 +148,7 @@ class EPLBCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         check_spread(trainer, pl_module)
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
+        check_pruning(trainer, pl_module, ep_size)
         clip_by_global_norm(trainer, pl_module)
         keep_experts_from_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
@@ -156,6 +164,7 @@ class EPLBCallback(Callback):
         found = dict(find_experts(pl_module))
         if not found and is_overridden("configure_model", pl_module):
             return
+        check_found(pl_module, found)
         check_experts(pl_module, found, ep_size, self.num_redundant_experts)
         experts = {id(parameter) for module in found.values() for parameter in module.parameters(recurse=False)}
         trained_elsewhere = any(p.requires_grad and id(p) not in experts for p in pl_module.parameters())

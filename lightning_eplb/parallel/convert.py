@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.parallel.ahead import CopiesAhead
@@ -16,6 +22,7 @@ from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.hooks import NOT_UNDER_FSDP, check_unhooked
+from lightning_eplb.parallel.per_expert import find_per_expert, part_of
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
@@ -58,6 +65,16 @@ def parallelize_experts(
        its K experts of weight times expert output: linear in the weights, every token by itself;
     4. ids from ``num_experts`` up, if the router emits them, mean no expert.
 
+    It may hold more with an element for each expert, on dimension 0 or in order: buffers, tensors, lists, dictionaries,
+    ``nn.ModuleList`` and its like. These stay whole on every rank, and ``forward`` gets the elements of the experts
+    that it computes. It may add to such a buffer what each token brings (a counter): every rank then has the sum over
+    all. A trial with random values tells, at conversion, which of them ``forward`` uses so; what it uses otherwise by
+    expert, or changes otherwise, is refused. An element of an ``nn.ModuleList`` whose expert got no token has a zero
+    gradient where one process has none.
+
+    From then on a parameter's rows are this rank's experts, in any order. Code of your own that indexes rows by expert
+    (an initialization, a mask, a log) must run before, or on what ``state_dict()`` returns.
+
     Example::
 
         class Experts(nn.Module):
@@ -92,8 +109,9 @@ def parallelize_experts(
 
     Raises:
         ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
-            ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before any
-            communication.
+            a module's experts can't be told apart: its forward was replaced, its parameters are pruned, parametrized or
+            quantized, or see above; or ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise
+            it, before any communication.
     """
     if any(expert_layers(model)):
         return model
@@ -128,10 +146,31 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[ExpertLayer, nn.Module]]:
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that follow the protocol, with their names; found by structure, whatever they are called."""
-    for name, module in model.named_modules():
-        if _why_not_experts(module) is None:
+    """Modules that follow the protocol, with their names; found by structure, whatever they are called.
+
+    Those of a frozen model within ``model``, such as a teacher, are left out where they have another number of experts
+    than those of the model that is trained: they stay whole.
+    """
+    found = {name: module for name, module in model.named_modules() if _why_not_experts(module) is None}
+    trained = {name for name in found if _is_in_trained_model(model, name, found)}
+    numbers = {found[name].num_experts for name in trained}
+    for name, module in found.items():
+        if name in trained or not numbers or module.num_experts in numbers:
             yield name, module
+
+
+def _is_in_trained_model(model: nn.Module, name: str, found: dict[str, nn.Module]) -> bool:
+    """Whether any parameter is trained in the outermost module around ``name`` whose layers have one number of experts.
+
+    In that module, as adapters may be trained and the experts themselves not.
+    """
+    path = name.split(".") if name else []
+    for depth in range(len(path) + 1):
+        outer = ".".join(path[:depth])
+        inner = [module for other, module in found.items() if not outer or f"{other}.".startswith(f"{outer}.")]
+        if len({module.num_experts for module in inner}) == 1:
+            return any(parameter.requires_grad for parameter in model.get_submodule(outer).parameters())
+    return True
 
 
 def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_redundant_experts: int) -> None:
@@ -174,23 +213,64 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             owners[id(parameter)] = full_name
     if size > 1:
         _check_owners(model, found)
+        for name, module in found.items():
+            _check_module(name, module)
+            find_per_expert(name, module)
 
 
 def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:
     """Refuse what reads the experts' parameters by its own count of them: it would not see that rows are elsewhere."""
     experts = {id(module): name for name, module in found.items()}
     for name, module in model.named_modules():
+        if type(getattr(module, "num_experts", None)) is int and is_parametrized(module):
+            raise ValueError(_computed(name, next(iter(module.parametrizations)), "a parametrization"))  # type: ignore
         inner = next((experts[id(child)] for child in module.children() if id(child) in experts), None)
         if inner is not None and hasattr(module, "base_layer"):
             raise ValueError(
                 f"{inner} is wrapped in a {type(module).__name__}, an adapter for the weights of all experts, and these"
-                " are to be spread over ranks; leave experts out of PEFT's target_parameters"
+                " are to be spread over ranks; leave experts out of PEFT's target_parameters, and name the modules to"
+                " adapt in the place of target_modules='all-linear', which takes experts, too"
             )
         if isinstance(module, AveragedModel) and any(id(child) in experts for child in module.modules()):
             raise ValueError(
                 f"{name or 'the model'} is an AveragedModel: it averages the rows of experts by the place where they"
                 " are, and they move; average what state_dict() returns instead"
             )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse a module whose parameters, or whose forward, are not what its class says."""
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{name}.forward was replaced on the module itself, and experts that are spread over ranks call that of"
+            f" {type(module).__name__}; put the new forward into a subclass, or undo it with del {name}.forward"
+        )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            parameter = getattr(hook, "_tensor_name", None) or hook.name  # type: ignore[union-attr]
+            raise ValueError(_computed(name, parameter, type(hook).__name__))
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        is_quantized = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state")
+        if is_quantized and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name}.{parameter_name} is a {type(parameter).__name__}, whose rows can't be moved between ranks as"
+                " they are; leave experts out of quantization, or hold them in plain tensors, of integers and scales"
+            )
+    number = module.num_experts
+    part = part_of(module, type(module), {}, (), [0])
+    if (found := part.num_experts) != 1:
+        raise ValueError(
+            f"{name}.num_experts is {found} also where the module is to compute 1 of its {number} experts; make it an"
+            " attribute that is set in __init__, not a property"
+        )
+
+
+def _computed(name: str, parameter: str, by: str) -> str:
+    return (
+        f"{name}.{parameter} is computed in each forward, by {by}, from what all experts have, and experts are to be"
+        " spread over ranks; make it a plain parameter before (torch.nn.utils.prune.remove,"
+        " torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)"
+    )
 
 
 def _choices(numbers: Iterator[int]) -> str:
@@ -235,6 +315,9 @@ def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) 
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
+    for name in layer.per_expert.taken:
+        if isinstance(value := getattr(module, name), Tensor) and not value.is_meta:
+            _share(value, layer.groups)
     install_state_dict_hooks(module)
 
 
@@ -245,8 +328,15 @@ def _class_over_ranks(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:
-    assert groups.control is not None
     with torch.no_grad():
         if not parameter.is_meta:
-            dist.broadcast(parameter.data, src=0, group=groups.control)
+            _share(parameter.data, groups)
         parameter.data = parameter.data[rows.to(parameter.device)]
+
+
+def _share(tensor: Tensor, groups: ExpertGroups) -> None:
+    """Give all ranks the tensor of rank 0."""
+    assert groups.control is not None
+    words = tensor.contiguous().view(torch.uint8)  # gloo does not know all dtypes
+    dist.broadcast(words, src=0, group=groups.control)
+    tensor.copy_(words.view(tensor.dtype))

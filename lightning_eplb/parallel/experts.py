@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 from lightning_eplb.parallel import dispatch, grouped, hooks
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.per_expert import Additions, PerExpert, find_per_expert, part_of
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.placement import ExpertPlacement
@@ -78,7 +80,9 @@ class ExpertLayer:
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
+        self.parameter_names = [name for name, _ in module.named_parameters(recurse=False)]
         self.num_primaries = self.num_logical_experts // groups.size
+        self.per_expert = find_per_expert(name, module) if groups.size > 1 else PerExpert()
         self.records_load = False
         self.physical_to_logical: np.ndarray
         self.slot_map: dispatch.SlotMap
@@ -152,6 +156,15 @@ class ExpertLayer:
         """That which the layer was last called in, on several ranks; ``None``: it was in none, or that is gone."""
         return self._checked_ddp() if self._checked_ddp is not None else None
 
+    def check_parameters(self, module: nn.Module) -> None:
+        """Raise ``RuntimeError`` where parameters of ``module`` were replaced since it was converted, as by pruning."""
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        if names != self.parameter_names:
+            raise RuntimeError(
+                f"{self.name} had the parameters {self.parameter_names} when its experts were spread over ranks, and"
+                f" has {names} now; pruning and parametrizations of experts are not supported, so take them away"
+            )
+
     def check_left_out(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
         ddp = DistributedDataParallel._active_ddp_module
@@ -221,6 +234,7 @@ class ParallelExperts(nn.Module):
     @torch.compiler.disable()  # or autograd would see several exchanges as one, and each rank others
     def _forward_over_ranks(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
+        self.expert_layer.check_parameters(self)
         self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
         parameters = list(self.parameters(recurse=False))
@@ -253,13 +267,27 @@ class ParallelExperts(nn.Module):
             copies.send()
         if sends_ahead:
             layer.ahead.send_next(layer.index)
+        additions = Additions(self, layer.per_expert.counters)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)
-            own_MD = self._serve(primaries[i], own_MD, part.primary_ends, weights_TK.dtype)
+            served = slot_map.slots[groups.rank, part.served].tolist()
+            own, others = served[: len(part.primary_ends)], served[len(part.primary_ends) :]
+            own_MD = self._serve(primaries[i], own, own_MD, part.primary_ends, weights_TK.dtype, additions)
             if routes.num_copies and part is plan.parts[-1]:  # their weights travelled meanwhile
-                others_MD = self._serve(copies.receive(ticket), others_MD, part.copy_ends, weights_TK.dtype)
+                weights = copies.receive(ticket)
+                others_MD = self._serve(weights, others, others_MD, part.copy_ends, weights_TK.dtype, additions)
             layer.dispatcher.send_home(trip, i, own_MD, others_MD)
+        self._count(additions)
         return layer.dispatcher.combine(trip, weights_TK)
+
+    def _count(self, additions: Additions) -> None:
+        """Add to the counters of all ranks what the forward added on each of them."""
+        groups = self.expert_layer.groups
+        for sums in additions.sums.values():
+            dist.all_reduce(sums, group=groups.exchange)
+            if groups.replicas is not None:
+                dist.all_reduce(sums, group=groups.replicas)
+        additions.write()
 
     def _send_ahead(self) -> SentAhead | None:
         """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
@@ -275,25 +303,35 @@ class ParallelExperts(nn.Module):
         """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
         return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
 
-    def _serve(self, weights: list[Tensor], hidden_MD: Tensor, ends_S: Tensor, weights_dtype: torch.dtype) -> Tensor:
+    def _serve(
+        self,
+        weights: list[Tensor],
+        experts: Sequence[int],
+        hidden_MD: Tensor,
+        ends_S: Tensor,
+        weights_dtype: torch.dtype,
+        additions: Additions,
+    ) -> Tensor:
         """Run the original forward on tokens in the order of their experts: where each one's end, and its ``weights``.
 
         Every tensor that was exchanged is tied into the output.
         """
-        forward, device = self.expert_layer.original_class.forward, hidden_MD.device
+        layer, device = self.expert_layer, hidden_MD.device
+        forward, shared = layer.original_class.forward, [p for child in self.children() for p in child.parameters()]
         if len(hidden_MD):
-            local = self._original_with(weights)
+            local = self._original_with(weights, experts)
             if grouped.takes_sorted_rows(local):
                 grouped.let_take_sorted_rows(local, ends_S)
             rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=device)
             slots_M = torch.searchsorted(ends_S, rows, right=True)
             ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=device)
-            return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
+            output_MD = forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
+            additions.add(local, experts)
+            return _Tied.apply(output_MD, *shared) if layer.per_expert.has_modules else output_MD
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=device)
-            primaries = self._original_with(self._local_parameters(1))
-            sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
-        shared = [parameter for child in self.children() for parameter in child.parameters()]
+            first = self._original_with(self._local_parameters(1), layer.local_experts[:1].tolist())
+            sample = forward(first, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
         return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
 
     def _local_parameters(self, rows: int | None = None, has_hooks: bool = False) -> list[Tensor]:
@@ -311,17 +349,15 @@ class ParallelExperts(nn.Module):
             parameters = [parameter[:rows] for parameter in parameters]
         return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]
 
-    def _original_with(self, weights: Sequence[Tensor]) -> nn.Module:
-        """The module as it was before it was converted, for as many experts as ``weights`` have rows."""
-        names = [name for name, _ in self.named_parameters(recurse=False)]
-        local = object.__new__(self.expert_layer.original_class)
-        local.__dict__.update(self.__dict__, num_experts=weights[0].shape[0])
-        local.__dict__["_parameters"] = self._parameters | dict(zip(names, weights, strict=True))
-        return local
+    def _original_with(self, weights: Sequence[Tensor], experts: Sequence[int]) -> nn.Module:
+        """The module as it was before it was converted, for these ``experts``, whose ``weights`` they are."""
+        layer = self.expert_layer
+        parameters = dict(zip((name for name, _ in self.named_parameters(recurse=False)), weights, strict=True))
+        return part_of(self, layer.original_class, parameters, layer.per_expert.taken, experts)
 
 
 class _Tied(torch.autograd.Function):
-    """An output that depends on nothing, tied to tensors whose backward collectives every rank must enter.
+    """An output that is tied to tensors that it does not depend on, whose backward collectives every rank must enter.
 
     All get zero gradients: DDP waits for one of each parameter that all experts share, from every rank; and what only
     had undefined ones could be run by autograd's thread for the CPU, ahead of what this rank's device is to do before.
@@ -335,4 +371,4 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
-        return None, *(torch.zeros_like(tensor) if is_needed else None for tensor, is_needed in needed)
+        return grads[0], *(torch.zeros_like(tensor) if is_needed else None for tensor, is_needed in needed)
