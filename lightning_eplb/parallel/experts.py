@@ -18,9 +18,11 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
+from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.uneven import UnevenCalls
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -88,6 +90,8 @@ class ExpertLayer:
         """Tokens that such a copy must take over; the same on all ranks."""
         self.compute_dtype: torch.dtype | None = None
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
+        self.uneven: UnevenCalls | None = None
+        """In evaluation, where ranks may call the layer unequally often; ``None``: all call it equally often."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
         """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
         self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
@@ -152,9 +156,15 @@ class ExpertLayer:
         return self._checked_ddp() if self._checked_ddp is not None else None
 
     def check_left_out(self, module: nn.Module) -> None:
-        """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
+        """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts.
+
+        ``ValueError`` where it does not average what it has over all ranks.
+        """
         ddp = DistributedDataParallel._active_ddp_module
-        if ddp is None or self.ddp is ddp:
+        if ddp is None:
+            return
+        check_registered_hooks(ddp)  # at any time before a backward pass
+        if self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
@@ -225,7 +235,31 @@ class ParallelExperts(nn.Module):
         if layer.average is not None:
             layer.average.watch(layer.index, list(self.parameters(recurse=False)))
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
-        counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
+        if layer.uneven is not None:
+            counts_RL = layer.uneven.wait_for(self, hidden_TD, weights_TK, counts_L)
+        else:
+            counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
+        # Other EP groups average these gradients, too, and may have tokens.
+        if torch.is_grad_enabled() and groups.num_replicas == 1 and not counts_RL.any():
+            output_TD = self._without_tokens(hidden_TD, index_TK, weights_TK)
+            if output_TD is not None:
+                layer.ahead.discard()
+                return output_TD
+        return self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL)
+
+    def take_part(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
+        """Serve the tokens of other ranks, which call this layer while this rank does not. In evaluation only.
+
+        Args:
+            hidden_TD: ``[0, D]``.
+            weights_TK: ``[0, K]``.
+            counts_RL: Tokens of each rank and logical expert.
+        """
+        order_N = torch.empty(0, dtype=torch.int64, device=hidden_TD.device)
+        self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL)
+
+    def _exchange_tokens(self, hidden_TD: Tensor, weights_TK: Tensor, order_N: Tensor, counts_RL: np.ndarray) -> Tensor:
+        layer, groups = self.expert_layer, self.expert_layer.groups
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts_RL)
         pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
@@ -242,7 +276,7 @@ class ParallelExperts(nn.Module):
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
         primaries, ticket = copies.attach([part.primaries for part in plan.parts])
-        trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
+        trip = layer.dispatcher.dispatch(hidden_TD, plan, weights_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
         if sends_ahead:
@@ -254,6 +288,34 @@ class ParallelExperts(nn.Module):
                 others_MD = self._serve(copies.receive(ticket), others_MD, part.copy_ends, weights_TK.dtype)
             layer.dispatcher.send_home(trip, i, own_MD, others_MD)
         return layer.dispatcher.combine(trip, weights_TK)
+
+    def _without_tokens(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """The output where no expert of any rank got a token, if the unmodified module then trains none of its own.
+
+        An optimizer skips parameters without a gradient; a gradient of zeros has it decay them. Modules that compute
+        one expert after the other leave gradients out, those that compute all of them together give zeros.
+
+        Returns:
+            ``None`` where the unmodified module gives zeros.
+        """
+        local = self._original_with(self._local_parameters())
+
+        def trains_without_tokens(*inputs: Tensor) -> bool:
+            hidden, weights = inputs
+            try:
+                return self.expert_layer.original_class.forward(local, hidden, index_TK[:0], weights).requires_grad
+            except (RuntimeError, ValueError, IndexError):  # it can't be called without tokens
+                return True
+
+        if trains_without_tokens(hidden_TD[:0].detach(), weights_TK[:0].detach()):
+            return None
+        output_TD = self._sample(hidden_TD, weights_TK.dtype).new_zeros(hidden_TD.shape)
+        ddp = self.expert_layer.ddp
+        if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):  # it waits for all gradients
+            return _Tied.apply(output_TD, hidden_TD, weights_TK, *self._shared_parameters())
+        if trains_without_tokens(hidden_TD[:0], weights_TK[:0]):
+            return _Tied.apply(output_TD, hidden_TD, weights_TK)
+        return output_TD
 
     def _send_ahead(self) -> SentAhead | None:
         """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
@@ -283,12 +345,19 @@ class ParallelExperts(nn.Module):
             slots_M = torch.searchsorted(ends_S, rows, right=True)
             ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=device)
             return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
-        with torch.no_grad():  # a row that goes nowhere tells width and dtype
-            one = torch.ones(1, 1, dtype=weights_dtype, device=device)
-            primaries = self._original_with(self._local_parameters(1))
-            sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
-        shared = [parameter for child in self.children() for parameter in child.parameters()]
-        return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
+        return _Tied.apply(self._sample(hidden_MD, weights_dtype)[:0], *self._shared_parameters(), hidden_MD, *weights)
+
+    @torch.no_grad()
+    def _sample(self, hidden_TD: Tensor, weights_dtype: torch.dtype) -> Tensor:
+        """The output of one row that goes nowhere, ``[1, D]``: it tells width and dtype."""
+        one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_TD.device)
+        primaries = self._original_with(self._local_parameters(1))
+        row = hidden_TD.new_zeros(1, hidden_TD.shape[-1])
+        return self.expert_layer.original_class.forward(primaries, row, one.to(torch.int64) - 1, one)
+
+    def _shared_parameters(self) -> list[Tensor]:
+        """Those that all experts share, of submodules."""
+        return [parameter for child in self.children() for parameter in child.parameters()]
 
     def _local_parameters(self, rows: int | None = None) -> list[Tensor]:
         """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.
