@@ -5,9 +5,9 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, fully_shard_moe, parallelize_experts
@@ -86,30 +86,27 @@ def train(
     redundancy: Any = "window",
     use_async: bool = False,
     checkpointing: bool = False,
-) -> dict[str, float]:
-    """The largest difference of the weights, of experts and of all else."""
-    model = SometimesExperts(implementation, checkpointing)
-    expected = reference(SometimesExperts(implementation, checkpointing), accumulation)
+    find_unused_parameters: bool = True,
+) -> float:
+    """The largest difference of the weights."""
+    model, unmodified = (SometimesExperts(implementation, checkpointing) for _ in range(2))
+    for module in (model, unmodified):  # DDP that does not look for unused parameters has zeros for the router
+        module.router.requires_grad_(find_unused_parameters)
+    expected = reference(unmodified, accumulation)
     callback = EPLBCallback(
         2, policy=ShufflePolicy(), step_interval=1, redundancy=redundancy, use_async=use_async, min_tokens_per_copy=None
     )
     if strategy == "ddp":
-        module: Module = Module(model, "adamw")
-        parallel: Any = DDPStrategy(
-            cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", find_unused_parameters=True
-        )
+        trained: Module = Module(model, "adamw")
+        parallel: Any = DDPStrategy(process_group_backend="gloo", find_unused_parameters=find_unused_parameters)
     else:
-        module, parallel = ShardedModule(model, "adamw"), ExpertParallelStrategy()
+        trained, parallel = ShardedModule(model, "adamw"), ExpertParallelStrategy()
     trainer = trainer_for(
         dist.get_world_size(), parallel, max_steps=STEPS, callbacks=[callback], accumulate_grad_batches=accumulation
     )
-    trainer.fit(module, two_column_loader(*batches(accumulation)))
-    trained = {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
-    differences = {name: float((trained[name] - tensor).abs().max()) for name, tensor in expected.items()}
-    return {
-        kind: max(v for k, v in differences.items() if ("experts" in k) == (kind == "experts"))
-        for kind in ("experts", "others")
-    }
+    trainer.fit(trained, two_column_loader(*batches(accumulation)))
+    weights = {name: whole(tensor) for name, tensor in trained.model.state_dict().items()}
+    return max(float((weights[name] - tensor).abs().max()) for name, tensor in expected.items())
 
 
 def two_column_loader(tokens: Tensor, marked: Tensor) -> Any:
@@ -118,29 +115,77 @@ def two_column_loader(tokens: Tensor, marked: Tensor) -> Any:
     return made
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
-    "options",
+    ("strategy", "options"),
     [
-        {},
-        {"redundancy": "batch", "accumulation": 2},
-        {"use_async": True},
-        {"checkpointing": True},
-        {"implementation": "grouped_mm"},
+        ("ddp", {}),
+        ("ddp", {"find_unused_parameters": False}),
+        ("ddp", {"redundancy": "batch", "accumulation": 2}),
+        ("ddp", {"use_async": True}),
+        ("ddp", {"checkpointing": True}),
+        ("ddp", {"implementation": "batched_mm"}),  # which gives zeros in one process, too
+        ("fsdp2", {}),
+        ("fsdp2", {"redundancy": "batch", "accumulation": 2}),
+        ("fsdp2", {"checkpointing": True}),
     ],
 )
 def test_experts_without_a_token_on_any_rank_train_as_in_one_process(
-    strategy: str, options: dict[str, Any], workers: Workers
+    strategy: Any, options: dict[str, Any], workers: Workers
 ) -> None:
-    if strategy == "fsdp2" and options.get("use_async"):
-        pytest.skip("moves nothing")
-    for difference in workers.run(2, lambda_free_train, strategy, options):
-        assert difference["experts"] < 1e-10
-        assert difference["others"] < 1e-10
+    assert max(workers.run(2, trained_in_steps, strategy, options)) < 1e-10
 
 
-def lambda_free_train(strategy: Any, options: dict[str, Any]) -> dict[str, float]:
+def trained_in_steps(strategy: Any, options: dict[str, Any]) -> float:
     return train(strategy, **options)
+
+
+class NormedExperts(nn.Module):
+    """Experts and a norm that all of them share, which DDP has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.up = nn.Parameter(torch.randn(4, WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index[top_k_index < self.num_experts].unique():
+            token, k = torch.where(top_k_index == expert)
+            added = self.norm(hidden_states[token] @ self.up[expert]) * top_k_weights[token, k, None]
+            output = output.index_add(0, token, added)
+        return output
+
+
+def shared_norm(find_unused_parameters: bool) -> list[tuple[bool, bool, bool]]:
+    """Which of the experts, their norm and the router have a gradient behind steps with, without and with tokens."""
+    model = nn.ModuleDict({"router": nn.Linear(WIDTH, 4), "experts": NormedExperts(), "dense": nn.Linear(1, 1)})
+
+    def forward(hidden: Tensor) -> Tensor:
+        weights, index = model["router"](hidden).softmax(-1).topk(2)
+        return model["experts"](hidden, index, weights).sum() + model["dense"](torch.ones(1)).sum()
+
+    model.forward = forward  # type: ignore[method-assign]
+    parallelize_experts(model)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["experts.up"])
+    ddp = DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+    has_gradients = []
+    for tokens in (5, 0, 3):
+        model.zero_grad()
+        ddp(torch.ones(tokens, WIDTH)).backward()
+        grads = (model.get_parameter(name).grad for name in ("experts.up", "experts.norm.weight", "router.weight"))
+        has_gradients.append(tuple(grad is not None for grad in grads))
+    return has_gradients  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_ddp_that_waits_for_all_gradients_gets_zeros_where_no_rank_has_a_token(
+    find_unused_parameters: bool, workers: Workers
+) -> None:
+    """Plain DDP raises an error there; where it looks for unused parameters, it leaves them without a gradient."""
+    waits = not find_unused_parameters
+    expected = [(True, True, True), (False, waits, waits), (True, True, True)]
+    assert workers.run(2, shared_norm, find_unused_parameters) == [expected, expected]
 
 
 def gradients_without_tokens(ids: int) -> tuple[list[bool], bool]:

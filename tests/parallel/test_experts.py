@@ -192,6 +192,16 @@ def two_groups(redundancy: str) -> float:
     return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
 
 
+def test_tokens_in_one_of_two_groups(workers: Workers) -> None:
+    """Ranks of the other group average zeros, as they don't know that this group has tokens."""
+    assert max(workers.run(4, tokens_in_one_group)) < 1e-12
+
+
+def tokens_in_one_group() -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 if rank < 2 else 0, ep_group=group)
+
+
 def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:
     """Hugging Face's routers mark a choice that does not count by the id behind the last expert."""
     assert max(workers.run(2, masked_choices)) < 1e-12
@@ -380,7 +390,7 @@ HOOKS: dict[str, Any] = {
     "summing in fp16": default_hooks.fp16_compress_wrapper(summing_hook),
     "noop": noop_hook,
     "allreduce": default_hooks.allreduce_hook,
-    "allreduce in bf16": default_hooks.bf16_compress_wrapper(default_hooks.allreduce_hook),
+    "allreduce in fp16": default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
     "fp16_compress": default_hooks.fp16_compress_hook,
     "allreduce of a part": default_hooks.allreduce_hook,
 }
@@ -420,7 +430,7 @@ def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers
         )
 
 
-@pytest.mark.parametrize("name", ["allreduce", "allreduce in bf16", "fp16_compress"])
+@pytest.mark.parametrize("name", ["allreduce", "allreduce in fp16", "fp16_compress"])
 def test_a_communication_hook_that_averages_is_left_alone(name: str, workers: Workers) -> None:
     assert workers.run(2, hooked, name) == ["", ""]
 
