@@ -19,7 +19,7 @@ from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
 from lightning_eplb.evaluation import Evaluation
-from lightning_eplb.fsdp import SpreadExperts
+from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook
 from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
@@ -213,6 +213,8 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         assert self.balancer is not None
+        if self.balancer.groups.size > 1:
+            check_fsdp_hook(trainer.strategy.model)  # registered in any hook before
         self.balancer.record(True)
 
     @override
