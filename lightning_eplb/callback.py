@@ -88,6 +88,9 @@ class EPLBCallback(Callback):
             the strategy, the precision, another callback or the model.
 
     Note:
+        In validation, testing and prediction under DDP ranks may have unequal numbers of batches. Under FSDP a
+        ``ValueError`` on all ranks names those that ran out first. In training all ranks need as many batches.
+
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
         them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
         the place where they once were.

@@ -16,7 +16,7 @@ from tests.models import LanguageModel, hugging_face_model, loader, token_batche
 from tests.workers import Workers
 
 WIDTH, STEPS = 16, 6
-HAS_TOKENS = [True, False, True, False, False, True]
+HAS_TOKENS = [False, True, False, False, True, True]
 """Of each batch."""
 
 

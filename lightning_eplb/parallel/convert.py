@@ -43,6 +43,9 @@ def parallelize_experts(
     parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
     ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
 
+    Where a layer gets no token on any rank, experts have no gradient, or one of zeros, as in the unmodified module.
+    With several EP groups it is always zeros. DDP communication hooks must average: torch's own, or none.
+
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
     1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;
