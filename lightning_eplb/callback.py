@@ -18,7 +18,8 @@ from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
-from lightning_eplb.fsdp import SpreadExperts
+from lightning_eplb.evaluation import Evaluation
+from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook
 from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
@@ -94,6 +95,9 @@ class EPLBCallback(Callback):
             the strategy, the precision, another callback or the model.
 
     Note:
+        In validation, testing and prediction under DDP ranks may have unequal numbers of batches. Under FSDP a
+        ``ValueError`` on all ranks names those that ran out first. In training all ranks need as many batches.
+
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
         them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
         the place where they once were.
@@ -142,6 +146,7 @@ class EPLBCallback(Callback):
         self._last_global_step = 0
         self._trace_writer: TraceWriter | None = None
         self._spread_experts: SpreadExperts | None = None
+        self._evaluation: Evaluation | None = None
         self._summary = FitSummary(window_size)
 
     @override
@@ -220,6 +225,8 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         assert self.balancer is not None
+        if self.balancer.groups.size > 1:
+            check_fsdp_hook(trainer.strategy.model)  # registered in any hook before
         self.balancer.record(True)
 
     @override
@@ -275,6 +282,59 @@ class EPLBCallback(Callback):
         if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._summary.last:
             title = f"Expert load after {self.balancer.num_steps:,} optimizer steps"
             print_table(title, self._summary.rows(self.balancer), trainer.progress_bar_callback)
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_test_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_predict_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        if self._evaluation is not None:
+            self._evaluation.stop()
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

@@ -6,12 +6,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.algorithms._comm_hooks import default_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 from lightning_eplb.consolidate import is_distributed_checkpoint
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
 from lightning_eplb.resharding import load_distributed_checkpoint
+
+_AVERAGING_HOOKS = (
+    default_hooks.allreduce_hook,
+    default_hooks.reduce_scatter_hook,
+    default_hooks.fp16_compress_hook,
+    default_hooks.bf16_compress_hook,
+)
 
 
 def check_fsdp(strategy: FSDPStrategy) -> None:
@@ -31,6 +39,19 @@ def check_fsdp(strategy: FSDPStrategy) -> None:
         raise ValueError(
             "FSDPStrategy ignores parameters or modules, not both, and with EPLBCallback it ignores those of experts;"
             " give ignored_states=[...] the parameters of your modules"
+        )
+
+
+def check_fsdp_hook(model: nn.Module | None) -> None:
+    """Raise ``ValueError`` if a communication hook was registered that may not average. Needs no communication."""
+    hook = model._comm_hook if isinstance(model, FullyShardedDataParallel) else None
+    if hook is not None and hook not in _AVERAGING_HOOKS:
+        name = getattr(hook, "__name__", repr(hook))
+        raise ValueError(
+            f"FullyShardedDataParallel.register_comm_hook(hook={name}) is not supported"
+            " with experts that are spread over ranks: their gradients are averaged over all ranks, and so must all"
+            f" others be. Use one of {', '.join(each.__name__ for each in _AVERAGING_HOOKS)} of"
+            " torch.distributed.algorithms._comm_hooks.default_hooks, or none"
         )
 
 

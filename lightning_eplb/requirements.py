@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.fsdp import check_fsdp
+from lightning_eplb.parallel.communication_hooks import check_averages
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.strategies import ExpertParallelStrategy
@@ -52,6 +53,11 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
             "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
             " parameters over ranks, and each has other experts; leave its three arguments out"
         )
+    hook = getattr(trainer.strategy, "_ddp_comm_hook", None)
+    if ep_size > 1 and hook is not None:
+        wrapper = getattr(trainer.strategy, "_ddp_comm_wrapper", None)
+        source = f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', repr(hook))})"
+        check_averages(source, hook, hook_state, wrapper)
     check_nodes(ep_size, trainer.num_devices)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):

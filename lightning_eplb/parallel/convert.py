@@ -56,6 +56,9 @@ def parallelize_experts(
     over EP groups; this rank keeps its own rows. All ranks must register the same, and gather the gradient for each. A
     hook can't use weights (a ``ValueError`` in the backward pass), and there can be none on a mesh, for FSDP2.
 
+    Where a layer gets no token on any rank, experts have no gradient, or one of zeros, as in the unmodified module.
+    With several EP groups it is always zeros. DDP communication hooks must average: torch's own, or none.
+
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
     1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;

@@ -20,10 +20,12 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from lightning_eplb.parallel import dispatch, grouped, hooks
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
+from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert import Additions, PerExpert, find_per_expert, part_of
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.uneven import UnevenCalls
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -93,6 +95,8 @@ class ExpertLayer:
         """Tokens that such a copy must take over; the same on all ranks."""
         self.compute_dtype: torch.dtype | None = None
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
+        self.uneven: UnevenCalls | None = None
+        """In evaluation, where ranks may call the layer unequally often; ``None``: all call it equally often."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
         """Whether state dicts are now to hold DTensors over the EP group, though the parameters are none."""
         self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
@@ -166,9 +170,15 @@ class ExpertLayer:
             )
 
     def check_left_out(self, module: nn.Module) -> None:
-        """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts."""
+        """Raise ``RuntimeError`` where DDP has the rows of ``module``: it would average those of different experts.
+
+        ``ValueError`` where it does not average what it has over all ranks.
+        """
         ddp = DistributedDataParallel._active_ddp_module
-        if ddp is None or self.ddp is ddp:
+        if ddp is None:
+            return
+        check_registered_hooks(ddp)  # at any time before a backward pass
+        if self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
@@ -242,9 +252,35 @@ class ParallelExperts(nn.Module):
             layer.average.watch(layer.index, parameters)
         word = hooks.wrap_hooks(self, layer)
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
-        # The one place where the host waits for the device.
-        counts_RL, words_R = dispatch.gather_counts(counts_L, groups, word)
+        if layer.uneven is not None:
+            counts_RL, words_R = layer.uneven.wait_for(self, hidden_TD, weights_TK, counts_L, word)
+        else:  # the one place where the host waits for the device
+            counts_RL, words_R = dispatch.gather_counts(counts_L, groups, word)
         has_hooks = hooks.check_hooks(words_R, self, layer)
+        # Other EP groups average these gradients, too, and may have tokens.
+        if torch.is_grad_enabled() and groups.num_replicas == 1 and not counts_RL.any():
+            output_TD = self._without_tokens(hidden_TD, index_TK, weights_TK)
+            if output_TD is not None:
+                layer.ahead.discard()
+                return output_TD
+        return self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks)
+
+    def take_part(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
+        """Serve the tokens of other ranks, which call this layer while this rank does not. In evaluation only.
+
+        Args:
+            hidden_TD: ``[0, D]``.
+            weights_TK: ``[0, K]``.
+            counts_RL: Tokens of each rank and logical expert.
+        """
+        order_N = torch.empty(0, dtype=torch.int64, device=hidden_TD.device)
+        self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks=False)
+
+    def _exchange_tokens(
+        self, hidden_TD: Tensor, weights_TK: Tensor, order_N: Tensor, counts_RL: np.ndarray, has_hooks: bool
+    ) -> Tensor:
+        layer, groups = self.expert_layer, self.expert_layer.groups
+        parameters = list(self.parameters(recurse=False))
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts_RL)
         pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
@@ -262,7 +298,7 @@ class ParallelExperts(nn.Module):
         layer.record(LayerLoad(load_L, int(plan.tokens.max()), routes.num_copies, copies.num_bytes, seconds))
 
         primaries, ticket = copies.attach([part.primaries for part in plan.parts])
-        trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
+        trip = layer.dispatcher.dispatch(hidden_TD, plan, weights_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
         if sends_ahead:
@@ -288,6 +324,34 @@ class ParallelExperts(nn.Module):
             if groups.replicas is not None:
                 dist.all_reduce(sums, group=groups.replicas)
         additions.write()
+
+    def _without_tokens(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """The output where no expert of any rank got a token, if the unmodified module then trains none of its own.
+
+        An optimizer skips parameters without a gradient; a gradient of zeros has it decay them. Modules that compute
+        one expert after the other leave gradients out, those that compute all of them together give zeros.
+
+        Returns:
+            ``None`` where the unmodified module gives zeros.
+        """
+        local = self._original_with(self._local_parameters(), self.expert_layer.local_experts.tolist())
+
+        def trains_without_tokens(*inputs: Tensor) -> bool:
+            hidden, weights = inputs
+            try:
+                return self.expert_layer.original_class.forward(local, hidden, index_TK[:0], weights).requires_grad
+            except (RuntimeError, ValueError, IndexError):  # it can't be called without tokens
+                return True
+
+        if trains_without_tokens(hidden_TD[:0].detach(), weights_TK[:0].detach()):
+            return None
+        output_TD = self._sample(hidden_TD, weights_TK.dtype).new_zeros(hidden_TD.shape)
+        ddp = self.expert_layer.ddp
+        if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):  # it waits for all gradients
+            return _Tied.apply(output_TD, hidden_TD, weights_TK, *self._shared_parameters())
+        if trains_without_tokens(hidden_TD[:0], weights_TK[:0]):
+            return _Tied.apply(output_TD, hidden_TD, weights_TK)
+        return output_TD
 
     def _send_ahead(self) -> SentAhead | None:
         """Send the copies of the next forward off, if the placement tells which they are and their weights are here."""
@@ -317,7 +381,7 @@ class ParallelExperts(nn.Module):
         Every tensor that was exchanged is tied into the output.
         """
         layer, device = self.expert_layer, hidden_MD.device
-        forward, shared = layer.original_class.forward, [p for child in self.children() for p in child.parameters()]
+        forward, shared = layer.original_class.forward, self._shared_parameters()
         if len(hidden_MD):
             local = self._original_with(weights, experts)
             if grouped.takes_sorted_rows(local):
@@ -328,11 +392,19 @@ class ParallelExperts(nn.Module):
             output_MD = forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
             additions.add(local, experts)
             return _Tied.apply(output_MD, *shared) if layer.per_expert.has_modules else output_MD
-        with torch.no_grad():  # a row that goes nowhere tells width and dtype
-            one = torch.ones(1, 1, dtype=weights_dtype, device=device)
-            first = self._original_with(self._local_parameters(1), layer.local_experts[:1].tolist())
-            sample = forward(first, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
-        return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
+        return _Tied.apply(self._sample(hidden_MD, weights_dtype)[:0], *shared, hidden_MD, *weights)
+
+    @torch.no_grad()
+    def _sample(self, hidden_TD: Tensor, weights_dtype: torch.dtype) -> Tensor:
+        """The output of one row that goes nowhere, ``[1, D]``: it tells width and dtype."""
+        one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_TD.device)
+        first = self._original_with(self._local_parameters(1), self.expert_layer.local_experts[:1].tolist())
+        row = hidden_TD.new_zeros(1, hidden_TD.shape[-1])
+        return self.expert_layer.original_class.forward(first, row, one.to(torch.int64) - 1, one)
+
+    def _shared_parameters(self) -> list[Tensor]:
+        """Those that every rank has, of submodules."""
+        return [parameter for child in self.children() for parameter in child.parameters()]
 
     def _local_parameters(self, rows: int | None = None, has_hooks: bool = False) -> list[Tensor]:
         """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.

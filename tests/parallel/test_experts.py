@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +74,7 @@ def compare(
         inputs = [(hidden.clone().requires_grad_(), weights.clone().requires_grad_()) for _ in range(2)]
         original.zero_grad(set_to_none=False)
         holder.zero_grad(set_to_none=False)
-        for parameter in original.parameters():
+        for parameter in (*original.parameters(), *converted.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         outputs = []
         for module, (x, w) in zip((original, converted), inputs, strict=True):
@@ -82,7 +84,9 @@ def compare(
             outputs.append(output)
         differences.append(largest(outputs[0], outputs[1]))
         for ours, theirs in zip(inputs[1], inputs[0], strict=True):
-            differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+            if ours.grad is not None:
+                differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+            assert theirs.grad is None or ours.grad is not None
         expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
         for parameter_name, parameter in converted.named_parameters():
             assert parameter.grad is not None
@@ -186,6 +190,16 @@ def test_two_groups_of_two(redundancy: str, workers: Workers) -> None:
 def two_groups(redundancy: str) -> float:
     group, _ = dist.new_subgroups(2)
     return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
+
+
+def test_tokens_in_one_of_two_groups(workers: Workers) -> None:
+    """Ranks of the other group average zeros, as they don't know that this group has tokens."""
+    assert max(workers.run(4, tokens_in_one_group)) < 1e-12
+
+
+def tokens_in_one_group() -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 if rank < 2 else 0, ep_group=group)
 
 
 def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:
@@ -367,7 +381,61 @@ def test_one_rank_runs_the_module_as_it_was() -> None:
     assert load.balancedness == 1.25 / 4  # of experts: 10 tokens of 8 experts, the hottest has 4
 
 
-def wrapped(ignored: bool) -> str:
+def summing_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+HOOKS: dict[str, Any] = {
+    "summing": summing_hook,
+    "summing in fp16": default_hooks.fp16_compress_wrapper(summing_hook),
+    "noop": noop_hook,
+    "allreduce": default_hooks.allreduce_hook,
+    "allreduce in fp16": default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
+    "fp16_compress": default_hooks.fp16_compress_hook,
+    "allreduce of a part": default_hooks.allreduce_hook,
+}
+
+
+def hooked(name: str) -> str:
+    group = dist.new_subgroups(1)[0] if name == "allreduce of a part" else None
+    return wrapped(True, lambda ddp: ddp.register_comm_hook(group, HOOKS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "inner"),
+    [
+        ("summing", "summing_hook", "summing_hook"),
+        ("summing in fp16", "fp16_compress_wrapper_hook", "summing_hook"),
+        ("noop", "noop_hook", "noop_hook"),
+    ],
+)
+def test_a_communication_hook_that_may_not_average_is_refused(
+    name: str, hook: str, inner: str, workers: Workers
+) -> None:
+    for message in workers.run(2, hooked, name):
+        assert message == (
+            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with experts that are spread"
+            " over ranks: their gradients are averaged over all ranks, and so must all others be, which"
+            f" {inner} may not do. Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook,"
+            " bf16_compress_hook, powerSGD_hook, batched_powerSGD_hook, quantization_pertensor_hook,"
+            " quantization_perchannel_hook, or none"
+        )
+
+
+def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers) -> None:
+    for message in workers.run(2, hooked, "allreduce of a part"):
+        assert message == (
+            "DistributedDataParallel.register_comm_hook(hook=allreduce_hook) averages gradients over a process group of"
+            " 1 ranks, and those of experts are averaged over all 2. Leave the process group out of the hook's state"
+        )
+
+
+@pytest.mark.parametrize("name", ["allreduce", "allreduce in fp16", "fp16_compress"])
+def test_a_communication_hook_that_averages_is_left_alone(name: str, workers: Workers) -> None:
+    assert workers.run(2, hooked, name) == ["", ""]
+
+
+def wrapped(ignored: bool, register: Callable[[DistributedDataParallel], None] = lambda ddp: None) -> str:
     block = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH, dtype=torch.float64), "experts": layer()})
     parallelize_experts(block)
     if ignored:
@@ -375,9 +443,10 @@ def wrapped(ignored: bool) -> str:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
     block.forward = lambda hidden, index, weights: block["experts"](block["norm"](hidden), index, weights)  # type: ignore[method-assign]
     ddp = DistributedDataParallel(block)
+    register(ddp)
     try:
         ddp(*routing(4, 2)).sum().backward()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
 
