@@ -1,6 +1,5 @@
 """Weights from disk into a model whose experts are spread over ranks."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from torch import nn
 from lightning_eplb.loading.holdings import Holding, holdings
 from lightning_eplb.loading.parts import PartFinder
 from lightning_eplb.loading.recipes import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, whole_box
+from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
     initialize,
@@ -68,6 +67,7 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
             recipes, left_over = find_recipes(model, shapes, sources)
         made = {name for recipe in recipes for name in recipe.targets}
         _check_complete(model, held, made, [*left_over, *sorted(made - set(shapes))], path)
+        _check_kinds(recipes, held, sources, path)
         empty = give_memory(model, device)
         held = holdings(model)
         filled = {id(held[name].tensor) for name in made if name in held}
@@ -144,7 +144,7 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
 
 def _check_unquantized(model: nn.Module, path: Path) -> None:
     if (path / "config.json").is_file():
-        settings: Any = json.loads((path / "config.json").read_text()).get("quantization_config")
+        settings: Any = read_json(path / "config.json").get("quantization_config")
     else:
         settings = getattr(getattr(model, "config", None), "quantization_config", None)
     if settings is not None:
@@ -152,6 +152,27 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
         raise ValueError(
             f"path={str(path)!r} is quantized ({method}), and quantized weights are not loaded here; load it with"
             " from_pretrained(), which can dequantize it, and save_pretrained() it to a folder that this takes"
+        )
+
+
+def _check_kinds(
+    recipes: Iterable[Recipe], held: Mapping[str, Holding], sources: Mapping[str, Source], path: str | Path
+) -> None:
+    """Raise ``ValueError`` where weights would be cast from whole or complex numbers, which changes them."""
+    wrong = {
+        key: name
+        for recipe in recipes
+        for name in recipe.targets
+        if name in held and held[name].tensor.is_floating_point()
+        for key in recipe.all_keys
+        if not sources[key].is_floating_point
+    }
+    if wrong:
+        name = next(iter(wrong.values()))
+        raise ValueError(
+            f"path={str(path)!r} has whole or complex numbers in {listed(sorted(wrong))}, as quantized checkpoints"
+            f" have, and {name} takes {str(held[name].tensor.dtype).removeprefix('torch.')}; load it with"
+            " from_pretrained(), and save_pretrained() it to a folder that this takes"
         )
 
 
