@@ -12,10 +12,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_eplb import load_weights, parallelize_experts
 from lightning_eplb.cli import main
 from lightning_eplb.consolidate import read_distributed_checkpoint
 from lightning_eplb.dcp_reader import read_index
 from lightning_eplb.loading.sources import open_checkpoint
+from tests.models import LanguageModel, hugging_face_model
+from tests.test_resume import run
+from tests.workers import Workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STATE = {
@@ -184,3 +188,33 @@ def test_damaged_folder_is_refused(
         pass
     assert main(["inspect", str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def hostile_folder(folder: Path) -> Path:
+    """A checkpoint of the module that :func:`fit_from` trains, whose index makes a directory where it is unpickled."""
+    save({"state_dict": LanguageModel(hugging_face_model("mixtral"), "adamw").state_dict()}, checkpoint_id=folder)
+    torch.save({"global_step": 7}, folder / "meta.pt")
+    index = pickled(folder)
+    index.planner_data["x"] = Touches(folder / "touched")
+    put(folder, index)
+    return folder
+
+
+def fit_from(path: str) -> list[str]:
+    """What ``fit`` and ``load_weights`` say under each strategy."""
+    said = []
+    for kind in ("ddp", "sharded", "fsdp1"):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            run(kind, 2, 0, 1, path, weights_only=True)
+        said.append(str(raised.value))
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        load_weights(parallelize_experts(hugging_face_model("mixtral")), path)
+    return [*said, str(raised.value)]
+
+
+def test_fit_and_load_weights_from_a_hostile_folder_raise_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
+    path = hostile_folder(tmp_path / "hostile.ckpt")
+    for said in workers.run(2, fit_from, str(path), seconds=200):
+        assert len(said) == 4
+        assert all("names posix.mkdir, which no index of a distributed checkpoint needs" in words for words in said)
+    assert not (path / "touched").exists()

@@ -105,7 +105,7 @@ def _read_folder(path: Path) -> dict[str, Any]:
     checkpoint = read_rest(path, index, weights_only=True)
     if unfinished := leftovers(path, index):
         warnings.warn(
-            f"{path} has {len(unfinished)} files of another write, which did not finish: shown is the checkpoint"
+            f"a later write to {path} did not finish ({len(unfinished)} of its files are there): shown is the one"
             " before it, from which a run resumes",
             stacklevel=1,
         )
