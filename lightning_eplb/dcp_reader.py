@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.futures import Future
 from typing_extensions import override
 
 from lightning_eplb.consolidate import INDEX, is_inside
@@ -155,7 +156,7 @@ def leftovers(folder: Path, index: Metadata) -> list[Path]:
 
 
 class DistributedReader(FileSystemReader):
-    """PyTorch's reader, but for the index, which is read once, by :func:`read_index`."""
+    """PyTorch's reader, but for the index, which is read once, by :func:`read_index`, and for words about damage."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -169,6 +170,17 @@ class DistributedReader(FileSystemReader):
             self._index.storage_meta = StorageMeta()
         self._index.storage_meta.load_id = self.load_id
         return self._index
+
+    @override
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        try:
+            return super().read_data(plan, planner)
+        except _RunsCodeError:
+            raise
+        except Exception as error:  # of bytes that may be anything, so is this
+            raise ValueError(
+                f"a shard in {self.path} is damaged ({type(error).__name__}); resume from another checkpoint"
+            ) from error
 
 
 def load_data(
@@ -192,6 +204,10 @@ def load_data(
         raise
 
 
+class _RunsCodeError(ValueError):
+    """Something in a shard that is no tensor and no plain Python."""
+
+
 class _DataPlanner(DefaultLoadPlanner):
     """PyTorch's planner, which runs no code of what is no tensor unless ``weights_only`` is false."""
 
@@ -204,7 +220,7 @@ class _DataPlanner(DefaultLoadPlanner):
         try:
             content = torch.load(value, weights_only=self._weights_only)
         except Exception as error:
-            raise ValueError(
+            raise _RunsCodeError(
                 f"{read_item.dest_index.fqn} can't be read without running code from the checkpoint; if you know its"
                 " origin, resume with weights_only=False"
             ) from error

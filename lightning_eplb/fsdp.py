@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -79,6 +80,8 @@ class SpreadExperts:
         strategy = self._strategy
         path = strategy.broadcast(checkpoint_path)
         if not Path(path).is_dir():
+            if weights_only:  # Lightning reads a file as if that had not been asked for
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return self._load(path, weights_only=weights_only)
         assert strategy.model is not None
         fits = self._module.trainer.state.fn == TrainerFn.FITTING

@@ -16,7 +16,7 @@ from lightning_eplb import load_weights, parallelize_experts
 from lightning_eplb.cli import main
 from lightning_eplb.consolidate import read_distributed_checkpoint
 from lightning_eplb.dcp_reader import read_index
-from lightning_eplb.loading.sources import open_checkpoint
+from lightning_eplb.loading.sources import open_checkpoint, whole_box
 from tests.models import LanguageModel, hugging_face_model
 from tests.test_resume import run
 from tests.workers import Workers
@@ -197,6 +197,7 @@ def hostile_folder(folder: Path) -> Path:
     index = pickled(folder)
     index.planner_data["x"] = Touches(folder / "touched")
     put(folder, index)
+    torch.save({"state_dict": Touches(folder / "touched")}, folder / "file.ckpt")
     return folder
 
 
@@ -207,6 +208,8 @@ def fit_from(path: str) -> list[str]:
         with pytest.raises(ValueError) as raised:  # noqa: PT011
             run(kind, 2, 0, 1, path, weights_only=True)
         said.append(str(raised.value))
+    with pytest.raises(pickle.UnpicklingError):
+        run("fsdp1", 2, 0, 1, f"{path}/file.ckpt", weights_only=True)
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         load_weights(parallelize_experts(hugging_face_model("mixtral")), path)
     return [*said, str(raised.value)]
@@ -218,3 +221,14 @@ def test_fit_and_load_weights_from_a_hostile_folder_raise_on_all_ranks(workers: 
         assert len(said) == 4
         assert all("names posix.mkdir, which no index of a distributed checkpoint needs" in words for words in said)
     assert not (path / "touched").exists()
+
+
+def test_shard_that_is_damaged_inside_is_refused(folder: Path) -> None:
+    (folder / "__0_0.distcp").write_bytes(b"x" * (folder / "__0_0.distcp").stat().st_size)
+    with pytest.raises(ValueError, match=rf"a shard in {folder} is damaged"):
+        read_distributed_checkpoint(folder)
+    with (
+        open_checkpoint(folder) as sources,
+        pytest.raises(ValueError, match=rf"a shard in {folder} is damaged"),
+    ):
+        sources["a"].read(whole_box(sources["a"].shape))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_eplb.cli.table import aligned
-from lightning_eplb.consolidate import check_complete, read_rest
+from lightning_eplb.consolidate import check_complete, has_shards, read_rest
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
@@ -100,6 +100,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_folder(path: Path) -> dict[str, Any]:
     from lightning_eplb.dcp_reader import leftovers, read_index  # which loads much that a file does not need
 
+    if not has_shards(path):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has neither an index .metadata nor shards")
     check_complete(path)
     index = read_index(path)
     checkpoint = read_rest(path, index, weights_only=True)
@@ -118,29 +120,36 @@ def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> _Saved:
         if isinstance(state, dict) and {"window", "num_rearrangements", "rearranged_bytes"} <= state.keys():
             try:
                 return _checked(state)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path} has a damaged state of an EPLBCallback: {error}") from error
     raise ValueError(f"{path} has no state of an EPLBCallback: it was saved without one, or with weights only")
 
 
 def _checked(state: dict[str, Any]) -> _Saved:
-    window = state["window"]
-    if not (isinstance(window, torch.Tensor) and window.ndim == 3 and min(window.shape[1:]) > 0):
+    window, counts = state["window"], (state["num_rearrangements"], state["rearranged_bytes"])
+    if not (_holds_whole_numbers(window, 3) and min(window.shape[1:]) > 0 and not (window < 0).any()):
         raise ValueError("its window must be a tensor [steps, layers, experts] of counted tokens")
-    if window.is_floating_point() or window.is_complex() or (window < 0).any():
-        raise ValueError("its window must hold whole numbers of tokens, none negative")
-    counts = (state["num_rearrangements"], state["rearranged_bytes"])
     if any(isinstance(count, bool) or not isinstance(count, int) for count in counts):
         raise ValueError("num_rearrangements and rearranged_bytes must be whole numbers")
     placement = None
     if "physical_to_logical" in state:
         slots, ranks = state["physical_to_logical"], state.get("num_ranks")
-        if not (isinstance(slots, torch.Tensor) and slots.ndim == 2 and len(slots) == window.shape[1]):
-            raise ValueError("its placement must be a tensor [layers, slots]")
+        if not (_holds_whole_numbers(slots, 2) and len(slots) == window.shape[1]):
+            raise ValueError("its placement must be a tensor [layers, slots] of experts")
         if isinstance(ranks, bool) or not isinstance(ranks, int):
             raise ValueError("num_ranks must be a whole number")
         placement = ExpertPlacement(slots.numpy(), window.shape[2], ranks)
     return _Saved(window.numpy(), *counts, placement)
+
+
+def _holds_whole_numbers(value: Any, ndim: int) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == ndim
+        and value.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
 
 
 def _layer_by_layer(load_YL: np.ndarray, placement: ExpertPlacement | None) -> list[list[str]]:

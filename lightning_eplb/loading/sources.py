@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether it holds real numbers: neither whole nor complex ones."""
+        """Whether it holds real numbers: neither whole nor complex ones, nor several packed into one."""
         ...
 
     def read(self, box: Box) -> Tensor:
@@ -78,7 +78,8 @@ class _SafetensorsSource:
     def __init__(self, file: Any, key: str) -> None:
         self._slice = file.get_slice(key)
         self.shape = torch.Size(self._slice.get_shape())
-        self.is_floating_point = str(self._slice.get_dtype()).startswith(("F", "BF"))
+        dtype = str(self._slice.get_dtype())
+        self.is_floating_point = dtype in ("F64", "F32", "F16", "BF16") or dtype.startswith("F8_")
 
     def read(self, box: Box) -> Tensor:
         return self._slice[box] if box else self._slice[...]
@@ -152,7 +153,8 @@ def _lightning(file: Path) -> dict[str, Source]:
         checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of bytes that may be anything, so is this
         raise ValueError(
-            f"path={str(file)!r} can't be read as a file of Trainer.save_checkpoint: {type(error).__name__}: {error}"
+            f"path={str(file)!r} can't be read as a file of Trainer.save_checkpoint ({type(error).__name__}): it is"
+            " damaged, or has more in it than tensors and plain Python, of which nothing was run"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"path={str(file)!r} has no 'state_dict'; a file of Trainer.save_checkpoint has it")

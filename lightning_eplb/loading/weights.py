@@ -118,7 +118,7 @@ def _fill(
 
 def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> tuple[list[Recipe], list[str]]:
     """Of a ``LightningModule`` the state dict's own names, of a module in it those behind a prefix."""
-    first = next(iter(shapes))
+    first = next(iter(shapes), "")
     prefixes = [key.removesuffix(first) for key in sources if key == first or key.endswith(f".{first}")]
     found = {prefix: sum(prefix + name in sources for name in shapes) for prefix in prefixes}
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
@@ -158,21 +158,21 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
 def _check_kinds(
     recipes: Iterable[Recipe], held: Mapping[str, Holding], sources: Mapping[str, Source], path: str | Path
 ) -> None:
-    """Raise ``ValueError`` where weights would be cast from whole or complex numbers, which changes them."""
+    """Raise ``ValueError`` where a cast would change numbers: between real ones and whole, complex or packed ones."""
     wrong = {
         key: name
         for recipe in recipes
         for name in recipe.targets
-        if name in held and held[name].tensor.is_floating_point()
+        if name in held
         for key in recipe.all_keys
-        if not sources[key].is_floating_point
+        if held[name].tensor.is_floating_point() != sources[key].is_floating_point
     }
     if wrong:
         name = next(iter(wrong.values()))
         raise ValueError(
-            f"path={str(path)!r} has whole or complex numbers in {listed(sorted(wrong))}, as quantized checkpoints"
-            f" have, and {name} takes {str(held[name].tensor.dtype).removeprefix('torch.')}; load it with"
-            " from_pretrained(), and save_pretrained() it to a folder that this takes"
+            f"path={str(path)!r} has another kind of numbers (real, whole, complex or packed) than the model in"
+            f" {listed(sorted(wrong))}: {name} is {str(held[name].tensor.dtype).removeprefix('torch.')}, and a cast"
+            " would change it; quantized weights load with from_pretrained(), which can dequantize them"
         )
 
 
