@@ -150,9 +150,9 @@ def _ends_of_files(index: Any) -> dict[str, int]:
 
 
 def leftovers(folder: Path, index: Metadata) -> list[Path]:
-    """Shards and indices of other writes than the one that made ``index``: earlier ones, or unfinished ones."""
-    names = {info.relative_path for info in index.storage_data.values()} | {INDEX}
-    return [file for pattern in ("*.distcp", f"*{INDEX}") for file in folder.glob(pattern) if file.name not in names]
+    """Shards of other writes than the one that made ``index``: earlier ones, or unfinished ones."""
+    names = {info.relative_path for info in index.storage_data.values()}
+    return [shard for shard in folder.glob("*.distcp") if shard.name not in names]
 
 
 class DistributedReader(FileSystemReader):
@@ -221,8 +221,8 @@ class _DataPlanner(DefaultLoadPlanner):
             content = torch.load(value, weights_only=self._weights_only)
         except Exception as error:
             raise _RunsCodeError(
-                f"{read_item.dest_index.fqn} can't be read without running code from the checkpoint; if you know its"
-                " origin, resume with weights_only=False"
+                f"{read_item.dest_index.fqn} in the checkpoint is damaged, or can't be read without running code from it;"
+                " if you know its origin, allow its classes with torch.serialization.add_safe_globals()"
             ) from error
         data = io.BytesIO()  # PyTorch's own planner reads it again, and by its own words runs what it finds
         torch.save(content, data)

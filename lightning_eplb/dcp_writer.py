@@ -1,8 +1,6 @@
 """Write a distributed checkpoint in place of another, so that at any time there is one of the two, and no mixture."""
 
 import os
-import pickle
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,14 +8,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
-from lightning_eplb.consolidate import INDEX, REST, WRITE, rest_files
+from lightning_eplb.consolidate import REST, WRITE, rest_files
 from lightning_eplb.dcp_reader import leftovers, read_index
 
 
@@ -40,9 +38,7 @@ def save_distributed_checkpoint(
     """
     state = {weights_key: checkpoint.pop("state_dict")}
     state |= {f"optimizer_{i}": values for i, values in enumerate(checkpoint.pop("optimizer_states", []))}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # PyTorch would overwrite it in place
-        index = save(state, storage_writer=_ReplacingWriter(folder, checkpoint))
+    index = save(state, storage_writer=_ReplacingWriter(folder, checkpoint))
     if is_first_on_node:
         _remove(leftovers(folder, index))
         _remove([file for file in rest_files(folder) if file.name != REST])
@@ -54,6 +50,25 @@ def _remove(files: Iterable[Path]) -> None:
             file.unlink()
 
 
+class _ReplacingFileSystem(FileSystem):
+    """For the index: PyTorch's writer removes one that exists, and then renames the new one."""
+
+    @override
+    def exists(self, path: str | os.PathLike) -> bool:
+        return False
+
+    @override
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """
+        Lightning without this package knows one name for what is no tensor, and refuses a folder that lacks it. So it
+        finds what was there before, or nothing, or the new checkpoint; this package finds the rest by any name.
+        """
+        rest = Path(new_path).with_name(REST)
+        if rest.is_file():
+            os.replace(rest, rest.with_name(f"previous.{REST}"))
+        os.replace(path, new_path)
+
+
 class _ReplacingWriter(FileSystemWriter):
     """PyTorch's writer with a prefix to all names; the coordinator, rank 0, writes what is no tensor, too.
 
@@ -63,6 +78,7 @@ class _ReplacingWriter(FileSystemWriter):
 
     def __init__(self, folder: Path, rest: dict[str, Any]) -> None:
         super().__init__(folder)
+        self.fs = _ReplacingFileSystem()
         self._rest = rest
 
     @override
@@ -77,21 +93,11 @@ class _ReplacingWriter(FileSystemWriter):
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, after all ranks have written."""
-        folder = Path(self.path)
-        metadata.version = CURRENT_DCP_VERSION
-        metadata.storage_data = {result.index: result.storage_data for each in results for result in each}
-        metadata.storage_meta = self.storage_meta()
-        new_rest, new_index = (folder / f"{self.save_id}.{REST}", folder / f"{self.save_id}{INDEX}")
-        with _synced(new_rest) as file:
+        rest = Path(self.path) / f"{self.save_id}.{REST}"
+        with _synced(rest) as file:
             torch.save({**self._rest, WRITE: self.save_id}, file)
-        with _synced(new_index) as file:
-            pickle.dump(metadata, file)
-        # Lightning without this package knows one name for the rest, and refuses a folder without it. So it finds what
-        # was there before, or nothing, or the new checkpoint; this package finds the rest under any name.
-        if (folder / REST).is_file():
-            os.replace(folder / REST, folder / f"previous.{REST}")
-        os.replace(new_index, folder / INDEX)
-        os.replace(new_rest, folder / REST)
+        super().finish(metadata, results)
+        os.replace(rest, rest.with_name(REST))
 
 
 @contextmanager

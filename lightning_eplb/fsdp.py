@@ -80,8 +80,8 @@ class SpreadExperts:
         strategy = self._strategy
         path = strategy.broadcast(checkpoint_path)
         if not Path(path).is_dir():
-            if weights_only:  # Lightning reads a file as if that had not been asked for
-                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if Path(path).is_file():  # Lightning's reader runs the code in it: raise for that, as other strategies do
+                torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
             return self._load(path, weights_only=weights_only)
         assert strategy.model is not None
         fits = self._module.trainer.state.fn == TrainerFn.FITTING

@@ -102,16 +102,16 @@ def test_names_beside_the_known_ones_are_refused(name: str, folder: Path) -> Non
 def test_hostile_index_leaves_classes_of_pytorch_as_they_are(folder: Path) -> None:
     """The opcode BUILD, with a pair for state, sets attributes of whatever is there: of a class, too."""
     module, name = "torch.distributed.checkpoint.metadata", "Metadata"
-    (folder / ".metadata").write_bytes(f"c{module}\n{name}\n".encode() + b"(N(dVversion\nI1\nstb.")
+    (folder / ".metadata").write_bytes(f"c{module}\n{name}\n".encode() + b"(N(dVplanner_data\nI1\nstb.")
     with pytest.raises(ValueError, match="is damaged"):
         read_index(folder)
-    assert Metadata.version is None
+    assert Metadata.planner_data is None
 
 
 def test_hostile_value_that_is_no_tensor_runs_nothing(folder: Path, tmp_path: Path) -> None:
     state = {**STATE, "optimizer_0": {**STATE["optimizer_0"], "more": Touches(tmp_path / "touched")}}
     save(state, checkpoint_id=folder, no_dist=True)
-    with pytest.raises(ValueError, match=r"optimizer_0.more can't be read without running code"):
+    with pytest.raises(ValueError, match=r"optimizer_0.more in the checkpoint is damaged, or can't be read"):
         read_distributed_checkpoint(folder, weights_only=None)
     assert not (tmp_path / "touched").exists()
     read_distributed_checkpoint(folder, weights_only=False)
@@ -209,7 +209,7 @@ def fit_from(path: str) -> list[str]:
             run(kind, 2, 0, 1, path, weights_only=True)
         said.append(str(raised.value))
     with pytest.raises(pickle.UnpicklingError):
-        run("fsdp1", 2, 0, 1, f"{path}/file.ckpt", weights_only=True)
+        run("fsdp1", 2, 0, 1, f"{path}/file.ckpt")
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         load_weights(parallelize_experts(hugging_face_model("mixtral")), path)
     return [*said, str(raised.value)]
@@ -225,7 +225,7 @@ def test_fit_and_load_weights_from_a_hostile_folder_raise_on_all_ranks(workers: 
 
 def test_shard_that_is_damaged_inside_is_refused(folder: Path) -> None:
     (folder / "__0_0.distcp").write_bytes(b"x" * (folder / "__0_0.distcp").stat().st_size)
-    with pytest.raises(ValueError, match=rf"a shard in {folder} is damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         read_distributed_checkpoint(folder)
     with (
         open_checkpoint(folder) as sources,

@@ -53,8 +53,9 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         ``model``.
 
     Raises:
-        ValueError: ``path`` is no such checkpoint or a quantized one; or tensors are missing in it, are left over, or
-            have other shapes than the model's. The model is as it was then.
+        ValueError: ``path`` is no such checkpoint, a damaged or a quantized one; or tensors are missing in it, are left
+            over, or have other shapes or kinds of numbers than the model's. The model is as it was then, unless a shard
+            is damaged inside: that is found as it is read.
     """
     device = memory_device(model, device)
     _check_unquantized(model, Path(path))
