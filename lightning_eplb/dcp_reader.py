@@ -221,8 +221,8 @@ class _DataPlanner(DefaultLoadPlanner):
             content = torch.load(value, weights_only=self._weights_only)
         except Exception as error:
             raise _RunsCodeError(
-                f"{read_item.dest_index.fqn} in the checkpoint is damaged, or can't be read without running code from it;"
-                " if you know its origin, allow its classes with torch.serialization.add_safe_globals()"
+                f"{read_item.dest_index.fqn} in the checkpoint is damaged, or can't be read without running code from"
+                " it; if you know its origin, allow its classes with torch.serialization.add_safe_globals()"
             ) from error
         data = io.BytesIO()  # PyTorch's own planner reads it again, and by its own words runs what it finds
         torch.save(content, data)
