@@ -298,10 +298,10 @@ class ExpertLoadBalancer:
             self._warn_of_drift()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
+        load_YL = steps_WYL.sum(axis=0)
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
         if not len(steps_WYL):
             steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
-        load_YL = self.load.compute()["load"].cpu().numpy()
         surroundings = self._surroundings(with_gradients)
         return self._maker.decide(self.placement, placement, steps_WYL, load_YL, surroundings, begun_at)
 
@@ -346,7 +346,9 @@ class ExpertLoadBalancer:
         )
 
     def window_balancedness(self) -> float:
-        """Of the window's load, had the present placement served it at once."""
+        """Of the window's load, had the present placement served it at once; 1 before the first step."""
+        if not self.load.num_steps:
+            return 1.0
         values = self.load.compute()
         if self.groups.size == 1:
             return float(values["balancedness"])

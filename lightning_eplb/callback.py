@@ -210,8 +210,7 @@ class EPLBCallback(Callback):
         assert self.balancer is not None
         self._last_global_step = trainer.global_step
         self._summary = FitSummary(self.window_size)
-        if self.trace is not None and trainer.is_global_zero:
-            self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
+        self._open_trace(trainer)
         if self._saved_state:
             self.balancer.load_state_dict(self._saved_state)
             was_rearranging = self._saved_state.get("is_rearranging", False)
@@ -351,6 +350,19 @@ class EPLBCallback(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
+
+    def _open_trace(self, trainer: "pl.Trainer") -> None:
+        """Open the trace on rank 0. Where that fails, every rank raises ``ValueError``, so that none waits."""
+        if self.trace is None:
+            return
+        fault = None
+        if trainer.is_global_zero:
+            try:
+                self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
+            except ValueError as error:
+                fault = str(error)
+        if (fault := trainer.strategy.broadcast(fault)) is not None:
+            raise ValueError(fault)
 
     def _undo_spread_experts(self) -> None:
         if self._spread_experts is not None:

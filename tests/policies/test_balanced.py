@@ -9,7 +9,7 @@ from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.balanced import ENOUGH
+from lightning_eplb.policies.balanced import ENOUGH, plan_layers
 from lightning_eplb.policies.split import level_tokens
 from tests.policies.digest import printed_by, start
 
@@ -421,6 +421,16 @@ def test_warmed_up_whatever_the_groups(num_groups):
     policy.warm_up(placement)
     load_YL = lognormal_load(1, 64)
     assert policy.rearrange(load_YL, placement, Topology.even(8, 2)) != placement
+
+
+@pytest.mark.parametrize(("ranks", "per_rank", "redundant"), [(4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1)])
+def test_the_first_plan_of_node_limited_groups_compiles_nothing(ranks, per_rank, redundant):
+    experts = ranks * per_rank
+    placement = ExpertPlacement.initial(2, experts, ranks, ranks * redundant)
+    policy = BalancedPolicy(num_groups=2)
+    policy.warm_up(placement)
+    policy.rearrange(lognormal_load(2, experts), placement, Topology.even(ranks, 2))
+    assert len(plan_layers.signatures) == 1
 
 
 @BOTH
