@@ -15,9 +15,8 @@ from typing_extensions import override
 
 from lightning_eplb.arguments import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
+from lightning_eplb.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.fsdp import SpreadExperts
 from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
@@ -142,7 +141,7 @@ class EPLBCallback(Callback):
         check_spread(trainer, pl_module)
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
         clip_by_global_norm(trainer, pl_module)
-        keep_experts_from_ddp(pl_module)
+        leave_experts_out_of_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
@@ -291,9 +290,8 @@ class EPLBCallback(Callback):
     def _watch_optimizers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self.balancer.optimizers = trainer.optimizers
-        for optimizer in trainer.optimizers:
-            install_optimizer_hooks(optimizer, pl_module)
-            if shared_scaler(trainer) is not None:
+        if shared_scaler(trainer) is not None:
+            for optimizer in trainer.optimizers:
                 check_scaled_optimizer(optimizer)
 
     def _reset_placement(self, pl_module: "pl.LightningModule") -> None:
