@@ -87,8 +87,9 @@ class EPLBCallback(Callback):
 
     Note:
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
-        them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were.
+        them, as ``Trainer.save_checkpoint`` does. ``named_parameters()`` has this rank's experts only, in an order that
+        changes: build checkpoints of your own from :func:`~lightning_eplb.logical_parameters`. Weight averaging
+        callbacks are refused: they keep rows of experts by the place where they once were.
     """
 
     def __init__(

@@ -30,6 +30,7 @@ from lightning_eplb import (
     logical_parameters,
     parallelize_experts,
 )
+from lightning_eplb.fabric import clip_fabric_by_global_norm
 from lightning_eplb.parallel import waiting
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import spread_parameters
@@ -153,6 +154,17 @@ def test_fabric_saves_and_loads_on_other_numbers_of_ranks(
         assert largest_difference(ours, expected) < TOLERANCE
     checkpoint = torch.load(source, weights_only=True)  # type: ignore[arg-type]
     hugging_face_model("mixtral").load_state_dict(checkpoint["model"])
+
+
+def test_fabric_clips_other_models_as_before() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    linear = nn.Linear(2, 2)
+    model, optimizer = fabric.setup(linear, torch.optim.SGD(linear.parameters(), lr=1.0))
+    clip_fabric_by_global_norm([model, optimizer, linear])
+    fabric.backward(model(torch.ones(1, 2)).sum())
+    assert float(fabric.clip_gradients(model, optimizer, max_norm=0.5, norm_type=math.inf)) == 1.0  # type: ignore[arg-type]
+    assert linear.weight.grad is not None
+    assert float(linear.weight.grad.max()) == pytest.approx(0.5, abs=1e-5)
 
 
 def alone_in(call: str, comes_after: float | None) -> tuple[list[str], str]:
