@@ -15,9 +15,8 @@ from typing_extensions import override
 
 from lightning_eplb.arguments import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
+from lightning_eplb.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.evaluation import Evaluation
 from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook
 from lightning_eplb.logging.loggers import log_histogram, log_placement
@@ -99,8 +98,9 @@ class EPLBCallback(Callback):
         ``ValueError`` on all ranks names those that ran out first. In training all ranks need as many batches.
 
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
-        them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were.
+        them, as ``Trainer.save_checkpoint`` does. ``named_parameters()`` has this rank's experts only, in an order that
+        changes: build checkpoints of your own from :func:`~lightning_eplb.logical_parameters`. Weight averaging
+        callbacks are refused: they keep rows of experts by the place where they once were.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class EPLBCallback(Callback):
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
         check_pruning(trainer, pl_module, ep_size)
         clip_by_global_norm(trainer, pl_module)
-        keep_experts_from_ddp(pl_module)
+        leave_experts_out_of_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
@@ -372,9 +372,8 @@ class EPLBCallback(Callback):
     def _watch_optimizers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self.balancer.optimizers = trainer.optimizers
-        for optimizer in trainer.optimizers:
-            install_optimizer_hooks(optimizer, pl_module)
-            if shared_scaler(trainer) is not None:
+        if shared_scaler(trainer) is not None:
+            for optimizer in trainer.optimizers:
                 check_scaled_optimizer(optimizer)
 
     def _reset_placement(self, pl_module: "pl.LightningModule") -> None:

@@ -48,8 +48,13 @@ def parallelize_experts(
     parameters and state-dict keys keep their names; ``state_dict()`` gathers all experts in the model's own order, and
     ``load_state_dict()`` cuts them, so both speak of the unmodified model and every rank must call them. Like DDP,
     it starts from rank 0's weights. Gradients of experts are averaged over the losses of the ranks, so these
-    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
-    ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
+    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; in a loop of your own call
+    :func:`~lightning_eplb.leave_experts_out_of_ddp` before you wrap the model).
+
+    ``named_parameters()`` has this rank's experts only, in the order of the placement: a checkpoint, an average or a
+    norm that is built from it lacks the experts of other ranks, and nothing warns of that. Use ``state_dict()``, or
+    :func:`~lightning_eplb.logical_parameters`, which returns all of them; to clip,
+    :func:`~lightning_eplb.clip_grad_norm_`.
 
     Gradient hooks on expert parameters, ``register_hook`` and ``register_post_accumulate_grad_hook``, registered before
     or after, run on what one process would have: the gradient of all experts in logical order, ``[L, ...]``, averaged

@@ -184,8 +184,8 @@ class ExpertLayer:
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
             raise RuntimeError(
                 f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and gave all"
-                " ranks those of rank 0; add EPLBCallback to the trainer, or name the experts' parameters in"
-                " DistributedDataParallel._set_params_and_buffers_to_ignore_for_model before you wrap the model"
+                " ranks those of rank 0; add EPLBCallback to the trainer, or call"
+                " lightning_eplb.leave_experts_out_of_ddp(model) before you wrap the model"
             )
         self._checked_ddp = weakref.ref(ddp)
 

@@ -16,6 +16,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
 from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.optimizer import has_rows
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -100,7 +101,7 @@ class ExpertMover:
         start = time.perf_counter()
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        Agreement(self.placement, after, moved, self.groups).wait()
+        Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_replicas
         self._capacity = capacity
@@ -121,7 +122,8 @@ class ExpertMover:
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._background.first_idle
-        agreement = Agreement(self.placement, after, moved, self.groups, number)
+        names = self._names_of_state(moved)
+        agreement = Agreement(self.placement, after, moved, self.groups, number, names=names)
         relocation = self._prepared(plan, number, most_bytes) if number else None
         numbers = set(agreement.wait())
         if relocation is None or len(numbers) > 1:
@@ -206,6 +208,15 @@ class ExpertMover:
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:
         return self.tensors(layer_index, with_gradients=False)
+
+    def _names_of_state(self, layers: Iterable[int]) -> list[str]:
+        """The optimizers by class, and by what names they keep rows of these layers' experts."""
+        names = [type(optimizer).__qualname__ for optimizer in self.optimizers]
+        for layer in layers:
+            for parameter in self._modules[layer][1].parameters(recurse=False):
+                states = [optimizer.state.get(parameter, {}) for optimizer in self.optimizers]
+                names += [str(key) for state in states for key in sorted(state) if has_rows(state[key], len(parameter))]
+        return names
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
         """Follow ``after`` in some layers, from the next forward on."""
