@@ -23,7 +23,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
-from lightning_eplb.relocation.optimizer import check_optimizers
+from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
 from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.served import take_load
@@ -62,7 +62,8 @@ class ExpertLoadBalancer:
             :meth:`before_optimizer_step`, too.
 
     Raises:
-        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer.
+        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer; or an optimizer
+            mixes experts, or has state for them that can't move with them.
 
     Note:
         With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
@@ -88,6 +89,8 @@ class ExpertLoadBalancer:
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
         _warn_of_idle_arguments(redundancy, min_tokens_per_copy, self._modules[0][0])
+        self._use_async = use_async
+        optimizers = self._checked(optimizers)
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
@@ -165,7 +168,7 @@ class ExpertLoadBalancer:
 
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        self._mover.watch(optimizers)
+        self._mover.watch(self._checked(optimizers))
 
     def record(self, on: bool) -> None:
         """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
@@ -193,7 +196,7 @@ class ExpertLoadBalancer:
 
     def _close_step(self, with_gradients: bool) -> StepLoad | None:
         if not self._first_step_is_done and self.groups.size > 1:
-            check_optimizers(self.optimizers, self._named_parameters())
+            check_state(self.optimizers, self._named_parameters())
             self._pace.measure()
             if self.min_tokens_per_copy is None:
                 floor = self._pace.tokens_worth_a_copy()
@@ -421,6 +424,13 @@ class ExpertLoadBalancer:
     def _holds_experts(self, optimizer: Optimizer) -> bool:
         experts = {id(parameter) for parameter in self._named_parameters().values()}
         return any(id(parameter) in experts for group in optimizer.param_groups for parameter in group["params"])
+
+    def _checked(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+        """These, or a ``ValueError`` on all ranks, see :func:`check_optimizers`."""
+        optimizers = list(optimizers)
+        if self._modules[0][0].groups.size > 1:
+            check_optimizers(optimizers, self._named_parameters(), self._use_async)
+        return optimizers
 
     def _named_parameters(self) -> dict[str, Tensor]:
         return {

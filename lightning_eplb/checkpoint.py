@@ -1,6 +1,8 @@
 """An optimizer's state dict is the unmodified model's: every row of an expert in logical order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,47 +12,128 @@ from torch.optim import Optimizer
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.state_dict import to_local, to_logical, wait_for_all_ranks
-from lightning_eplb.relocation.optimizer import has_rows
+from lightning_eplb.relocation.optimizer import has_rows, map_leaves, nested_optimizers, parameters_of, state_of
+
+_WHOLE: set[int] = set()
+"""Ids of the optimizers whose state has all experts' rows just now, as one around them makes its state dict."""
 
 
 def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     """Make ``optimizer.state_dict()`` gather all experts' rows, and ``load_state_dict()`` keep this rank's.
 
-    From then on all ranks must call both together, as they must with the state dict of the model.
+    From then on all ranks must call both together, as they must with the state dict of the model. Those of optimizers
+    inside it do the same.
 
     Args:
         optimizer: Holds parameters of ``model``.
         model: Converted by ``parallelize_experts``.
     """
     layer_of = {id(p): layer for layer, module in expert_layers(model) for p in module.parameters(recurse=False)}
-    if getattr(optimizer, "_gathers_experts", False) or not any(layer.groups.size > 1 for layer in layer_of.values()):
+    if not any(layer.groups.size > 1 for layer in layer_of.values()):
         return
+    for each in nested_optimizers([optimizer]):
+        if not isinstance(each, Optimizer) or "_gathers_experts" in vars(each):
+            continue
+        if _has_state_dict_of_its_own(each):
+            _replace_methods(each, layer_of)
+        else:
+            _register_hooks(each, layer_of)
+        each._gathers_experts = True  # type: ignore[attr-defined]
 
+
+def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
     def gather(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if id(optimizer) in _WHOLE:
+            return state_dict
         wait_for_all_ranks(next(iter(layer_of.values())).groups, "state_dict() of an optimizer of parallel experts")
         state = dict(state_dict["state"])
         for index, layer in _expert_states(optimizer, layer_of, state_dict):
-            gathered = dict(state[index])
-            for key, value in sorted(gathered.items()):  # ranks that resumed may have the keys in another order
-                rows = layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries
-                gathered[key] = to_logical(value, layer) if has_rows(value, rows) else value
-            state[index] = gathered
+            state[index] = _gathered(state[index], layer)
         return {**state_dict, "state": state}
 
     def cut(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = dict(state_dict["state"])
         for index, layer in _expert_states(optimizer, layer_of, state_dict):
-            state[index] = {
-                key: to_local(value, layer, f"{key} of {layer.name}")
-                if isinstance(value, Tensor) and value.ndim > 0
-                else value
-                for key, value in sorted(state[index].items())
-            }
+            state[index] = _cut(state[index], layer)
         return {**state_dict, "state": state}
 
     optimizer.register_state_dict_post_hook(gather)
     optimizer.register_load_state_dict_pre_hook(cut)
-    optimizer._gathers_experts = True  # type: ignore[attr-defined]
+
+
+def _has_state_dict_of_its_own(optimizer: Optimizer) -> bool:
+    """It calls no hooks, or has more in its state dict than they are given."""
+    return type(optimizer).state_dict is not Optimizer.state_dict
+
+
+def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
+    """For a state dict in a form that is not known: the optimizer makes it of state that has all experts' rows."""
+    make, load = optimizer.state_dict, optimizer.load_state_dict
+
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        if id(optimizer) in _WHOLE:
+            return make(*args, **kwargs)
+        wait_for_all_ranks(next(iter(layer_of.values())).groups, "state_dict() of an optimizer of parallel experts")
+        with _all_rows(nested_optimizers([optimizer]), layer_of):
+            return make(*args, **kwargs)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        inside = [each for each in nested_optimizers([optimizer]) if each is not optimizer]
+        are_cut = {id(entries) for entries, _ in _entries(inside, layer_of)}
+        for entries, layer in _entries([optimizer], layer_of):
+            if id(entries) not in are_cut:
+                entries.update(_cut(entries, layer))
+        return result
+
+    optimizer.state_dict = state_dict
+    optimizer.load_state_dict = load_state_dict
+
+
+@contextmanager
+def _all_rows(optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]) -> Iterator[None]:
+    """The optimizers' state has all experts' rows, in logical order."""
+    entered = {id(optimizer) for optimizer in optimizers} - _WHOLE
+    before = []
+    _WHOLE.update(entered)
+    try:
+        for entries, layer in _entries(optimizers, layer_of):
+            before.append((entries, dict(entries)))
+            entries.update(_gathered(entries, layer))
+        yield
+    finally:
+        _WHOLE.difference_update(entered)
+        for entries, values in before:
+            entries.update(values)
+
+
+def _entries(
+    optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]
+) -> list[tuple[dict[str, Any], ExpertLayer]]:
+    """What the optimizers' state has of each expert parameter, each dictionary once."""
+    found: dict[int, tuple[dict[str, Any], ExpertLayer]] = {}
+    for optimizer in optimizers:
+        for parameter in parameters_of([optimizer]):
+            if id(parameter) in layer_of and (entries := state_of(optimizer, parameter)):
+                found.setdefault(id(entries), (entries, layer_of[id(parameter)]))
+    return list(found.values())
+
+
+def _gathered(entries: Any, layer: ExpertLayer) -> Any:
+    def gather(value: Any) -> Any:
+        rows = layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries
+        return to_logical(value, layer) if has_rows(value, rows) else value
+
+    return map_leaves(gather, entries)
+
+
+def _cut(entries: dict[str, Any], layer: ExpertLayer) -> dict[str, Any]:
+    def cut(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            return value
+        return to_local(value, layer, f"{key} of {layer.name}")
+
+    return {key: map_leaves(partial(cut, key), entries[key]) for key in sorted(entries)}
 
 
 def _expert_states(

@@ -16,6 +16,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
 from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
+from lightning_eplb.relocation.optimizer import nested_optimizers
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -62,11 +63,12 @@ class ExpertMover:
         self._capacity: tuple[float, ...] | None = None
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Move the state of these optimizers from now on, and note when one of them steps."""
+        """Move the state of these optimizers, and of those inside them, from now on; note when one of them steps."""
         for hook in self._hooks:
             hook.remove()
         self.optimizers = list(optimizers)
-        watched = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Optimizer)]
+        self._all_optimizers = nested_optimizers(self.optimizers)
+        watched = [optimizer for optimizer in self._all_optimizers if isinstance(optimizer, Optimizer)]
         self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
 
     def _note_step(self, *_: Any) -> None:
@@ -85,7 +87,7 @@ class ExpertMover:
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """What moves with a layer's primaries, ``[n, ...]`` each."""
-        return tensors_to_move(self._modules[layer_index][1], self.optimizers, with_gradients)
+        return tensors_to_move(self._modules[layer_index][1], self._all_optimizers, with_gradients)
 
     def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
         """Go to ``after`` now. Before the first row moves, all ranks compare what they are about to do.
@@ -98,6 +100,7 @@ class ExpertMover:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
         Agreement(self.placement, after, moved, self.groups).wait()
@@ -118,6 +121,7 @@ class ExpertMover:
         """
         assert self._background is not None
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._background.first_idle
