@@ -80,10 +80,10 @@ def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> 
     def load_state_dict(*args: Any, **kwargs: Any) -> Any:
         result = load(*args, **kwargs)
         inside = [each for each in nested_optimizers([optimizer]) if each is not optimizer]
-        are_cut = {id(entries) for entries, _ in _entries(inside, layer_of)}
-        for entries, layer in _entries([optimizer], layer_of):
+        are_cut = {id(entries) for _, _, entries in _entries(inside, layer_of)}
+        for _, parameter, entries in _entries([optimizer], layer_of):
             if id(entries) not in are_cut:
-                entries.update(_cut(entries, layer))
+                entries.update(_cut(entries, layer_of[id(parameter)]))
         return result
 
     optimizer.state_dict = state_dict
@@ -93,30 +93,31 @@ def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> 
 @contextmanager
 def _all_rows(optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]) -> Iterator[None]:
     """The optimizers' state has all experts' rows, in logical order."""
-    entered = {id(optimizer) for optimizer in optimizers} - _WHOLE
-    before = []
-    _WHOLE.update(entered)
+    before = _entries(optimizers, layer_of)
+    gathered: dict[int, Any] = {}
+    _WHOLE.update(map(id, optimizers))
     try:
-        for entries, layer in _entries(optimizers, layer_of):
-            before.append((entries, dict(entries)))
-            entries.update(_gathered(entries, layer))
+        for state, parameter, entries in before:
+            if id(entries) not in gathered:  # a wrapper may show the state of what it wraps as its own
+                gathered[id(entries)] = _gathered(entries, layer_of[id(parameter)])
+            state[parameter] = gathered[id(entries)]
         yield
     finally:
-        _WHOLE.difference_update(entered)
-        for entries, values in before:
-            entries.update(values)
+        _WHOLE.difference_update(map(id, optimizers))
+        for state, parameter, entries in before:
+            state[parameter] = entries
 
 
 def _entries(
     optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]
-) -> list[tuple[dict[str, Any], ExpertLayer]]:
-    """What the optimizers' state has of each expert parameter, each dictionary once."""
-    found: dict[int, tuple[dict[str, Any], ExpertLayer]] = {}
-    for optimizer in optimizers:
-        for parameter in parameters_of([optimizer]):
-            if id(parameter) in layer_of and (entries := state_of(optimizer, parameter)):
-                found.setdefault(id(entries), (entries, layer_of[id(parameter)]))
-    return list(found.values())
+) -> list[tuple[Any, Tensor, dict[str, Any]]]:
+    """The states of optimizers that have entries for expert parameters, with the parameter and the entries."""
+    return [
+        (optimizer.state, parameter, entries)
+        for optimizer in optimizers
+        for parameter in parameters_of([optimizer])
+        if id(parameter) in layer_of and (entries := state_of(optimizer, parameter))
+    ]
 
 
 def _gathered(entries: Any, layer: ExpertLayer) -> Any:

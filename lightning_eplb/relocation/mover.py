@@ -16,7 +16,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
 from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
-from lightning_eplb.relocation.optimizer import nested_optimizers
+from lightning_eplb.relocation.optimizer import call_after_steps, nested_optimizers
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -68,8 +68,7 @@ class ExpertMover:
             hook.remove()
         self.optimizers = list(optimizers)
         self._all_optimizers = nested_optimizers(self.optimizers)
-        watched = [optimizer for optimizer in self._all_optimizers if isinstance(optimizer, Optimizer)]
-        self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
+        self._hooks = call_after_steps(self._all_optimizers, self._note_step)
 
     def _note_step(self, *_: Any) -> None:
         self._has_stepped = True

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_eplb.parallel.shards import local_shard
 
@@ -80,6 +81,17 @@ def nested_optimizers(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
             if value is optimizer or isinstance(value, Optimizer):
                 found.setdefault(id(value), value)
     return list(found.values())
+
+
+def call_after_steps(optimizers: Iterable[Optimizer], hook: Callable[..., None]) -> list[RemovableHandle]:
+    """Register a hook on the steps of optimizers. A wrapper that can't have one may hold an optimizer that can."""
+    handles = []
+    for optimizer in optimizers:
+        try:
+            handles.append(optimizer.register_step_post_hook(hook))
+        except AttributeError:  # Optimizer.__init__ was not called, or it is no Optimizer
+            continue
+    return handles
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:

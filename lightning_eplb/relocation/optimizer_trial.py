@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eplb.relocation.optimizer import contents, nested_optimizers, state_of, state_rows
+from lightning_eplb.relocation.optimizer import call_after_steps, contents, nested_optimizers, state_of, state_rows
 
 BAR = 1e-9
 """Of a row's way in the trial, in float64: the 63 classes of pytorch-optimizer 4.1 that train alike differ by up to
@@ -274,8 +274,7 @@ def _run(
     order, back = list(rows), list(range(len(rows)))
     is_random = False
     seen: list[bool] = []
-    for each in nested_optimizers([optimizer]):
-        each.register_step_post_hook(lambda *_: seen.append(True))
+    call_after_steps(nested_optimizers([optimizer]), lambda *_: seen.append(True))
     for step in range(NUM_STEPS):
         if moves and step == _STEP_OF_MOVE:
             order, back = [order[i] for i in (2, 0, 1)], [1, 2, 0]
