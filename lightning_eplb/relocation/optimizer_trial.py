@@ -1,6 +1,7 @@
 """Try out an optimizer on toy parameters: do its updates of an expert depend on the other experts of the rank?"""
 
 import copy
+import itertools
 import random
 import warnings
 from collections import OrderedDict, defaultdict
@@ -19,6 +20,8 @@ from lightning_eplb.relocation.optimizer import call_after_steps, contents, nest
 BAR = 1e-9
 """Of a row's way in the trial, in float64: the 63 classes of pytorch-optimizer 4.1 that train alike differ by up to
 2e-12, those that don't by 1e-7 and more."""
+BAR_OF_FLOAT32 = 1e-4
+"""The same for an optimizer that can't be tried in float64."""
 
 NUM_STEPS = 12
 NUM_ROWS = 3
@@ -80,6 +83,8 @@ def try_out(optimizer: Optimizer, experts: Mapping[str, Tensor]) -> Trial:
 class _Way:
     """How copies are made and stepped."""
 
+    dtype: torch.dtype
+    """Of the toy parameters: some optimizers know no float64."""
     keeps_state: bool
     """State that the optimizer has already is made to fit; else copies start without."""
     has_closure: bool
@@ -87,7 +92,8 @@ class _Way:
 
 def _first_that_works(toys: "_Toys") -> "tuple[_Way, _Outcome]":
     errors = []
-    for way in (_Way(False, True), _Way(False, False), _Way(True, True), _Way(True, False)):
+    for choices in itertools.product((torch.float64, torch.float32), (False, True), (True, False)):
+        way = _Way(*choices)
         try:
             return way, _run(toys, way, _ROWS)
         except Exception as error:
@@ -143,9 +149,9 @@ class _Toys:
         shape = _SHAPE_OF_EXPERTS if self.names[index] is not None else _SHAPE_OF_OTHERS
         return (shape + (1,) * self._models[index].ndim)[: self._models[index].ndim]
 
-    def make(self, rows: Sequence[int], keeps_state: bool) -> tuple[Optimizer, list[nn.Parameter]]:
+    def make(self, rows: Sequence[int], way: _Way) -> tuple[Optimizer, list[nn.Parameter]]:
         """A copy of the optimizer, and the stand-ins that it has for parameters, of experts with these rows only."""
-        toys = [nn.Parameter(self.start(i, rows)) for i in self._indices]
+        toys = [nn.Parameter(self.start(i, rows).to(way.dtype)) for i in self._indices]
         shells = {id(each): object.__new__(type(each)) for each in self._nested}
         memo: dict[int, Any] = dict(shells)
         memo.update({key: toys[index] for key, index in self._stand_in.items()})
@@ -163,7 +169,7 @@ class _Toys:
                     vars(shell)[name] = OrderedDict()
                 elif not callable(getattr(type(each), name, None)):  # a method that was replaced acts on the original
                     vars(shell)[name] = copy.deepcopy(value, memo)
-            if keeps_state and isinstance(state := vars(each).get("state"), Mapping):
+            if way.keeps_state and isinstance(state := vars(each).get("state"), Mapping):
                 self._fill_state(vars(shell)["state"], state, rows, toys, memo)
         copied = shells[id(self._live)]
         for group in (group for shell in shells.values() for group in getattr(shell, "param_groups", ())):
@@ -177,25 +183,24 @@ class _Toys:
     ) -> None:
         for index, (model, toy) in enumerate(zip(self._models, toys, strict=True)):
             if isinstance(entries := live.get(model), dict):
-                fit = {key: self._fit(value, index, rows) for key, value in entries.items()}
+                fit = {key: self._fit(value, index, rows, toy.dtype) for key, value in entries.items()}
                 state[toy] = {key: copy.deepcopy(value, memo) for key, value in fit.items()}
         for key, value in live.items():
             if not isinstance(key, Tensor):
                 state[key] = copy.deepcopy(value, memo)
 
-    def _fit(self, value: Any, index: int, rows: Sequence[int]) -> Any:
+    def _fit(self, value: Any, index: int, rows: Sequence[int], dtype: torch.dtype) -> Any:
         """A value of a parameter's state as one of its stand-in: the parameter again, or the same number everywhere."""
         model = self._models[index]
         if not isinstance(value, Tensor) or value.ndim != model.ndim or value.ndim == 0:
             return value
         start = self.start(index, rows)
         if value.shape == model.shape and torch.equal(value, model.detach()):
-            return start
+            return start.to(dtype)
         sizes = zip(start.shape, value.shape, model.shape, strict=True)
         mean = float(value.double().mean()) if value.numel() else 0.0
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
         shape = [small if have == full else have for small, have, full in sizes]
-        return torch.full(shape, mean, dtype=torch.float64, device=start.device).to(dtype)
+        return torch.full(shape, mean, device=start.device).to(dtype if value.is_floating_point() else value.dtype)
 
     def start(self, index: int, rows: Sequence[int]) -> Tensor:
         """A new tensor with the values that a stand-in starts from."""
@@ -269,7 +274,7 @@ def _run(
         moves: In the middle, rows change places, with what the optimizer's state has of them.
         others_vary: All rows but the first have other gradients.
     """
-    optimizer, parameters = toys.make(rows, way.keeps_state)
+    optimizer, parameters = toys.make(rows, way)
     experts = [i for i, name in enumerate(toys.names) if name is not None]
     order, back = list(rows), list(range(len(rows)))
     is_random = False
@@ -286,7 +291,7 @@ def _run(
 
         def closure(step: int = step, order: Sequence[int] = tuple(order)) -> Tensor:
             for i, parameter in enumerate(parameters):
-                parameter.grad = toys.gradient(i, step, order, parameter.detach(), others_vary)
+                parameter.grad = toys.gradient(i, step, order, parameter.detach().double(), others_vary).to(way.dtype)
             return torch.tensor(1.0 / (step + 1), dtype=torch.float64)
 
         closure()
@@ -299,7 +304,7 @@ def _run(
     ways: list[tuple[str | None, Tensor]] = []
     for i, (name, parameter) in enumerate(zip(toys.names, parameters, strict=True)):
         end = parameter.detach()
-        ways.append((name, (end[back] if name is not None else end) - toys.start(i, rows)))
+        ways.append((name, (end[back] if name is not None else end) - toys.start(i, rows).to(way.dtype)))
     named = {str(toys.names[i]): parameters[i] for i in experts}
     return _Outcome(optimizer, dict(named), ways, _numbers(optimizer, named), is_random, bool(seen))
 
@@ -330,7 +335,7 @@ def _differs(whole: _Outcome, others: Sequence[_Outcome], rows: Sequence[int]) -
     Args:
         others: One for each of ``rows``, with this row in its place, or alone.
     """
-    any_name = next(iter(whole.toys))
+    any_name, dtype = next(iter(whole.toys)), whole.ways[0][1].dtype
     for row, other in zip(rows, others, strict=True):
         for (name, way), (_, there) in zip(whole.ways, other.ways, strict=True):
             if name is not None:
@@ -338,17 +343,18 @@ def _differs(whole: _Outcome, others: Sequence[_Outcome], rows: Sequence[int]) -
             if _is_off(way, there):
                 return name or any_name
         for key, number in whole.numbers.items():
-            if _is_off(torch.tensor(number), torch.tensor(other.numbers.get(key, number))):
+            if _is_off(*(torch.tensor(value, dtype=dtype) for value in (number, other.numbers.get(key, number)))):
                 return key[1] if key[1] in whole.toys else any_name
     return None
 
 
 def _is_off(one: Tensor, other: Tensor) -> bool:
+    bar = BAR if one.dtype == torch.float64 else BAR_OF_FLOAT32
     one, other = one.double(), other.double()
     if not torch.equal(one.isnan(), other.isnan()):
         return True
     difference = (one - other).nan_to_num(0.0, posinf=float("inf")).abs()
-    return bool((difference > BAR * one.nan_to_num(0.0).abs().max()).any())
+    return bool((difference > bar * one.nan_to_num(0.0).abs().max()).any())
 
 
 @contextmanager
