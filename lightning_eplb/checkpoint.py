@@ -134,7 +134,7 @@ def _cut(entries: dict[str, Any], layer: ExpertLayer) -> dict[str, Any]:
             return value
         return to_local(value, layer, f"{key} of {layer.name}")
 
-    return {key: map_leaves(partial(cut, key), entries[key]) for key in sorted(entries)}
+    return {key: map_leaves(partial(cut, key), entries[key]) for key in sorted(entries, key=str)}
 
 
 def _expert_states(
