@@ -29,7 +29,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
-from lightning_eplb.relocation.optimizer import check_optimizers
+from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
 from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.served import take_load
@@ -98,8 +98,9 @@ class ExpertLoadBalancer:
             :meth:`before_optimizer_step`, too.
 
     Raises:
-        ValueError: A number is below 1, ``redundancy`` is neither, ``model`` has no converted layer, or ranks were
-            given different numbers. All ranks raise the last.
+        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer; an optimizer
+            mixes experts, or has state for them that can't move with them; or ranks were given different numbers. All
+            ranks raise the last.
 
     Note:
         With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
@@ -135,6 +136,7 @@ class ExpertLoadBalancer:
             "use_async": use_async,
         }
         check_same_on_all_ranks(arguments, "ExpertLoadBalancer() compares its arguments", self.groups)
+        self._use_async = use_async
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
@@ -216,11 +218,10 @@ class ExpertLoadBalancer:
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         given = list(optimizers)
+        watched = self._checked(optimizer_within(optimizer) for optimizer in given)
         clip_fabric_by_global_norm([self.model, *given])
-        watched = [optimizer_within(optimizer) for optimizer in given]
         for optimizer in watched:
-            if isinstance(optimizer, Optimizer):
-                install_optimizer_hooks(optimizer, self.model)
+            install_optimizer_hooks(optimizer, self.model)
         self._mover.watch(watched)
 
     def record(self, on: bool) -> None:
@@ -252,7 +253,7 @@ class ExpertLoadBalancer:
 
     def _close_step(self, with_gradients: bool) -> StepLoad | None:
         if not self._first_step_is_done and self.groups.size > 1:
-            check_optimizers(self.optimizers, self._named_parameters())
+            check_state(self.optimizers, self._named_parameters())
             self._pace.measure()
             if self.min_tokens_per_copy is None:
                 floor = self._pace.tokens_worth_a_copy()
@@ -500,6 +501,13 @@ class ExpertLoadBalancer:
     def _holds_experts(self, optimizer: Optimizer) -> bool:
         experts = {id(parameter) for parameter in self._named_parameters().values()}
         return any(id(parameter) in experts for group in optimizer.param_groups for parameter in group["params"])
+
+    def _checked(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+        """These, or a ``ValueError`` on all ranks, see :func:`check_optimizers`."""
+        optimizers = list(optimizers)
+        if self._modules[0][0].groups.size > 1:
+            check_optimizers(optimizers, self._named_parameters(), self._use_async)
+        return optimizers
 
     def _named_parameters(self) -> dict[str, Tensor]:
         return {

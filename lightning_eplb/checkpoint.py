@@ -1,8 +1,9 @@
 """Parameters and optimizer state are the unmodified model's: every row of an expert in logical order."""
 
 import hashlib
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,20 @@ from torch.optim import Optimizer
 from lightning_eplb.agreement import check_same_on_all_ranks
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.state_dict import to_local, to_logical
 from lightning_eplb.parallel.waiting import wait_for_all_ranks
-from lightning_eplb.relocation.optimizer import has_rows
+from lightning_eplb.relocation.optimizer import (
+    has_rows,
+    leaves,
+    map_leaves,
+    nested_optimizers,
+    parameters_of,
+    state_of,
+)
+
+_WHOLE: set[int] = set()
+"""Ids of the optimizers whose state has all experts' rows just now, as one around them makes its state dict."""
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` put in."""
@@ -89,47 +101,139 @@ def _layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
 def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     """Make ``optimizer.state_dict()`` gather all experts' rows, and ``load_state_dict()`` keep this rank's.
 
-    From then on all ranks must call both together, as they must with the state dict of the model.
+    From then on all ranks must call both together, as they must with the state dict of the model. Those of optimizers
+    inside it do the same.
 
     Args:
         optimizer: Holds parameters of ``model``.
         model: Converted by ``parallelize_experts``.
     """
     layer_of = _layers_by_parameter(model)
-    if getattr(optimizer, "_gathers_experts", False) or not any(layer.groups.size > 1 for layer in layer_of.values()):
+    if not any(layer.groups.size > 1 for layer in layer_of.values()):
         return
+    for each in nested_optimizers([optimizer]):
+        if not isinstance(each, Optimizer) or "_gathers_experts" in vars(each):
+            continue
+        if _has_state_dict_of_its_own(each):
+            _replace_methods(each, layer_of)
+        else:
+            _register_hooks(each, layer_of)
+        each._gathers_experts = True  # type: ignore[attr-defined]
+
+
+def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
+    groups = next(iter(layer_of.values())).groups
 
     def gather(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        groups = next(iter(layer_of.values())).groups
+        if id(optimizer) in _WHOLE:
+            return state_dict
         state = dict(state_dict["state"])
-        rows = [
-            (index, key, layer)
-            for index, layer in _expert_states(optimizer, layer_of, state_dict)
-            for key, value in sorted(state[index].items())  # ranks that resumed may have the keys in another order
-            if has_rows(value, layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries)
-        ]
-        names = repr([(index, key) for index, key, _ in rows]).encode()
-        said = {"state": f"{type(optimizer).__name__} with {len(rows)} tensors {hashlib.sha256(names).hexdigest()[:8]}"}
-        what = "state_dict() of an optimizer gathers the state of experts from all ranks"
-        check_same_on_all_ranks(said, what, groups)
-        for index, key, layer in rows:
-            state[index] = {**state[index], key: to_logical(state[index][key], layer)}
+        _check_alike(
+            optimizer, [(state[key], layer) for key, layer in _expert_states(optimizer, layer_of, state_dict)], groups
+        )
+        for index, layer in _expert_states(optimizer, layer_of, state_dict):
+            state[index] = _gathered(state[index], layer)
         return {**state_dict, "state": state}
 
     def cut(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = dict(state_dict["state"])
         for index, layer in _expert_states(optimizer, layer_of, state_dict):
-            state[index] = {
-                key: to_local(value, layer, f"{key} of {layer.name}")
-                if isinstance(value, Tensor) and value.ndim > 0
-                else value
-                for key, value in sorted(state[index].items())
-            }
+            state[index] = _cut(state[index], layer)
         return {**state_dict, "state": state}
 
     optimizer.register_state_dict_post_hook(gather)
     optimizer.register_load_state_dict_pre_hook(cut)
-    optimizer._gathers_experts = True  # type: ignore[attr-defined]
+
+
+def _has_state_dict_of_its_own(optimizer: Optimizer) -> bool:
+    """It calls no hooks, or has more in its state dict than they are given."""
+    return type(optimizer).state_dict is not Optimizer.state_dict
+
+
+def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
+    """For a state dict in a form that is not known: the optimizer makes it of state that has all experts' rows."""
+    make, load = optimizer.state_dict, optimizer.load_state_dict
+    groups = next(iter(layer_of.values())).groups
+
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        if id(optimizer) in _WHOLE:
+            return make(*args, **kwargs)
+        inside = nested_optimizers([optimizer])
+        _check_alike(optimizer, [(kept, layer_of[id(p)]) for _, p, kept in _entries(inside, layer_of)], groups)
+        with _all_rows(inside, layer_of):
+            return make(*args, **kwargs)
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        inside = [each for each in nested_optimizers([optimizer]) if each is not optimizer]
+        are_cut = {id(entries) for _, _, entries in _entries(inside, layer_of)}
+        for _, parameter, entries in _entries([optimizer], layer_of):
+            if id(entries) not in are_cut:
+                entries.update(_cut(entries, layer_of[id(parameter)]))
+        return result
+
+    optimizer.state_dict = state_dict
+    optimizer.load_state_dict = load_state_dict
+
+
+@contextmanager
+def _all_rows(optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]) -> Iterator[None]:
+    """The optimizers' state has all experts' rows, in logical order."""
+    before = _entries(optimizers, layer_of)
+    gathered: dict[int, Any] = {}
+    _WHOLE.update(map(id, optimizers))
+    try:
+        for state, parameter, entries in before:
+            if id(entries) not in gathered:  # a wrapper may show the state of what it wraps as its own
+                gathered[id(entries)] = _gathered(entries, layer_of[id(parameter)])
+            state[parameter] = gathered[id(entries)]
+        yield
+    finally:
+        _WHOLE.difference_update(map(id, optimizers))
+        for state, parameter, entries in before:
+            state[parameter] = entries
+
+
+def _entries(
+    optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]
+) -> list[tuple[Any, Tensor, dict[str, Any]]]:
+    """The states of optimizers that have entries for expert parameters, with the parameter and the entries."""
+    return [
+        (optimizer.state, parameter, entries)
+        for optimizer in optimizers
+        for parameter in parameters_of([optimizer])
+        if id(parameter) in layer_of and (entries := state_of(optimizer, parameter))
+    ]
+
+
+def _check_alike(
+    optimizer: Optimizer, entries: Sequence[tuple[dict[str, Any], ExpertLayer]], groups: ExpertGroups
+) -> None:
+    """Raise ``ValueError`` on all ranks unless all keep rows of experts by the same names, which they are to gather."""
+    names = [
+        (layer.name, sorted(map(str, kept)), sum(_is_per_expert(value, layer) for value in leaves(kept)))
+        for kept, layer in entries
+    ]
+    number, digest = sum(rows for *_, rows in names), hashlib.sha256(repr(names).encode()).hexdigest()[:8]
+    said = {"state": f"{type(optimizer).__name__} with {number} tensors {digest}"}
+    check_same_on_all_ranks(said, "state_dict() of an optimizer gathers the state of experts from all ranks", groups)
+
+
+def _is_per_expert(value: Any, layer: ExpertLayer) -> bool:
+    return has_rows(value, layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries)
+
+
+def _gathered(entries: Any, layer: ExpertLayer) -> Any:
+    return map_leaves(lambda value: to_logical(value, layer) if _is_per_expert(value, layer) else value, entries)
+
+
+def _cut(entries: dict[str, Any], layer: ExpertLayer) -> dict[str, Any]:
+    def cut(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            return value
+        return to_local(value, layer, f"{key} of {layer.name}")
+
+    return {key: map_leaves(partial(cut, key), entries[key]) for key in sorted(entries, key=str)}
 
 
 def _expert_states(

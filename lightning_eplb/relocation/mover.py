@@ -16,7 +16,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
 from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
-from lightning_eplb.relocation.optimizer import has_rows
+from lightning_eplb.relocation.optimizer import call_after_steps, has_rows, leaves, nested_optimizers, state_of
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -63,12 +63,12 @@ class ExpertMover:
         self._capacity: tuple[float, ...] | None = None
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Move the state of these optimizers from now on, and note when one of them steps."""
+        """Move the state of these optimizers, and of those inside them, from now on; note when one of them steps."""
         for hook in self._hooks:
             hook.remove()
         self.optimizers = list(optimizers)
-        watched = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Optimizer)]
-        self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
+        self._all_optimizers = nested_optimizers(self.optimizers)
+        self._hooks = call_after_steps(self._all_optimizers, self._note_step)
 
     def _note_step(self, *_: Any) -> None:
         self._has_stepped = True
@@ -86,7 +86,7 @@ class ExpertMover:
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """What moves with a layer's primaries, ``[n, ...]`` each."""
-        return tensors_to_move(self._modules[layer_index][1], self.optimizers, with_gradients)
+        return tensors_to_move(self._modules[layer_index][1], self._all_optimizers, with_gradients)
 
     def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
         """Go to ``after`` now. Before the first row moves, all ranks compare what they are about to do.
@@ -99,6 +99,7 @@ class ExpertMover:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
         Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
@@ -119,6 +120,7 @@ class ExpertMover:
         """
         assert self._background is not None
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._background.first_idle
@@ -211,11 +213,13 @@ class ExpertMover:
 
     def _names_of_state(self, layers: Iterable[int]) -> list[str]:
         """The optimizers by class, and by what names they keep rows of these layers' experts."""
-        names = [type(optimizer).__qualname__ for optimizer in self.optimizers]
+        names = [type(optimizer).__qualname__ for optimizer in self._all_optimizers]
         for layer in layers:
             for parameter in self._modules[layer][1].parameters(recurse=False):
-                states = [optimizer.state.get(parameter, {}) for optimizer in self.optimizers]
-                names += [str(key) for state in states for key in sorted(state) if has_rows(state[key], len(parameter))]
+                for optimizer in self._all_optimizers:
+                    state = state_of(optimizer, parameter)
+                    kept = {key: sum(has_rows(each, len(parameter)) for each in leaves(state[key])) for key in state}
+                    names += [f"{key}: {number}" for key, number in sorted(kept.items(), key=str) if number]
         return names
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
