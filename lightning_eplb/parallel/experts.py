@@ -18,9 +18,11 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 from lightning_eplb.parallel import dispatch, grouped
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
+from lightning_eplb.parallel.further import Further, FurtherArguments, Given, Sizes
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -76,6 +78,7 @@ class ExpertLayer:
         self.ahead = ahead if ahead is not None else CopiesAhead()
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
+        self.further = FurtherArguments(name, self.original_class)
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
         self.num_primaries = self.num_logical_experts // groups.size
         self.records_load = False
@@ -86,6 +89,8 @@ class ExpertLayer:
         """Whether the redundant slots are filled anew for each batch, whatever the placement says."""
         self.min_tokens_per_copy = 1
         """Tokens that such a copy must take over; the same on all ranks."""
+        self.takes_one_choice = False
+        """Whether the original forward ignores all choices of a token but the first."""
         self.compute_dtype: torch.dtype | None = None
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self.saved_in_shards: Callable[[], bool] = lambda: False
@@ -199,7 +204,10 @@ class ParallelExperts(nn.Module):
     expert_layer: ExpertLayer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names."""
+        """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names.
+
+        Further arguments of the original, if it takes any, are passed on to it, or dispatched with the tokens.
+        """
         if self.expert_layer.groups.size == 1:
             output = super().forward(*args, **kwargs)
             self._count_alone(*args, **kwargs)  # behind what it launched: no device waits for the host to get here
@@ -214,18 +222,49 @@ class ParallelExperts(nn.Module):
             layer.record(LayerLoad(dispatch.count_tokens(index_TK, layer.num_logical_experts)))
 
     def _arguments(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
-        return [named[name] for name in self.expert_layer.argument_names]
+        names = self.expert_layer.argument_names
+        named = dict(zip(names, args, strict=False)) | kwargs
+        return [named.get(name) for name in names]  # type: ignore[misc]
+
+    def _check(self, given: Sequence[Any]) -> None:
+        """Raise, before any collective, for what is not as the protocol says. All ranks run one model, so all raise."""
+        hidden_TD, index_TK, weights_TK = given
+        are_tensors = all(isinstance(x, Tensor) for x in given)
+        has_shapes = are_tensors and hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
+        layer = self.expert_layer
+        if has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point():
+            if layer.takes_one_choice and index_TK.shape[1] > 1:
+                raise ValueError(
+                    f"{layer.name} ({layer.original_class.__name__}) was called with {index_TK.shape[1]} choices a"
+                    f" token, and {FIRST_CHOICE}; the protocol is: {PROTOCOL_OF_FORWARD}"
+                )
+            return
+        said = ", ".join(
+            f"{name}: {f'{list(x.shape)} {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}"
+            for name, x in zip(layer.argument_names, given, strict=True)
+        )
+        raise (ValueError if are_tensors and not index_TK.is_floating_point() else TypeError)(
+            f"{layer.name} ({layer.original_class.__name__}) was called with {said}; experts over several ranks take"
+            " hidden states [T, D], integer indices [T, K] and weights [T, K]. Flatten batches of sequences to T tokens"
+        )
 
     @torch.compiler.disable()  # or autograd would see several exchanges as one, and each rank others
     def _forward_over_ranks(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
+        hidden_TD, index_TK, weights_TK = given = self._arguments(*args, **kwargs)
+        self._check(given)
         self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
+        further = layer.further.of_call(args, kwargs)
         if layer.average is not None:
             layer.average.watch(layer.index, list(self.parameters(recurse=False)))
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
+        if layer.further.are_taken:  # where the class takes none, nothing is told
+            counts_L = torch.cat((counts_L, counts_L.new_full((1,), further.is_given)))
         counts_RL = dispatch.gather_counts(counts_L, groups)  # the one place where the host waits for the device
+        if layer.further.are_taken:
+            counts_RL, is_given_R = counts_RL[:, :-1], counts_RL[:, -1]
+            if is_given_R.any():
+                layer.further.agree(further, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts_RL)
         pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
@@ -243,15 +282,18 @@ class ParallelExperts(nn.Module):
 
         primaries, ticket = copies.attach([part.primaries for part in plan.parts])
         trip = layer.dispatcher.dispatch(hidden_TD, plan, index_TK.shape[1])
+        further.dispatch(layer.dispatcher, plan, index_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
         if sends_ahead:
             layer.ahead.send_next(layer.index)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)
-            own_MD = self._serve(primaries[i], own_MD, part.primary_ends, weights_TK.dtype)
+            own_MD, own, others_MD, others = further.receive(layer.dispatcher, i, own_MD, others_MD)
+            own_MD = self._serve(primaries[i], own_MD, part.primary_ends, weights_TK.dtype, further, own)
             if routes.num_copies and part is plan.parts[-1]:  # their weights travelled meanwhile
-                others_MD = self._serve(copies.receive(ticket), others_MD, part.copy_ends, weights_TK.dtype)
+                weights = copies.receive(ticket)
+                others_MD = self._serve(weights, others_MD, part.copy_ends, weights_TK.dtype, further, others)
             layer.dispatcher.send_home(trip, i, own_MD, others_MD)
         return layer.dispatcher.combine(trip, weights_TK)
 
@@ -269,12 +311,20 @@ class ParallelExperts(nn.Module):
         """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
         return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
 
-    def _serve(self, weights: list[Tensor], hidden_MD: Tensor, ends_S: Tensor, weights_dtype: torch.dtype) -> Tensor:
+    def _serve(
+        self,
+        weights: list[Tensor],
+        hidden_MD: Tensor,
+        ends_S: Tensor,
+        weights_dtype: torch.dtype,
+        further: Further,
+        given: Given,
+    ) -> Tensor:
         """Run the original forward on tokens in the order of their experts: where each one's end, and its ``weights``.
 
         Every tensor that was exchanged is tied into the output.
         """
-        forward, device = self.expert_layer.original_class.forward, hidden_MD.device
+        device = hidden_MD.device
         if len(hidden_MD):
             local = self._original_with(weights)
             if grouped.takes_sorted_rows(local):
@@ -282,13 +332,46 @@ class ParallelExperts(nn.Module):
             rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=device)
             slots_M = torch.searchsorted(ends_S, rows, right=True)
             ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=device)
-            return forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
+            return self._original_forward(local, hidden_MD, slots_M.unsqueeze(-1), ones, given)
         with torch.no_grad():  # a row that goes nowhere tells width and dtype
             one = torch.ones(1, 1, dtype=weights_dtype, device=device)
             primaries = self._original_with(self._local_parameters(1))
-            sample = forward(primaries, hidden_MD.new_zeros(1, hidden_MD.shape[-1]), one.to(torch.int64) - 1, one)
+            token = hidden_MD.new_zeros(1, hidden_MD.shape[-1])
+            sample = self._original_forward(primaries, token, one.to(torch.int64) - 1, one, further.sample())
         shared = [parameter for child in self.children() for parameter in child.parameters()]
-        return _Tied.apply(sample[:0], *shared, hidden_MD, *weights)
+        return _Tied.apply(sample[:0], *shared, *further.parameters(), hidden_MD, *weights)
+
+    def _original_forward(
+        self, local: nn.Module, hidden_MD: Tensor, slots_M1: Tensor, ones_M1: Tensor, given: Given
+    ) -> Tensor:
+        """What it raises names the module, and the protocol that it was called by. All ranks call it, so all raise."""
+        layer = self.expert_layer
+        where = f"{layer.name} ({layer.original_class.__name__})"
+        try:
+            output = layer.original_class.forward(local, hidden_MD, slots_M1, ones_M1, *given.args, **given.kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if error.args:  # those without are control flow, as of activation checkpointing
+                said = (
+                    f"{error.args[0]}\nThis is from {where}, on a rank that holds {local.num_experts} of its experts."
+                )
+                error.args = (f"{said} It must follow the protocol: {PROTOCOL_OF_FORWARD}", *error.args[1:])
+            raise
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{where} returned a {type(output).__name__}; the protocol is: {PROTOCOL_OF_FORWARD}")
+        if output.ndim != 2 or len(output) != len(hidden_MD):
+            raise ValueError(
+                f"{where} returned shape {list(output.shape)} for hidden states of shape {list(hidden_MD.shape)}; the"
+                f" protocol is: {PROTOCOL_OF_FORWARD}"
+            )
+        return output
+
+    def _sizes(self, hidden_TD: Tensor, index_TK: Tensor) -> Sizes:
+        shapes = [parameter.shape for parameter in self.parameters(recurse=False)]
+        top_k, num_experts = index_TK.shape[1], self.expert_layer.num_logical_experts
+        of_experts = frozenset(size for shape in shapes for size in shape) | {hidden_TD.shape[1], top_k, num_experts}
+        return Sizes(top_k, num_experts, of_experts)
 
     def _local_parameters(self, rows: int | None = None) -> list[Tensor]:
         """The weights that this rank's primaries compute with, ``[n, ...]`` each, or the first ``rows`` of them.
