@@ -26,6 +26,7 @@ from lightning_eplb.parallel.per_expert import find_per_expert, part_of
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
+from lightning_eplb.parallel.trial import check_protocol
 from lightning_eplb.placement import ExpertPlacement
 
 PROTOCOL = (
@@ -71,7 +72,15 @@ def parallelize_experts(
        the experts, are shared by all experts and stay on every rank;
     3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``, each token's sum over
        its K experts of weight times expert output: linear in the weights, every token by itself;
-    4. ids from ``num_experts`` up, if the router emits them, mean no expert.
+    4. ids that are no expert's, ``num_experts`` or -1 as routers emit them, mean no expert.
+
+    On several ranks a small clone of each kind of layer is tried with random weights and tokens before anything is
+    changed, and a module whose forward computes something else is refused. Forward may take further arguments, by
+    position or name. A tensor whose first dimension is the number of tokens has a row for each token and is dispatched
+    with it; gradients flow back. All else is passed on, and must be the same on all ranks: numbers, strings, ``None``,
+    modules, functions, other tensors. The gradient of such a tensor is that of the tokens that a rank computes; the
+    mean over ranks, as of the model's parameters, is right. Where shapes don't tell, a class attribute
+    ``token_arguments`` names the arguments that have a row for each token.
 
     It may hold more with an element for each expert, on dimension 0 or in order: buffers, tensors, lists, dictionaries,
     ``nn.ModuleList`` and its like. These stay whole on every rank, and ``forward`` gets the elements of the experts
@@ -117,9 +126,9 @@ def parallelize_experts(
 
     Raises:
         ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
-            a module's experts can't be told apart: its forward was replaced, its parameters are pruned, parametrized or
-            quantized, or see above; or ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise
-            it, before any communication.
+            a module's experts can't be told apart: its forward was replaced or computes something else than the protocol
+            says, its parameters are pruned, parametrized or quantized, or see above; or ``group`` is a mesh and an
+            expert parameter has a gradient hook. All ranks raise it, before any communication.
     """
     if any(expert_layers(model)):
         return model
@@ -133,6 +142,7 @@ def parallelize_experts(
     if mesh is not None and size > 1:
         for name, module in found.items():
             check_unhooked(module, name, NOT_UNDER_FSDP)
+    of_one_choice = check_protocol(found) if size > 1 else set()
     groups = ExpertGroups.create(group)
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
@@ -140,7 +150,9 @@ def parallelize_experts(
     average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
     ahead = CopiesAhead()
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups, average, dispatcher, ahead), placement)
+        layer = ExpertLayer(index, name, module, groups, average, dispatcher, ahead)
+        layer.takes_one_choice = name in of_one_choice
+        _convert(module, layer, placement)
         if mesh is not None and size > 1:
             spread_rows(module, mesh)
     return model

@@ -142,7 +142,11 @@ class TokenDispatcher:
         return BYTES_IN_PARTS_WITHIN_NODE if is_within_node else BYTES_IN_PARTS_BETWEEN_NODES
 
     def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> Any:
-        """Send this rank's tokens off, all parts. Returns the trip."""
+        """Send this rank's tokens off, all parts. Returns the trip.
+
+        Further arguments of the experts' call that have a row for each token make a trip of their own each, of any
+        width, in a floating dtype or as uint8. It ends with :meth:`receive`, in the same order as the tokens.
+        """
         assert self.groups.exchange is not None
         counts = [part.send_counts for part in plan.parts], [part.recv_counts for part in plan.parts]
         out, home = PartsUnderway(*counts, self.groups.exchange), PartsUnderway(*counts, self.groups.exchange)
@@ -178,8 +182,8 @@ class TokenDispatcher:
 
 
 def count_tokens(index_TK: Tensor, num_logical_experts: int) -> Tensor:
-    """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; ids from ``L`` up are no expert's."""
-    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; other ids are no expert's."""
+    experts_N = _no_expert_last(index_TK, num_logical_experts)
     counts = torch.zeros(num_logical_experts + 1, dtype=torch.int64, device=experts_N.device)
     return counts.scatter_add_(0, experts_N.to(torch.int64), torch.ones_like(experts_N, dtype=torch.int64))[:-1]
 
@@ -189,11 +193,17 @@ def sort_pairs(index_TK: Tensor, num_logical_experts: int) -> tuple[Tensor, Tens
 
     Neither waits for a device. Ids are compared as int16 where they fit: a radix sort's passes are the key's bytes.
     """
-    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    experts_N = _no_expert_last(index_TK, num_logical_experts)
     small = torch.int16 if num_logical_experts < 2**15 else torch.int32
     sorted_N, order_N = torch.sort(experts_N.to(small), stable=True)
     experts = torch.arange(num_logical_experts + 1, device=sorted_N.device, dtype=sorted_N.dtype)
     return order_N, torch.searchsorted(sorted_N, experts).diff()
+
+
+def _no_expert_last(index_TK: Tensor, num_logical_experts: int) -> Tensor:
+    """Ids, flattened: those that are no expert's, negative ones too, are ``L``."""
+    positive_N = index_TK.detach().reshape(-1) & torch.iinfo(index_TK.dtype).max  # of -1 the largest number
+    return positive_N.clamp_(max=num_logical_experts)
 
 
 def gather_counts(counts_L: Tensor, groups: ExpertGroups, word: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -21,10 +21,12 @@ from torch.utils.checkpoint import _CachingTorchDispatchMode
 from lightning_eplb.parallel import dispatch, grouped, hooks
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
+from lightning_eplb.parallel.further import FURTHER_GIVEN, Further, FurtherArguments, Given, Sizes
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert import Additions, PerExpert, find_per_expert, part_of
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
 from lightning_eplb.parallel.uneven import UnevenCalls
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
@@ -81,6 +83,7 @@ class ExpertLayer:
         self.ahead = ahead if ahead is not None else CopiesAhead()
         self.original_class = type(module)
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
+        self.further = FurtherArguments(name, self.original_class)
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
         self.parameter_names = [name for name, _ in module.named_parameters(recurse=False)]
         self.num_primaries = self.num_logical_experts // groups.size
@@ -93,6 +96,8 @@ class ExpertLayer:
         """Whether the redundant slots are filled anew for each batch, whatever the placement says."""
         self.min_tokens_per_copy = 1
         """Tokens that such a copy must take over; the same on all ranks."""
+        self.takes_one_choice = False
+        """Whether the original forward ignores all choices of a token but the first."""
         self.compute_dtype: torch.dtype | None = None
         """What weights are cast to in a forward, where they are kept in another dtype; ``None``: they are not cast."""
         self.uneven: UnevenCalls | None = None
@@ -223,7 +228,10 @@ class ParallelExperts(nn.Module):
     expert_layer: ExpertLayer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names."""
+        """``(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]``, under the original's names.
+
+        Further arguments of the original, if it takes any, are passed on to it, or dispatched with the tokens.
+        """
         if self.expert_layer.groups.size == 1:
             output = super().forward(*args, **kwargs)
             self._count_alone(*args, **kwargs)  # behind what it launched: no device waits for the host to get here
@@ -238,32 +246,59 @@ class ParallelExperts(nn.Module):
             layer.record(LayerLoad(dispatch.count_tokens(index_TK, layer.num_logical_experts)))
 
     def _arguments(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        named = dict(zip(self.expert_layer.argument_names, args, strict=False)) | kwargs
-        return [named[name] for name in self.expert_layer.argument_names]
+        names = self.expert_layer.argument_names
+        named = dict(zip(names, args, strict=False)) | kwargs
+        return [named.get(name) for name in names]  # type: ignore[misc]
+
+    def _check(self, given: Sequence[Any]) -> None:
+        """Raise, before any collective, for what is not as the protocol says. All ranks run one model, so all raise."""
+        hidden_TD, index_TK, weights_TK = given
+        are_tensors = all(isinstance(x, Tensor) for x in given)
+        has_shapes = are_tensors and hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
+        layer = self.expert_layer
+        if has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point():
+            if layer.takes_one_choice and index_TK.shape[1] > 1:
+                raise ValueError(
+                    f"{layer.name} ({layer.original_class.__name__}) was called with {index_TK.shape[1]} choices a"
+                    f" token, and {FIRST_CHOICE}; the protocol is: {PROTOCOL_OF_FORWARD}"
+                )
+            return
+        said = ", ".join(
+            f"{name}: {f'{list(x.shape)} {x.dtype}' if isinstance(x, Tensor) else type(x).__name__}"
+            for name, x in zip(layer.argument_names, given, strict=True)
+        )
+        raise (ValueError if are_tensors and not index_TK.is_floating_point() else TypeError)(
+            f"{layer.name} ({layer.original_class.__name__}) was called with {said}; experts over several ranks take"
+            " hidden states [T, D], integer indices [T, K] and weights [T, K]. Flatten batches of sequences to T tokens"
+        )
 
     @torch.compiler.disable()  # or autograd would see several exchanges as one, and each rank others
     def _forward_over_ranks(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden_TD, index_TK, weights_TK = self._arguments(*args, **kwargs)
+        hidden_TD, index_TK, weights_TK = given = self._arguments(*args, **kwargs)
+        self._check(given)
         self.expert_layer.check_parameters(self)
         self.expert_layer.check_left_out(self)
         layer, groups = self.expert_layer, self.expert_layer.groups
+        further = layer.further.of_call(args, kwargs)
         parameters = list(self.parameters(recurse=False))
         if layer.average is not None:
             layer.average.watch(layer.index, parameters)
-        word = hooks.wrap_hooks(self, layer)
+        word = hooks.wrap_hooks(self, layer) | FURTHER_GIVEN * further.is_given
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
         if layer.uneven is not None:
             counts_RL, words_R = layer.uneven.wait_for(self, hidden_TD, weights_TK, counts_L, word)
         else:  # the one place where the host waits for the device
             counts_RL, words_R = dispatch.gather_counts(counts_L, groups, word)
-        has_hooks = hooks.check_hooks(words_R, self, layer)
+        has_hooks = hooks.check_hooks(words_R & ~FURTHER_GIVEN, self, layer)
+        if (words_R & FURTHER_GIVEN).any():
+            layer.further.agree(further, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         # Other EP groups average these gradients, too, and may have tokens.
         if torch.is_grad_enabled() and groups.num_replicas == 1 and not counts_RL.any():
-            output_TD = self._without_tokens(hidden_TD, index_TK, weights_TK)
+            output_TD = self._without_tokens(hidden_TD, index_TK, weights_TK, further)
             if output_TD is not None:
                 layer.ahead.discard()
                 return output_TD
-        return self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks)
+        return self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks, further)
 
     def take_part(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
         """Serve the tokens of other ranks, which call this layer while this rank does not. In evaluation only.
@@ -274,10 +309,16 @@ class ParallelExperts(nn.Module):
             counts_RL: Tokens of each rank and logical expert.
         """
         order_N = torch.empty(0, dtype=torch.int64, device=hidden_TD.device)
-        self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks=False)
+        self._exchange_tokens(hidden_TD, weights_TK, order_N, counts_RL, has_hooks=False, further=Further([], {}))
 
     def _exchange_tokens(
-        self, hidden_TD: Tensor, weights_TK: Tensor, order_N: Tensor, counts_RL: np.ndarray, has_hooks: bool
+        self,
+        hidden_TD: Tensor,
+        weights_TK: Tensor,
+        order_N: Tensor,
+        counts_RL: np.ndarray,
+        has_hooks: bool,
+        further: Further,
     ) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         parameters = list(self.parameters(recurse=False))
@@ -299,21 +340,23 @@ class ParallelExperts(nn.Module):
 
         primaries, ticket = copies.attach([part.primaries for part in plan.parts])
         trip = layer.dispatcher.dispatch(hidden_TD, plan, weights_TK.shape[1])
+        further.dispatch(layer.dispatcher, plan, weights_TK.shape[1])
         if routes.num_copies and copies.underway is None:
             copies.send()
         if sends_ahead:
             layer.ahead.send_next(layer.index)
-        additions = Additions(self, layer.per_expert.counters)
+        call = _Call(weights_TK.dtype, Additions(self, layer.per_expert.counters), further)
         for i, part in enumerate(plan.parts):
             own_MD, others_MD = layer.dispatcher.receive(trip, i)
+            own_MD, own, others_MD, others = further.receive(layer.dispatcher, i, own_MD, others_MD)
             served = slot_map.slots[groups.rank, part.served].tolist()
-            own, others = served[: len(part.primary_ends)], served[len(part.primary_ends) :]
-            own_MD = self._serve(primaries[i], own, own_MD, part.primary_ends, weights_TK.dtype, additions)
+            primary, redundant = served[: len(part.primary_ends)], served[len(part.primary_ends) :]
+            own_MD = self._serve(_Served(primaries[i], primary, own_MD, part.primary_ends, own), call)
             if routes.num_copies and part is plan.parts[-1]:  # their weights travelled meanwhile
                 weights = copies.receive(ticket)
-                others_MD = self._serve(weights, others, others_MD, part.copy_ends, weights_TK.dtype, additions)
+                others_MD = self._serve(_Served(weights, redundant, others_MD, part.copy_ends, others), call)
             layer.dispatcher.send_home(trip, i, own_MD, others_MD)
-        self._count(additions)
+        self._count(call.additions)
         return layer.dispatcher.combine(trip, weights_TK)
 
     def _count(self, additions: Additions) -> None:
@@ -325,7 +368,9 @@ class ParallelExperts(nn.Module):
                 dist.all_reduce(sums, group=groups.replicas)
         additions.write()
 
-    def _without_tokens(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    def _without_tokens(
+        self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, further: Further
+    ) -> Tensor | None:
         """The output where no expert of any rank got a token, if the unmodified module then trains none of its own.
 
         An optimizer skips parameters without a gradient; a gradient of zeros has it decay them. Modules that compute
@@ -336,16 +381,17 @@ class ParallelExperts(nn.Module):
         """
         local = self._original_with(self._local_parameters(), self.expert_layer.local_experts.tolist())
 
-        def trains_without_tokens(*inputs: Tensor) -> bool:
-            hidden, weights = inputs
+        forward, given = self.expert_layer.original_class.forward, further.no_tokens()
+
+        def trains_without_tokens(hidden: Tensor, weights: Tensor) -> bool:
             try:
-                return self.expert_layer.original_class.forward(local, hidden, index_TK[:0], weights).requires_grad
+                return forward(local, hidden, index_TK[:0], weights, *given.args, **given.kwargs).requires_grad
             except (RuntimeError, ValueError, IndexError):  # it can't be called without tokens
                 return True
 
         if trains_without_tokens(hidden_TD[:0].detach(), weights_TK[:0].detach()):
             return None
-        output_TD = self._sample(hidden_TD, weights_TK.dtype).new_zeros(hidden_TD.shape)
+        output_TD = self._sample(hidden_TD, weights_TK.dtype, further).new_zeros(hidden_TD.shape)
         ddp = self.expert_layer.ddp
         if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):  # it waits for all gradients
             return _Tied.apply(output_TD, hidden_TD, weights_TK, *self._shared_parameters())
@@ -367,40 +413,65 @@ class ParallelExperts(nn.Module):
         """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
         return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
 
-    def _serve(
-        self,
-        weights: list[Tensor],
-        experts: Sequence[int],
-        hidden_MD: Tensor,
-        ends_S: Tensor,
-        weights_dtype: torch.dtype,
-        additions: Additions,
-    ) -> Tensor:
-        """Run the original forward on tokens in the order of their experts: where each one's end, and its ``weights``.
+    def _serve(self, served: "_Served", call: "_Call") -> Tensor:
+        """Run the original forward on tokens in the order of their experts.
 
         Every tensor that was exchanged is tied into the output.
         """
-        layer, device = self.expert_layer, hidden_MD.device
-        forward, shared = layer.original_class.forward, self._shared_parameters()
+        layer, hidden_MD = self.expert_layer, served.hidden
         if len(hidden_MD):
-            local = self._original_with(weights, experts)
+            local = self._original_with(served.weights, served.experts)
             if grouped.takes_sorted_rows(local):
-                grouped.let_take_sorted_rows(local, ends_S)
-            rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=device)
-            slots_M = torch.searchsorted(ends_S, rows, right=True)
-            ones = torch.ones(len(hidden_MD), 1, dtype=weights_dtype, device=device)
-            output_MD = forward(local, hidden_MD, slots_M.unsqueeze(-1), ones)
-            additions.add(local, experts)
-            return _Tied.apply(output_MD, *shared) if layer.per_expert.has_modules else output_MD
-        return _Tied.apply(self._sample(hidden_MD, weights_dtype)[:0], *shared, hidden_MD, *weights)
+                grouped.let_take_sorted_rows(local, served.ends)
+            rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=hidden_MD.device)
+            slots_M = torch.searchsorted(served.ends, rows, right=True)
+            ones = torch.ones(len(hidden_MD), 1, dtype=call.weights_dtype, device=hidden_MD.device)
+            output_MD = self._original_forward(local, hidden_MD, slots_M.unsqueeze(-1), ones, served.given)
+            call.additions.add(local, served.experts)
+            return _Tied.apply(output_MD, *self._shared_parameters()) if layer.per_expert.has_modules else output_MD
+        sample = self._sample(hidden_MD, call.weights_dtype, call.further)[:0]
+        shared = [*self._shared_parameters(), *call.further.parameters()]
+        return _Tied.apply(sample, *shared, hidden_MD, *served.weights)
+
+    def _original_forward(
+        self, local: nn.Module, hidden_MD: Tensor, slots_M1: Tensor, ones_M1: Tensor, given: Given
+    ) -> Tensor:
+        """What it raises names the module, and the protocol that it was called by. All ranks call it, so all raise."""
+        layer = self.expert_layer
+        where = f"{layer.name} ({layer.original_class.__name__})"
+        try:
+            output = layer.original_class.forward(local, hidden_MD, slots_M1, ones_M1, *given.args, **given.kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if error.args:  # those without are control flow, as of activation checkpointing
+                said = (
+                    f"{error.args[0]}\nThis is from {where}, on a rank that holds {local.num_experts} of its experts."
+                )
+                error.args = (f"{said} It must follow the protocol: {PROTOCOL_OF_FORWARD}", *error.args[1:])
+            raise
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{where} returned a {type(output).__name__}; the protocol is: {PROTOCOL_OF_FORWARD}")
+        if output.ndim != 2 or len(output) != len(hidden_MD):
+            raise ValueError(
+                f"{where} returned shape {list(output.shape)} for hidden states of shape {list(hidden_MD.shape)}; the"
+                f" protocol is: {PROTOCOL_OF_FORWARD}"
+            )
+        return output
+
+    def _sizes(self, hidden_TD: Tensor, index_TK: Tensor) -> Sizes:
+        shapes = [parameter.shape for parameter in self.parameters(recurse=False)]
+        top_k, num_experts = index_TK.shape[1], self.expert_layer.num_logical_experts
+        of_experts = frozenset(size for shape in shapes for size in shape) | {hidden_TD.shape[1], top_k, num_experts}
+        return Sizes(top_k, num_experts, of_experts)
 
     @torch.no_grad()
-    def _sample(self, hidden_TD: Tensor, weights_dtype: torch.dtype) -> Tensor:
+    def _sample(self, hidden_TD: Tensor, weights_dtype: torch.dtype, further: Further) -> Tensor:
         """The output of one row that goes nowhere, ``[1, D]``: it tells width and dtype."""
         one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_TD.device)
         first = self._original_with(self._local_parameters(1), self.expert_layer.local_experts[:1].tolist())
         row = hidden_TD.new_zeros(1, hidden_TD.shape[-1])
-        return self.expert_layer.original_class.forward(first, row, one.to(torch.int64) - 1, one)
+        return self._original_forward(first, row, one.to(torch.int64) - 1, one, further.sample())
 
     def _shared_parameters(self) -> list[Tensor]:
         """Those that every rank has, of submodules."""
@@ -426,6 +497,32 @@ class ParallelExperts(nn.Module):
         layer = self.expert_layer
         parameters = dict(zip((name for name, _ in self.named_parameters(recurse=False)), weights, strict=True))
         return part_of(self, layer.original_class, parameters, layer.per_expert.taken, experts)
+
+
+class _Call(NamedTuple):
+    """What all rows of a call have in common: the routing weights' dtype, what counters get, and further arguments."""
+
+    weights_dtype: torch.dtype
+    additions: Additions
+    further: Further
+
+
+class _Served(NamedTuple):
+    """Rows that a rank serves, in the order of their experts, ``[M, D]``.
+
+    Attributes:
+        weights: Of the experts, ``[experts, ...]`` each.
+        experts: Their logical ids.
+        hidden: The rows.
+        ends: Where each expert's rows end.
+        given: Further arguments for these rows.
+    """
+
+    weights: list[Tensor]
+    experts: Sequence[int]
+    hidden: Tensor
+    ends: Tensor
+    given: Given
 
 
 class _Tied(torch.autograd.Function):

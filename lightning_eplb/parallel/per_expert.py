@@ -60,12 +60,17 @@ def part_of(
     part.__dict__["_parameters"] = module._parameters | dict(parameters)
     if taken:
         part.__dict__.update(_buffers=dict(module._buffers), _modules=dict(module._modules))
+    give_elements(part, taken, experts)
+    return part
+
+
+def give_elements(part: nn.Module, taken: Sequence[str], experts: Sequence[int]) -> None:
+    """Let a module, whose buffers and submodules are in dictionaries of its own, have the elements of some experts."""
     for name in taken:
-        value = getattr(module, name)
+        elements = _elements(getattr(part, name), experts)
         part._buffers.pop(name, None)
         part._modules.pop(name, None)
-        part.__dict__[name] = _elements(value, experts)
-    return part
+        part.__dict__[name] = elements
 
 
 def _elements(value: Any, experts: Sequence[int]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_eplb.parallel.dispatch import gather_counts
+from lightning_eplb.parallel.further import FURTHER_GIVEN
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.pieces import to_device
 
@@ -34,7 +35,7 @@ class Call(NamedTuple):
         weights_dtype: Index of the routing weights' dtype.
         autocast_dtype: Index of the dtype that is computed in under ``torch.autocast``; -1 without.
         is_trained: 1 where a backward pass may follow.
-        word: Of its gradient hooks, see :func:`~lightning_eplb.parallel.hooks.wrap_hooks`.
+        word: Of its gradient hooks and further arguments, see :func:`~lightning_eplb.parallel.hooks.wrap_hooks`.
     """
 
     layer: int
@@ -111,7 +112,8 @@ class UnevenCalls:
             zeros unless all ranks call it.
 
         Raises:
-            RuntimeError: On all ranks, if a rank may run a backward pass and not all call the same layer.
+            RuntimeError: On all ranks, if not all call the same layer, and a rank may run a backward pass or was given
+                further arguments.
         """
         mine = Call.of(self._place[id(module)], hidden_TD, weights_TK, word)
         while True:
@@ -155,6 +157,11 @@ class UnevenCalls:
                 f"{self._layers[turn][0]} was called with gradients enabled while EP ranks {others} did not call it,"
                 " and a backward pass needs all ranks. Give all ranks as many batches and calls in validation_step,"
                 " test_step or predict_step, or leave gradients disabled"
+            )
+        if others and any(call.word & FURTHER_GIVEN for call in calls):
+            raise RuntimeError(
+                f"{self._layers[turn][0]} was called with further arguments while EP ranks {others} did not call it,"
+                " and these don't know them. Give all ranks as many batches and calls in evaluation"
             )
         return turn
 

@@ -202,17 +202,24 @@ def tokens_in_one_group() -> float:
     return compare(2, lambda rank: 3 if rank < 2 else 0, ep_group=group)
 
 
-def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:
-    """Hugging Face's routers mark a choice that does not count by the id behind the last expert."""
-    assert max(workers.run(2, masked_choices)) < 1e-12
+@pytest.mark.parametrize("no_expert", [EXPERTS, -1])
+def test_ids_beyond_the_experts_are_nobodys(no_expert: int, workers: Workers) -> None:
+    """Hugging Face's routers mark a choice that does not count by the id behind the last expert, others by -1."""
+    assert max(workers.run(2, masked_choices, no_expert)) < 1e-12
 
 
-def masked_choices() -> float:
+def masked_choices(no_expert: int) -> float:
     original, converted = layer(), layer()
-    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder)
+    balancer = ExpertLoadBalancer(holder)
     hidden, index, weights = routing(6, 2)
-    index[::2, 1] = EXPERTS
-    return largest(converted(hidden, index, weights), original(hidden, index, weights))
+    mask = torch.tensor([[False, True], [False, False]] * 3)
+    output = converted(hidden, index.masked_fill(mask, no_expert), weights)
+    load = balancer.step()
+    assert load is not None
+    assert load.load.sum() == 2 * 9
+    return largest(output, original(hidden, index, weights.masked_fill(mask, 0.0)))
 
 
 def test_keyword_arguments_under_the_originals_names(workers: Workers) -> None:
@@ -457,3 +464,98 @@ def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
         assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
         assert "add EPLBCallback" in message
     assert workers.run(2, wrapped, True) == ["", ""]
+
+
+def refused_call(*arguments: Tensor) -> str:
+    converted = layer()
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    try:
+        converted(*arguments)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            ((2, 3, 16), (6, 2), (6, 2)),
+            "ValueError: experts (MixtralExperts) was called with hidden_states: [2, 3, 16]",
+        ),
+        (
+            ((6, 16), (6, 2), (6, 1)),
+            "top_k_weights: [6, 1] torch.float32; experts over several ranks take hidden states",
+        ),
+        (((5, 16), (6, 2), (6, 2)), "Flatten batches of sequences to T tokens"),
+    ],
+)
+def test_arguments_of_other_shapes_are_refused(shapes: Any, message: str, workers: Workers) -> None:
+    hidden, index, weights = shapes
+    arguments = torch.zeros(hidden), torch.zeros(index, dtype=torch.int64), torch.zeros(weights)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert message in refusal
+
+
+def test_arguments_in_another_order_are_refused(workers: Workers) -> None:
+    arguments = torch.zeros(6, 16), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.int64)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert refusal.startswith("TypeError: experts (MixtralExperts) was called with hidden_states: [6, 16]")
+        assert "top_k_index: [6, 2] torch.float32, top_k_weights: [6, 2] torch.int64; experts over several" in refusal
+
+
+class Raises(nn.Module):
+    """Follows the protocol until its model tells it to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up = nn.Parameter(torch.ones(EXPERTS, WIDTH, WIDTH, dtype=torch.float64))
+        self.failure: Callable[[Tensor], Any] | None = None
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+        if self.failure is not None:
+            return self.failure(hidden)
+        output = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, k = torch.where(index == expert)
+            output = output.index_add(0, token, hidden[token] @ self.up[expert] * weights[token, k, None])
+        return output
+
+
+def failed_call(failure: Callable[[Tensor], Any]) -> str:
+    """One rank's experts get all tokens, the other's none."""
+    experts = Raises()
+    parallelize_experts(nn.ModuleDict({"experts": experts}))
+    experts.failure = failure
+    try:
+        experts(*routing(6, 2, range(4)))
+    except (IndexError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def third_of_two(hidden: Tensor) -> Tensor:
+    return hidden[:2][5]
+
+
+def tuple_of(hidden: Tensor) -> tuple[Tensor]:
+    return (hidden,)
+
+
+def sum_of(hidden: Tensor) -> Tensor:
+    return hidden.sum(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (third_of_two, "This is from experts (Raises), on a rank that holds"),
+        (tuple_of, "TypeError: experts (Raises) returned a tuple; the protocol is: forward(hidden [T, D]"),
+        (sum_of, "ValueError: experts (Raises) returned shape [16] for hidden states of shape"),
+    ],
+)
+def test_errors_inside_experts_name_them_on_all_ranks(failure: Any, message: str, workers: Workers) -> None:
+    for error in workers.run(2, failed_call, failure):
+        assert message in error
+        assert "top_k_weights [T, K]) returns [T, D]" in error
