@@ -126,9 +126,9 @@ def parallelize_experts(
 
     Raises:
         ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
-            a module's experts can't be told apart: its forward was replaced or computes something else than the protocol
-            says, its parameters are pruned, parametrized or quantized, or see above; or ``group`` is a mesh and an
-            expert parameter has a gradient hook. All ranks raise it, before any communication.
+            a module's experts can't be told apart: its forward was replaced, or computes something else than the
+            protocol says, its parameters are pruned, parametrized or quantized, or see above; or ``group`` is a mesh
+            and an expert parameter has a gradient hook. All ranks raise it, before any communication.
     """
     if any(expert_layers(model)):
         return model
