@@ -142,6 +142,7 @@ def parallelize_experts(
     if mesh is not None and size > 1:
         for name, module in found.items():
             check_unhooked(module, name, NOT_UNDER_FSDP)
+    per_expert = {name: find_per_expert(name, module) for name, module in found.items() if size > 1}
     of_one_choice = check_protocol(found) if size > 1 else set()
     groups = ExpertGroups.create(group)
     num_experts = next(iter(found.values())).num_experts
@@ -152,6 +153,7 @@ def parallelize_experts(
     for index, (name, module) in enumerate(found.items()):
         layer = ExpertLayer(index, name, module, groups, average, dispatcher, ahead)
         layer.takes_one_choice = name in of_one_choice
+        layer.per_expert = per_expert.get(name, layer.per_expert)
         _convert(module, layer, placement)
         if mesh is not None and size > 1:
             spread_rows(module, mesh)
@@ -235,7 +237,6 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
         _check_owners(model, found)
         for name, module in found.items():
             _check_module(name, module)
-            find_per_expert(name, module)
 
 
 def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:

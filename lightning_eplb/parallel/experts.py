@@ -23,7 +23,7 @@ from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.further import FURTHER_GIVEN, Further, FurtherArguments, Given, Sizes
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.per_expert import Additions, PerExpert, find_per_expert, part_of
+from lightning_eplb.parallel.per_expert import Additions, PerExpert, part_of
 from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
@@ -87,7 +87,7 @@ class ExpertLayer:
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
         self.parameter_names = [name for name, _ in module.named_parameters(recurse=False)]
         self.num_primaries = self.num_logical_experts // groups.size
-        self.per_expert = find_per_expert(name, module) if groups.size > 1 else PerExpert()
+        self.per_expert = PerExpert()
         self.records_load = False
         self.physical_to_logical: np.ndarray
         self.slot_map: dispatch.SlotMap

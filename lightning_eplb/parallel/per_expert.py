@@ -262,8 +262,9 @@ class _Trial:
 
     def _said(self, what: str) -> str:
         return (
-            f"{self._name} {what}: it holds {self._listed()}, and its forward uses some of it by expert where it can't"
-            " be given the elements of a rank's experts; make that a parameter, a buffer or an nn.ModuleList of the"
+            f"{self._name} {what}: it holds {self._listed()}, and its forward uses some of it by what tokens have in"
+            " common (statistics of the batch), or by expert where it can't be given the elements of a rank's experts;"
+            " make that a parameter, a buffer or an nn.ModuleList of the"
             f" module itself, with {self._number} elements, which its forward indexes by expert"
         )
 
@@ -287,6 +288,8 @@ class _Trial:
         )
         for child in whole.children():
             child.train(training)
+            for inner in child.modules():
+                inner._compiled_call_impl = inner.forward  # calls no hook
         return whole
 
     def _rows(self, number: int) -> dict[str, Tensor]:
@@ -364,8 +367,6 @@ def _other_child(child: nn.Module | None, device: torch.device) -> nn.Module | N
         return None
     other = copy.deepcopy(child).to_empty(device=device) if _is_on_meta(child) else copy.deepcopy(child)
     for module, like in zip(other.modules(), child.modules(), strict=True):
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
         for tensor, own in zip(
             chain(module.parameters(recurse=False), module.buffers(recurse=False)),
             chain(like.parameters(recurse=False), like.buffers(recurse=False)),

@@ -11,7 +11,7 @@ import collections
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -109,6 +109,13 @@ def _key(module: nn.Module) -> tuple:
     return tuple(key)
 
 
+def _taken(module: nn.Module) -> Sequence[str]:
+    """Names of what has an element for each expert. None where that can't be told: the trial may say why."""
+    with suppress(ValueError):
+        return find_per_expert("", module).taken
+    return ()
+
+
 class _Clones:
     """Clones of a module with random weights, a fresh one for each call of its forward.
 
@@ -120,7 +127,7 @@ class _Clones:
         self.num_experts: int = module.num_experts  # type: ignore[assignment]
         self.own = dict(module.named_parameters(recurse=False))
         self.row_size = sum(math.prod(parameter.shape[1:]) for parameter in self.own.values())
-        self.taken = find_per_expert("", module).taken
+        self.taken = _taken(module)
         self.is_training = True
         self.dtype = torch.float64
         self.experts: dict[str, Tensor] = {}

@@ -145,9 +145,11 @@ class UnevenCalls:
 
     def _exchange(self, mine: Call, counts_L: Tensor) -> tuple[list[Call], np.ndarray]:
         padding = counts_L.new_zeros(self._most_experts - len(counts_L))
-        columns_C = torch.cat((to_device(np.array(mine, dtype=np.int64), self._device), counts_L, padding))
-        columns_RC = gather_counts(columns_C, self._groups)[0]
-        return [Call(*row.tolist()) for row in columns_RC[:, : len(mine)]], columns_RC[:, len(mine) :].copy()
+        told = np.array(mine, dtype=np.int64) - _IS_DONE  # counts are zero or more
+        columns_C = torch.cat((to_device(told, self._device), counts_L, padding))
+        columns_RC, _ = gather_counts(columns_C, self._groups)
+        calls = [Call(*row.tolist()) for row in columns_RC[:, : len(mine)] + _IS_DONE]
+        return calls, columns_RC[:, len(mine) :].copy()
 
     def _turn(self, calls: Sequence[Call]) -> int:
         turn = min(call.layer for call in calls if call.layer >= 0)

@@ -174,7 +174,6 @@ REFUSED = {
     SubtractsTheMean: "a token's output depends on the other tokens",
     HasABatchNorm: "its forward does not take one token alone (statistics of the batch)",
     KnowsTheFirst: "computes something else than one with the same weights (a special case of its number",
-    HasAFactorForEach: "a value for each expert that is no parameter",
     DividesByTheirNumber: "a factor of num_experts",
     KeepsTheRest: "an id of num_experts adds to the output, where it means no expert",
     ReturnsATuple: "its forward returns a tuple",
@@ -241,7 +240,15 @@ class HasBuffers(Experts):
 
 @pytest.mark.parametrize(
     "kind",
-    [Experts, Drops, ComputesInBfloat16, AssertsNormalizedWeights, NeedsWhatTrainingGives, HasBuffers],
+    [
+        Experts,
+        Drops,
+        ComputesInBfloat16,
+        AssertsNormalizedWeights,
+        HasAFactorForEach,
+        NeedsWhatTrainingGives,
+        HasBuffers,
+    ],
 )
 def test_trial_of_the_protocol_passes(kind: type[Experts]) -> None:
     assert what_differs(kind()) is None
