@@ -2,9 +2,12 @@
 
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.callback import EPLBCallback
+from lightning_eplb.checkpoint import logical_parameters
+from lightning_eplb.ddp import leave_experts_out_of_ddp
 from lightning_eplb.functional import balancedness
 from lightning_eplb.loading.weights import load_weights
 from lightning_eplb.metrics import ExpertLoad
+from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.convert import parallelize_experts
 from lightning_eplb.parallel.fully_shard import fully_shard_moe
 from lightning_eplb.parallel.materialize import materialize
@@ -26,8 +29,11 @@ __all__ = [
     "StaticPolicy",
     "Topology",
     "balancedness",
+    "clip_grad_norm_",
     "fully_shard_moe",
+    "leave_experts_out_of_ddp",
     "load_weights",
+    "logical_parameters",
     "materialize",
     "parallelize_experts",
 ]

@@ -1,6 +1,8 @@
 """Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
 
+import hashlib
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,19 +13,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb.agreement import check_same_on_all_ranks
 from lightning_eplb.arguments import check_redundancy, check_steps, check_switches
+from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
+from lightning_eplb.fabric import clip_fabric_by_global_norm, optimizer_within
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.pace import Pace
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.waiting import wait_for_all_ranks
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
-from lightning_eplb.relocation.optimizer import check_optimizers
+from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
 from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.served import take_load
@@ -33,22 +39,52 @@ from lightning_eplb.steps import Rearrangement, StepLoad
 class ExpertLoadBalancer:
     """Counts the tokens of every expert and moves experts between ranks so that the ranks get equal work.
 
-    ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step.
+    ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
+    makes it, with the same arguments, and calls its methods together with the others.
 
     Example::
 
         parallelize_experts(model, num_redundant_experts=8)
+        leave_experts_out_of_ddp(model)
+        model = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(model.parameters())
         balancer = ExpertLoadBalancer(model, [optimizer], step_interval=100)
         for batch in batches:
             model(batch).loss.backward()
+            clip_grad_norm_(model, 1.0)  # lightning_eplb's: by the norm of all ranks' experts
             optimizer.step()
             balancer.step()
             optimizer.zero_grad()
 
+    From then on ``optimizer.state_dict()`` is that of the unmodified model, as ``model.state_dict()`` is: all experts,
+    in logical order. Every rank must call both, and may keep the result of one rank. ``load_state_dict()`` takes them,
+    on any number of ranks, before the first step or in the middle of a run. A run that goes on loads model, optimizer
+    and balancer; the placement is not saved, and :meth:`rearrange` levels the ranks by the window that was.
+
+    With Lightning Fabric::
+
+        fabric = Fabric(strategy="ddp", devices=8)
+        fabric.launch()
+        parallelize_experts(model, num_redundant_experts=8)
+        leave_experts_out_of_ddp(model)
+        model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))
+        balancer = ExpertLoadBalancer(model, [optimizer])  # what fabric.setup returned: then clip_gradients is right
+        state = {"model": model, "optimizer": optimizer, "balancer": balancer}
+        if resumes:
+            fabric.load("last.ckpt", state)
+            balancer.rearrange()
+        for batch in batches:
+            fabric.backward(model(batch).loss)
+            fabric.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+        fabric.save("last.ckpt", state)
+
     Args:
         model: Converted by ``parallelize_experts``.
-        optimizers: Those that hold expert parameters: their state moves with the experts.
+        optimizers: Those that hold expert parameters: their state moves with the experts. :attr:`optimizers` can be set
+            later.
         policy: Decides where experts go; ``None`` for ``BalancedPolicy()``.
         window_size: Optimizer steps that the decision looks back on.
         step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it, and one may come
@@ -62,7 +98,9 @@ class ExpertLoadBalancer:
             :meth:`before_optimizer_step`, too.
 
     Raises:
-        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer.
+        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer; an optimizer
+            mixes experts, or has state for them that can't move with them; or ranks were given different numbers. All
+            ranks raise the last.
 
     Note:
         With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
@@ -88,6 +126,17 @@ class ExpertLoadBalancer:
         if not self._modules:
             raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
         _warn_of_idle_arguments(redundancy, min_tokens_per_copy, self._modules[0][0])
+        first_layer, first_module = self._modules[0]
+        self.groups = first_layer.groups
+        arguments = {
+            "window_size": window_size,
+            "step_interval": step_interval,
+            "redundancy": redundancy,
+            "min_tokens_per_copy": min_tokens_per_copy,
+            "use_async": use_async,
+        }
+        check_same_on_all_ranks(arguments, "ExpertLoadBalancer() compares its arguments", self.groups)
+        self._use_async = use_async
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
@@ -95,12 +144,11 @@ class ExpertLoadBalancer:
         for layer, _ in self._modules:
             layer.copies_by_batch = self._copies_by_batch
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
-        first_layer, _ = self._modules[0]
-        self.groups = first_layer.groups
         self._maker = DecisionMaker(
             policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
         )
-        self._mover = ExpertMover(self._modules, optimizers, use_async)
+        self._mover = ExpertMover(self._modules, (), use_async)
+        self.optimizers = optimizers
         self._pace = Pace(self._modules, self._mover)
         if self._copies_by_batch:
             self._mover.placement = self._mover.placement.without_copies()
@@ -139,6 +187,9 @@ class ExpertLoadBalancer:
         self._schedule = Schedule(step_interval)
         self._first_step_is_done = False
         self._has_warned = False
+        if use_async:  # rows in flight would be put in place of weights that were loaded meanwhile
+            abandon = weakref.WeakMethod(self.abandon_rearrangement)
+            first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := abandon()) else None)
         dispatch.warm_up()
         self._maker.warm_up(self.placement)
         self.record(True)
@@ -160,12 +211,18 @@ class ExpertLoadBalancer:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Those whose state moves with the experts."""
+        """Those whose state moves with the experts, and whose state dicts are the unmodified model's; without Fabric's
+        wrappers."""
         return self._mover.optimizers
 
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        self._mover.watch(optimizers)
+        given = list(optimizers)
+        watched = self._checked(optimizer_within(optimizer) for optimizer in given)
+        clip_fabric_by_global_norm([self.model, *given])
+        for optimizer in watched:
+            install_optimizer_hooks(optimizer, self.model)
+        self._mover.watch(watched)
 
     def record(self, on: bool) -> None:
         """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
@@ -186,14 +243,17 @@ class ExpertLoadBalancer:
 
         Raises:
             ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
-                fails or returns what is not a placement. All ranks raise it, and nothing was moved.
+                raises one or returns what is not a placement. All ranks raise it, and nothing was moved.
+            RuntimeError: A decision is due and some ranks did not come within ten minutes, of which a warning tells
+                after ten seconds; or on the other ranks, where the policy raised anything else, which rank 0 raises
+                itself.
         """
         with self._pace.between_steps():
             return self._close_step(with_gradients)
 
     def _close_step(self, with_gradients: bool) -> StepLoad | None:
         if not self._first_step_is_done and self.groups.size > 1:
-            check_optimizers(self.optimizers, self._named_parameters())
+            check_state(self.optimizers, self._named_parameters())
             self._pace.measure()
             if self.min_tokens_per_copy is None:
                 floor = self._pace.tokens_worth_a_copy()
@@ -232,7 +292,7 @@ class ExpertLoadBalancer:
 
         Raises:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
-            ValueError: The policy fails, see :meth:`step`.
+            ValueError: The policy raises one, see :meth:`step`.
         """
         if not self._mover.goes_behind or (optimizer is not None and not self._is_awaited(optimizer)):
             return
@@ -275,18 +335,23 @@ class ExpertLoadBalancer:
         to do.
 
         Args:
-            placement: Go there; ``None`` to ask the policy.
+            placement: Go there, the same on all ranks; ``None`` on all ranks to ask the policy.
             with_gradients: As in :meth:`step`.
 
         Returns:
             What was done; ``None`` where one rank holds all experts and there is nothing to move.
 
         Raises:
-            ValueError: The policy raised it, or it returned something else than a placement of the same shape.
-            RuntimeError: Ranks disagree about what is to be moved. In each case all ranks raise, and nothing was moved.
+            ValueError: Ranks were given different placements, or some of them none; or what was given, or the policy
+                returned, is not a placement of the same shape; or the policy raised it.
+            RuntimeError: Ranks disagree about what is to be moved; some did not come within ten minutes, of which a
+                warning tells after ten seconds; or on the other ranks, where the policy raised anything else, which
+                rank 0 raises itself. In each case all ranks raise, and nothing was moved.
         """
         if self.groups.size == 1:
             return None
+        what = "rearrange() moves experts between ranks"
+        check_same_on_all_ranks({"placement": _in_words(placement)}, what, self.groups)
         if placement is not None:
             self._maker.agree(self.placement, placement, None, self._surroundings(with_gradients))  # or raise
         self.finish_rearrangement()
@@ -294,14 +359,15 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
+        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
         if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
             self._warn_of_drift()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
+        load_YL = steps_WYL.sum(axis=0)
         steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
         if not len(steps_WYL):
             steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
-        load_YL = self.load.compute()["load"].cpu().numpy()
         surroundings = self._surroundings(with_gradients)
         return self._maker.decide(self.placement, placement, steps_WYL, load_YL, surroundings, begun_at)
 
@@ -346,7 +412,9 @@ class ExpertLoadBalancer:
         )
 
     def window_balancedness(self) -> float:
-        """Of the window's load, had the present placement served it at once."""
+        """Of the window's load, had the present placement served it at once; 1 before the first step."""
+        if not self.load.num_steps:
+            return 1.0
         values = self.load.compute()
         if self.groups.size == 1:
             return float(values["balancedness"])
@@ -388,17 +456,29 @@ class ExpertLoadBalancer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over window and counters, also into a window of another size.
+        """Take over window and counters, also into a window of another size. Every rank must call it.
+
+        Experts stay where they are: :meth:`rearrange` levels the ranks by the window. What is under way with
+        ``use_async`` is abandoned.
+
+        Args:
+            state: From :meth:`state_dict`, on any number of ranks; the same on all.
 
         Raises:
-            ValueError: The saved window has other layers or experts.
+            ValueError: The saved window has other layers or experts, or ranks were given different states. All ranks
+                raise it, and nothing was taken over.
         """
         window_WYL = state["window"]
+        numbers = {key: state[key] for key in ("num_steps", "steps_to_go", "num_rearrangements")}
+        digest = hashlib.sha256(window_WYL.cpu().numpy().tobytes()).hexdigest()[:16]
+        what = "load_state_dict() of the balancer compares what ranks were given"
+        check_same_on_all_ranks(numbers | {"window": f"{list(window_WYL.shape)} {digest}"}, what, self.groups)
         if tuple(window_WYL.shape[1:]) != tuple(self.load.ring.shape[1:]):
             raise ValueError(
                 f"the saved window has {list(window_WYL.shape[1:])} layers and experts, the model has"
                 f" {list(self.load.ring.shape[1:])}; resume with the model that was saved"
             )
+        self.abandon_rearrangement()
         self.load.reset()
         for load_YL in window_WYL:
             self.load.update(load_YL)
@@ -422,6 +502,13 @@ class ExpertLoadBalancer:
         experts = {id(parameter) for parameter in self._named_parameters().values()}
         return any(id(parameter) in experts for group in optimizer.param_groups for parameter in group["params"])
 
+    def _checked(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+        """These, or a ``ValueError`` on all ranks, see :func:`check_optimizers`."""
+        optimizers = list(optimizers)
+        if self._modules[0][0].groups.size > 1:
+            check_optimizers(optimizers, self._named_parameters(), self._use_async)
+        return optimizers
+
     def _named_parameters(self) -> dict[str, Tensor]:
         return {
             f"{layer.name}.{name}": parameter
@@ -432,6 +519,13 @@ class ExpertLoadBalancer:
     def _surroundings(self, with_gradients: bool) -> Surroundings:
         costs = self.costs if self.costs is not None else self._pace.costs(with_gradients)
         return Surroundings(self.capacity, costs, self._pace.bytes_behind_a_step())
+
+
+def _in_words(placement: object) -> str:
+    """Description of a placement, or of what was given for one, that tells it from others."""
+    if isinstance(placement, ExpertPlacement):
+        return f"{placement!r} {placement.digest().hex()[:16]}"
+    return "None" if placement is None else f"a {type(placement).__name__}"
 
 
 def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:

@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from lightning_eplb.arguments import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.ddp import average_when_ddp_does, keep_experts_from_ddp
-from lightning_eplb.fsdp import SpreadExperts
+from lightning_eplb.ddp import average_when_ddp_does, leave_experts_out_of_ddp
+from lightning_eplb.evaluation import Evaluation
+from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook
 from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
@@ -27,7 +27,14 @@ from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
 from lightning_eplb.precision import clip_as_before, clip_by_global_norm, clip_fsdp_by_global_norm, shared_scaler
-from lightning_eplb.requirements import check_adopted, check_spread, checked_ep_size, ep_size_in
+from lightning_eplb.requirements import (
+    check_adopted,
+    check_found,
+    check_pruning,
+    check_spread,
+    checked_ep_size,
+    ep_size_in,
+)
 from lightning_eplb.scalars import scalars_of
 from lightning_eplb.strategies import ExpertParallelStrategy
 from lightning_eplb.summary import FitSummary, print_table
@@ -87,9 +94,13 @@ class EPLBCallback(Callback):
             the strategy, the precision, another callback or the model.
 
     Note:
+        In validation, testing and prediction under DDP ranks may have unequal numbers of batches. Under FSDP a
+        ``ValueError`` on all ranks names those that ran out first. In training all ranks need as many batches.
+
         ``model.state_dict()`` and ``optimizer.state_dict()`` gather the experts of all ranks, so every rank must call
-        them, as ``Trainer.save_checkpoint`` does. Weight averaging callbacks are refused: they keep rows of experts by
-        the place where they once were.
+        them, as ``Trainer.save_checkpoint`` does. ``named_parameters()`` has this rank's experts only, in an order that
+        changes: build checkpoints of your own from :func:`~lightning_eplb.logical_parameters`. Weight averaging
+        callbacks are refused: they keep rows of experts by the place where they once were.
     """
 
     def __init__(
@@ -135,14 +146,16 @@ class EPLBCallback(Callback):
         self._last_global_step = 0
         self._trace_writer: TraceWriter | None = None
         self._spread_experts: SpreadExperts | None = None
+        self._evaluation: Evaluation | None = None
         self._summary = FitSummary(window_size)
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         check_spread(trainer, pl_module)
         ep_size = checked_ep_size(trainer, self.ep_size, self.num_redundant_experts)
+        check_pruning(trainer, pl_module, ep_size)
         clip_by_global_norm(trainer, pl_module)
-        keep_experts_from_ddp(pl_module)
+        leave_experts_out_of_ddp(pl_module)
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
@@ -156,6 +169,7 @@ class EPLBCallback(Callback):
         found = dict(find_experts(pl_module))
         if not found and is_overridden("configure_model", pl_module):
             return
+        check_found(pl_module, found)
         check_experts(pl_module, found, ep_size, self.num_redundant_experts)
         experts = {id(parameter) for module in found.values() for parameter in module.parameters(recurse=False)}
         trained_elsewhere = any(p.requires_grad and id(p) not in experts for p in pl_module.parameters())
@@ -196,8 +210,7 @@ class EPLBCallback(Callback):
         assert self.balancer is not None
         self._last_global_step = trainer.global_step
         self._summary = FitSummary(self.window_size)
-        if self.trace is not None and trainer.is_global_zero:
-            self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
+        self._open_trace(trainer)
         if self._saved_state:
             self.balancer.load_state_dict(self._saved_state)
             was_rearranging = self._saved_state.get("is_rearranging", False)
@@ -211,6 +224,8 @@ class EPLBCallback(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         assert self.balancer is not None
+        if self.balancer.groups.size > 1:
+            check_fsdp_hook(trainer.strategy.model)  # registered in any hook before
         self.balancer.record(True)
 
     @override
@@ -268,6 +283,59 @@ class EPLBCallback(Callback):
             print_table(title, self._summary.rows(self.balancer), trainer.progress_bar_callback)
 
     @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_test_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_predict_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._evaluation = Evaluation(trainer, pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self._evaluation is not None
+        self._evaluation.start_batch(dataloader_idx)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        if self._evaluation is not None:
+            self._evaluation.stop()
+
+    @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         clip_as_before(trainer)
         self._undo_spread_experts()
@@ -283,6 +351,19 @@ class EPLBCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict
 
+    def _open_trace(self, trainer: "pl.Trainer") -> None:
+        """Open the trace on rank 0. Where that fails, every rank raises ``ValueError``, so that none waits."""
+        if self.trace is None:
+            return
+        fault = None
+        if trainer.is_global_zero:
+            try:
+                self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
+            except ValueError as error:
+                fault = str(error)
+        if (fault := trainer.strategy.broadcast(fault)) is not None:
+            raise ValueError(fault)
+
     def _undo_spread_experts(self) -> None:
         if self._spread_experts is not None:
             self._spread_experts.undo()
@@ -291,9 +372,8 @@ class EPLBCallback(Callback):
     def _watch_optimizers(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self.balancer.optimizers = trainer.optimizers
-        for optimizer in trainer.optimizers:
-            install_optimizer_hooks(optimizer, pl_module)
-            if shared_scaler(trainer) is not None:
+        if shared_scaler(trainer) is not None:
+            for optimizer in trainer.optimizers:
                 check_scaled_optimizer(optimizer)
 
     def _reset_placement(self, pl_module: "pl.LightningModule") -> None:

@@ -9,11 +9,32 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_eplb.parallel.convert import expert_layers
 
 
-def keep_experts_from_ddp(module: nn.Module) -> None:
-    """Let ``DistributedDataParallel`` leave alone what is an expert's when it wraps ``module``."""
+def leave_experts_out_of_ddp(module: nn.Module) -> list[str]:
+    """Let ``DistributedDataParallel`` leave the experts of ``module`` alone, and return their parameters' names.
+
+    Ranks hold other experts each, and the converted layers average their gradients. ``EPLBCallback`` calls this; in a
+    loop without Lightning's ``Trainer`` call it on every rank, on the very module that DDP or ``fabric.setup`` is to
+    wrap, and before.
+
+    Example::
+
+        parallelize_experts(model, num_redundant_experts=8)
+        leave_experts_out_of_ddp(model)
+        model = DistributedDataParallel(model)
+
+    Args:
+        module: Converted by ``parallelize_experts`` now or before DDP wraps it. What it tells DDP to ignore already is
+            kept.
+
+    Returns:
+        Names as in ``module.named_parameters()``, of the parameters whose rows are other experts on each rank: none
+        where a rank holds all experts. FSDP1 must ignore the same ones (``ignored_states``).
+    """
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
     if not isinstance(ignored, _IgnoredByDDP):
-        module._ddp_params_and_buffers_to_ignore = _IgnoredByDDP(module, ignored)  # type: ignore[assignment]
+        ignored = _IgnoredByDDP(module, ignored)
+        module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+    return ignored.names_of_experts()
 
 
 def average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
@@ -33,10 +54,13 @@ class _IgnoredByDDP:
 
     def __iter__(self) -> Iterator[str]:
         yield from self._others
+        yield from self.names_of_experts()
+
+    def names_of_experts(self) -> list[str]:
         experts = {
             id(parameter)
             for layer, module in expert_layers(self._module)
             if layer.groups.size > 1
             for parameter in module.parameters(recurse=False)
         }
-        yield from (name for name, parameter in self._module.named_parameters() if id(parameter) in experts)
+        return [name for name, parameter in self._module.named_parameters() if id(parameter) in experts]

@@ -111,7 +111,7 @@ class DecisionMaker:
             begun_at: When the window began to be read, by ``time.perf_counter()``.
 
         Raises:
-            ValueError: As :meth:`agree` does.
+            ValueError, RuntimeError: As :meth:`agree` does.
         """
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
@@ -136,7 +136,8 @@ class DecisionMaker:
         """Rank 0's ``goal`` or its policy's, its capacities and the bytes that may travel behind a step, on every rank.
 
         Raises:
-            ValueError: On every rank, if the policy raised or no placement came out that can follow.
+            ValueError: On every rank, if the policy raised one or no placement came out that can follow.
+            RuntimeError: On the other ranks, if the policy raised anything else, which rank 0 raises itself.
         """
 
         def decide() -> tuple[np.ndarray, tuple[float, ...] | None, int]:

@@ -6,10 +6,12 @@ expert, ``R`` ranks, ``S`` slots on a rank.
 
 import hashlib
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import numpy as np
 
+from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.compiled import compiled
 
 EMPTY = -1
@@ -43,7 +45,9 @@ class ExpertPlacement:
     """``[Y, L]`` int64, the primary included: never below 1."""
 
     def __init__(self, physical_to_logical: Any, num_logical_experts: int, num_ranks: int) -> None:
-        p2l_YP = np.array(physical_to_logical, dtype=np.int64, order="C")
+        check_whole_numbers(num_logical_experts=num_logical_experts, num_ranks=num_ranks)
+        num_logical_experts, num_ranks = index(num_logical_experts), index(num_ranks)
+        p2l_YP = _checked_slots(physical_to_logical)
         if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
             raise ValueError(
                 f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
@@ -74,6 +78,13 @@ class ExpertPlacement:
         Rank ``r`` starts with primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, takes
         expert ``i mod L``, or the next one that its rank does not hold; it stays empty if the rank holds them all.
         """
+        numbers = {
+            "num_layers": num_layers,
+            "num_logical_experts": num_logical_experts,
+            "num_ranks": num_ranks,
+            "num_redundant_experts": num_redundant_experts,
+        }
+        check_whole_numbers(**numbers)
         if num_layers < 0:
             raise ValueError(f"num_layers={num_layers} must not be negative")
         if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
@@ -85,14 +96,13 @@ class ExpertPlacement:
                 f"num_redundant_experts={num_redundant_experts} must be zero or a multiple of num_ranks={num_ranks}"
             )
         n, e = num_logical_experts // num_ranks, num_redundant_experts // num_ranks
-        slots_P: list[int] = []
-        for rank in range(num_ranks):
-            held = list(range(rank * n, rank * n + n))
-            for i in range(rank * e, rank * e + e):
-                wanted = ((i + step) % num_logical_experts for step in range(num_logical_experts))
-                held.append(next((expert for expert in wanted if expert not in held), EMPTY))
-            slots_P += held
-        return cls(np.tile(np.array(slots_P, dtype=np.int64), (num_layers, 1)), num_logical_experts, num_ranks)
+        slots_RS = np.full((num_ranks, n + e), EMPTY)
+        for rank, slots_S in enumerate(slots_RS):
+            slots_S[:n] = np.arange(rank * n, rank * n + n)
+            wanted_L = (np.arange(num_logical_experts) + rank * e) % num_logical_experts
+            others = wanted_L[wanted_L // n != rank][:e]
+            slots_S[n : n + len(others)] = others
+        return cls(np.tile(slots_RS.ravel(), (num_layers, 1)), num_logical_experts, num_ranks)
 
     @property
     def num_layers(self) -> int:
@@ -220,6 +230,21 @@ class ExpertPlacement:
             f"layer {layer}: rank {rank} holds expert {held_YRS[layer, rank, slot]} twice; a second copy on one"
             " rank serves nobody, leave the slot empty (-1)"
         )
+
+
+def _checked_slots(physical_to_logical: Any) -> np.ndarray:
+    """Copy the slots to int64. Raises ``ValueError`` where they are not whole numbers that int64 holds."""
+    try:
+        slots = np.array(physical_to_logical, order="C")
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"physical_to_logical must be [layers, slots]: {error}") from None
+    if slots.size and slots.dtype.kind not in "iu":
+        raise ValueError(
+            f"physical_to_logical has dtype {slots.dtype}; it must hold experts as whole numbers, int64 would do"
+        )
+    if slots.dtype.kind == "u" and slots.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"physical_to_logical holds expert {slots.max()}, which int64 does not hold")
+    return slots.astype(np.int64, copy=False)
 
 
 @compiled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -43,7 +43,7 @@ def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") 
         if (clipped := model()) is None:
             plain_by_norm(optimizer, clip_val)
         else:
-            clip_grad_norm_(precision.main_params(optimizer), float(clip_val), *clipped)
+            clip_by_norm_of_all_(precision.main_params(optimizer), float(clip_val), *clipped)
 
     def clip_grad_by_value(optimizer: Optimizer, clip_val: int | float) -> None:
         if model() is None:
@@ -64,13 +64,13 @@ def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.Lightning
     def clip(max_norm: float | int, norm_type: float | int = 2.0) -> Tensor:
         if norm_type != 2:
             raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
-        return clip_grad_norm_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
+        return clip_by_norm_of_all_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
 
     wrapped.clip_grad_norm_ = clip  # type: ignore[method-assign]
 
 
 class _Clipped(NamedTuple):
-    """See :func:`~lightning_eplb.parallel.clipping.clip_grad_norm_`."""
+    """See :func:`~lightning_eplb.parallel.clipping.clip_by_norm_of_all_`."""
 
     expert_parameters: Sequence[Tensor]
     groups: ExpertGroups

@@ -27,8 +27,9 @@ def warn_of_drift(ddp: DistributedDataParallel, groups: ExpertGroups) -> bool:
     rank_zero_warn(
         f"{name} is no longer the same on all ranks, though DistributedDataParallel gives all the same gradient."
         " Each rank has other experts: whatever is computed of all gradients or weights differs, as the norm in"
-        " torch.nn.utils.clip_grad_norm_(self.parameters(), ...) does. self.clip_gradients(optimizer, ...) and"
-        " Trainer(gradient_clip_val=...) clip by the norm of the whole model"
+        " torch.nn.utils.clip_grad_norm_(self.parameters(), ...) does. Trainer(gradient_clip_val=...),"
+        " self.clip_gradients(optimizer, ...) and, in a loop of your own, lightning_eplb.clip_grad_norm_(model, ...)"
+        " clip by the norm of the whole model"
     )
     return True
 

@@ -1,13 +1,15 @@
 """What a trainer, its callbacks and a converted model must be for ``EPLBCallback``; said before any communication."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.fsdp import check_fsdp
+from lightning_eplb.parallel.communication_hooks import check_averages
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.strategies import ExpertParallelStrategy
@@ -51,6 +53,11 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
             "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
             " parameters over ranks, and each has other experts; leave its three arguments out"
         )
+    hook = getattr(trainer.strategy, "_ddp_comm_hook", None)
+    if ep_size > 1 and hook is not None:
+        wrapper = getattr(trainer.strategy, "_ddp_comm_wrapper", None)
+        source = f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', repr(hook))})"
+        check_averages(source, hook, hook_state, wrapper)
     check_nodes(ep_size, trainer.num_devices)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -59,6 +66,37 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
                 " the place where they are, and they move; remove one of the two callbacks"
             )
     return ep_size
+
+
+def check_found(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) -> None:
+    """Raise ``ValueError`` for a model that may be built too late: ``setup`` runs behind that of callbacks."""
+    has_any = any(type(getattr(module, "num_experts", None)) is int for module in pl_module.modules())
+    if not found and not has_any and is_overridden("setup", pl_module):
+        name = type(pl_module).__name__
+        raise ValueError(
+            f"no MoE layer found in {name}, whose setup() runs after that of EPLBCallback: build the model in"
+            f" {name}.__init__, or build it in {name}.configure_model and call parallelize_experts(self) at its end"
+        )
+
+
+def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int) -> None:
+    """Raise ``ValueError`` where Lightning's callback is to prune experts, of which each rank has other ones."""
+    if ep_size == 1:
+        return
+    experts = {id(module) for _, module in (*expert_layers(pl_module), *find_experts(pl_module))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelPruning):
+            continue
+        pruned = ModelPruning.sanitize_parameters_to_prune(
+            pl_module, callback._parameters_to_prune, callback._parameter_names
+        )
+        for module, name in pruned:
+            if id(module) in experts:
+                raise ValueError(
+                    f"{type(callback).__name__} prunes {name!r} of a {type(module).__name__}, and EPLBCallback spreads"
+                    " experts over ranks, each of which would prune its own by themselves; leave experts out of"
+                    " parameters_to_prune"
+                )
 
 
 def ep_size_in(trainer: "pl.Trainer", ep_size: int | None) -> int:

@@ -144,6 +144,12 @@ def replay(
         raise ValueError(f"split={split!r} must be 'even' or 'level'")
     steps, layers, experts = load_WYL.shape
     topology = Topology.even(num_ranks, num_nodes)
+    usable = (experts - experts // num_ranks) * num_ranks
+    if num_redundant_experts > usable:
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} is more than num_ranks={num_ranks} can use: with {usable}"
+            " each could hold a copy of every expert that is not its own"
+        )
     node_R = np.array(topology.node_of_rank)
     placement = ExpertPlacement.initial(layers, experts, num_ranks, num_redundant_experts)
     policy.warm_up(placement)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,11 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
 from lightning_eplb.arguments import check_switches, check_whole_numbers
-from lightning_eplb.consolidate import is_distributed_checkpoint
+from lightning_eplb.consolidate import WEIGHTS
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE
-from lightning_eplb.resharding import load_distributed_checkpoint
+from lightning_eplb.resharding import load_distributed_checkpoint, save_folder
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -117,13 +118,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         super().setup(trainer)
 
     @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not self._save_distributed_checkpoint or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        save_folder(self, checkpoint, filepath, WEIGHTS)
+
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
         assert self.lightning_module is not None
         if self.before_loading is not None:
             self.before_loading()
         path = self.broadcast(checkpoint_path)
-        if is_distributed_checkpoint(path):
+        if Path(path).is_dir():
             strict = self.lightning_module.strict_loading
             return load_distributed_checkpoint(path, self.model, self.optimizers, strict, weights_only)
         self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind

@@ -48,10 +48,23 @@ def synthetic_load(
         int64 ``[W, Y, L]``.
 
     Raises:
-        ValueError: No load has that name.
+        ValueError: No load has that name, or a number is too small.
     """
     if name not in SYNTHETIC_LOADS:
         raise ValueError(f"synthetic load {name!r} is unknown; one of {', '.join(SYNTHETIC_LOADS)} would do")
+    sizes = {
+        "num_steps": num_steps,
+        "num_layers": num_layers,
+        "num_logical_experts": num_logical_experts,
+        "num_ranks": num_ranks,
+        "interval": interval,
+    }
+    for argument, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{argument}={value} must be at least 1")
+    for argument, value in {"tokens_per_step": tokens_per_step, "seed": seed}.items():
+        if value < 0:
+            raise ValueError(f"{argument}={value} must not be negative")
     random = np.random.default_rng(seed)
     load_WYL = np.zeros((num_steps, num_layers, num_logical_experts), dtype=np.int64)
     for layer in range(num_layers):

@@ -108,6 +108,7 @@ def full_state(trainer: pl.Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor
     return {name.removeprefix("model."): tensor.clone() for name, tensor in weights.items()}, {
         f"{name.removeprefix('model.')}.{key}": state[name][key].clone()
         for name in weights
+        if name in state  # no buffer
         for key in keys
         if key in state[name]
     }

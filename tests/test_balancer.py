@@ -34,6 +34,20 @@ from tests.workers import WorkerError, Workers
 EXPERTS, WIDTH, TOKENS = 4, 6, 10
 
 
+def rearrange_before_the_first_step() -> list[str]:
+    model = parallelize_experts(Model(), num_redundant_experts=2)
+    balancer = ExpertLoadBalancer(model, step_interval=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        balancer.rearrange()
+        assert balancer.window_balancedness() == 1.0
+    return [str(each.message) for each in caught]
+
+
+def test_rearrange_before_the_first_step_warns_of_nothing(workers: Workers) -> None:
+    assert workers.run(2, rearrange_before_the_first_step) == [[], []]
+
+
 class Experts(nn.Module):
     """As in the docstring of ``parallelize_experts``."""
 

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._comm_hooks import default_hooks
 from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import wrap
 
@@ -164,3 +165,30 @@ def losses_clipped(ours: bool) -> list[float]:
 def test_fsdps_own_clipping_is_by_the_norm_of_the_whole_model(workers: Workers) -> None:
     for ours, theirs in zip(workers.run(2, losses_clipped, True), workers.run(2, losses_clipped, False), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def summing_hook(state: Any, grad: torch.Tensor, shard: torch.Tensor) -> None:
+    torch.distributed.reduce_scatter_tensor(shard, grad)
+
+
+class Hooked(SeesDtypes):
+    def __init__(self, hook: Any) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def on_train_start(self) -> None:
+        state = default_hooks.DefaultState(process_group=torch.distributed.group.WORLD)
+        self.trainer.strategy.model.register_comm_hook(state, self.hook)  # type: ignore[union-attr, operator]
+
+
+def hooked(hook: Any) -> str:
+    return fit(Hooked(hook))
+
+
+def test_a_communication_hook_that_may_sum_is_refused(workers: Workers) -> None:
+    for message in workers.run(2, hooked, summing_hook):
+        assert message.startswith(
+            "FullyShardedDataParallel.register_comm_hook(hook=summing_hook) is not supported with"
+        )
+        assert "Use one of allreduce_hook, reduce_scatter_hook" in message
+    assert workers.run(2, hooked, default_hooks.reduce_scatter_hook) == ["", ""]

@@ -8,7 +8,7 @@ import sys
 import lightning.pytorch
 before = set(sys.modules)
 import lightning_eplb
-print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+print(*sorted({name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))
 print(*sorted({"wandb", "transformers", "jsonargparse", "rich"} & set(sys.modules) - before))
 """
 

@@ -131,6 +131,17 @@ def test_repr_tells_the_numbers():
         ([[0, 1, 2, 3], [0, 1, 2, -1]], 4, 2, "layer 1: a primary slot of rank 1 is empty"),
         ([[0, 1, 2, 2]], 4, 2, "layer 0: expert 3 is missing among the primaries and expert 2 is there 2 times"),
         ([[0, 1, -1, 2, 3, -1], [0, 1, -1, 2, 3, 3]], 4, 2, "layer 1: rank 1 holds expert 3 twice"),
+        ([[0.5, 1.5]], 2, 2, "physical_to_logical has dtype float64; it must hold experts as whole numbers"),
+        ([[0.0, 1.0]], 2, 2, "has dtype float64"),
+        ([[0.0, float("nan")]], 2, 2, "has dtype float64"),
+        ([[False, True]], 2, 2, "has dtype bool"),
+        ([["0", "1"]], 2, 2, "has dtype <U1"),
+        ([[0, 2**70]], 2, 2, "has dtype object"),
+        ([[0, None]], 2, 2, "has dtype object"),
+        (np.array([[0, 1, 2**64 - 1, 2, 3, 0]], dtype=np.uint64), 4, 2, f"holds expert {2**64 - 1}, which int64"),
+        ([[0, 1], [0]], 2, 2, r"physical_to_logical must be \[layers, slots\]: "),
+        ([[0, 1]], 2.0, 2, r"num_logical_experts=2\.0 must be a whole number"),
+        ([[0, 1]], 2, True, "num_ranks=True must be a whole number"),
     ],
 )
 def test_what_is_no_placement_is_refused(slots, experts, ranks, message):
@@ -138,9 +149,19 @@ def test_what_is_no_placement_is_refused(slots, experts, ranks, message):
         ExpertPlacement(slots, experts, ranks)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64, ">i8"])
+def test_whole_numbers_of_any_size_are_taken(dtype):
+    placement = ExpertPlacement(np.array([[1, 0]], dtype=dtype), np.int32(2), np.int32(2))
+    assert placement.physical_to_logical.tolist() == [[1, 0]]
+    assert placement.physical_to_logical.dtype == np.int64
+    assert type(placement.primaries_per_rank) is int
+
+
 @pytest.mark.parametrize(
     ("experts", "ranks", "redundant", "message"),
     [
+        (4, 2.0, 2, r"num_ranks=2\.0 must be a whole number"),
+        (4, 2, 2.5, r"num_redundant_experts=2\.5 must be a whole number"),
         (5, 2, 0, "num_logical_experts=5 must be a positive multiple of num_ranks=2"),
         (4, 2, 3, "num_redundant_experts=3 must be zero or a multiple of num_ranks=2"),
         (4, 2, -2, "num_redundant_experts=-2 must be zero or a multiple of num_ranks=2"),

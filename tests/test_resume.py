@@ -40,6 +40,7 @@ def run(
     ckpt_path: str | None = None,
     save_distributed: bool = True,
     callbacks: tuple[Any, ...] = (),
+    weights_only: bool | None = None,
 ) -> tuple[LanguageModel, Any]:
     """Train with experts that are shuffled after every step; sharded over pairs of EP ranks."""
     model, plugins = hugging_face_model("mixtral"), []
@@ -59,7 +60,7 @@ def run(
         callbacks=[eplb, *callbacks],
         enable_checkpointing=bool(callbacks),
     )
-    trainer.fit(module, batches(ranks), ckpt_path=ckpt_path)
+    trainer.fit(module, batches(ranks), ckpt_path=ckpt_path, weights_only=weights_only)
     return module, trainer
 
 

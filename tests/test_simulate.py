@@ -1,6 +1,7 @@
 """The simulator counts as a run does, and the command line tells what does not fit."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -188,16 +189,96 @@ NAMES = ("static", "deepseek", "balanced")
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "3"],
             "--num-redundant-experts 3 must be a multiple of --ep-size 8; 0 or 8 would do",
         ),
-        (["simulate", "--synthetic", "zipf", "--step-interval", "0"], "step_interval=0 must be at least 1"),
+        (["simulate", "--synthetic", "drift-10", "--step-interval", "0"], "--step-interval 0 must be at least 1"),
+        (["simulate", "--synthetic", "zipf", "--step-interval", "-5"], "--step-interval -5 must be at least 1"),
+        (["simulate", "--synthetic", "zipf", "--window-size", "0"], "--window-size 0 must be at least 1"),
+        (
+            ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "1000000"],
+            "--num-redundant-experts 1000000 is more than 8 ranks can use: with 448 each could hold a copy of every",
+        ),
+        (["simulate", "--synthetic", "zipf", "--num-redundant-experts", "-8"], "must be a multiple of --ep-size 8; 0"),
+        (["simulate", "--synthetic", "zipf", "--num-nodes", "0"], "--num-nodes 0 must be at least 1"),
+        (["simulate", "--synthetic", "zipf", "--num-nodes", "3"], "--num-nodes 3 must divide --ep-size 8; one of [1,"),
+        (["simulate", "--synthetic", "zipf", "--num-groups", "0"], "--num-groups 0 must be at least 1"),
+        (["simulate", "--synthetic", "zipf", "--num-groups", "7"], "--num-groups 7 must divide the 64 experts"),
+        (["simulate", "--synthetic", "zipf", "--seed", "-1"], "--seed -1 must not be negative"),
+        (["simulate", "--synthetic", "zipf", "--bytes-per-expert", "-1"], "--bytes-per-expert -1 must be at least 1"),
+        (
+            ["simulate", "--synthetic", "zipf", "--move-tokens", "nan", "1"],
+            "--move-tokens nan 1.0 must be zero or more; inf for never",
+        ),
+        (["simulate", "--synthetic", "zipf", "--move-tokens", "1", "-1"], "--move-tokens 1.0 -1.0 must be zero or"),
+        (
+            ["simulate", "--synthetic", "zipf", "--steps", "1000000000"],
+            "--steps 1000000000 of --layers 4 with --experts 64 are 256,000,000,000 counts, and 268,435,456 are the",
+        ),
+        (["simulate", "--synthetic", "zipf", "--steps", "0"], "--steps 0 must be at least 1"),
+        (["report", "--synthetic", "drift-10", "--step-interval", "0"], "--step-interval 0 must be at least 1"),
+        (["report", "--synthetic", "zipf", "-o", "."], "-o . is a folder; name a file, such as report.html"),
     ],
 )
 def test_what_does_not_fit_is_an_error_and_no_traceback(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words) == 2
+    with mock.patch("lightning_eplb.cli.load.synthetic_load", side_effect=AssertionError("work before the check")):
+        assert main(words) == 2
     output = capsys.readouterr().err
     assert output.startswith("error: ")
     assert message in output
+
+
+@pytest.mark.parametrize("word", ["simulate", "report"])
+def test_a_damaged_trace_is_read_up_to_there_on_demand(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_trace(tmp_path / "trace.npy", SKEWED)
+    (tmp_path / "trace.npy").write_bytes((tmp_path / "trace.npy").read_bytes()[:-1])
+    words = [word, str(tmp_path / "trace.npy"), "--ep-size", "2", "--step-interval", "16", "--policy", "static"]
+    words += ["-o", str(tmp_path / "report.html")] if word == "report" else []
+    assert main(words) == 2
+    said = "trace.npy is damaged at step 19, byte 3040: the file ends 159 bytes behind the beginning of the step, which"
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert said in output.err
+    assert "--allow-damaged in the command line" in output.err
+    assert main([*words, "--allow-damaged"]) == 0
+    output = capsys.readouterr()
+    assert output.err.startswith("warning: ")
+    assert said in output.err
+    if word == "simulate":
+        assert "19 steps" in output.out
+
+
+@pytest.mark.parametrize("kind", ["itself", "symlink", "hard link"])
+def test_a_report_never_replaces_its_trace(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = output = tmp_path / "t.npy"
+    with_trace(path, SKEWED)
+    before = path.read_bytes()
+    if kind != "itself":
+        output = tmp_path / "u.npy"
+        output.symlink_to(path) if kind == "symlink" else output.hardlink_to(path)
+    assert main(["report", str(path), "-o", str(output), "--ep-size", "2", "--step-interval", "16"]) == 2
+    assert f"-o {output} is the trace itself, and the page would replace it; name another" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"interval": 0}, "interval=0 must be at least 1"),
+        ({"num_ranks": 0}, "num_ranks=0 must be at least 1"),
+        ({"tokens_per_step": -1}, "tokens_per_step=-1 must not be negative"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+    ],
+)
+def test_a_synthetic_load_refuses_numbers_that_cannot_be(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        synthetic_load("drift-10", 10, 1, 8, **arguments)
+
+
+def test_more_redundant_experts_than_the_ranks_can_use_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_redundant_experts=10 is more than num_ranks=2 can use: with 8 each"):
+        replay(SKEWED, StaticPolicy(), num_ranks=2, num_redundant_experts=10)
 
 
 def test_drawn_over_time() -> None:

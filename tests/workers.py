@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp.sharded_grad_scaler  # keeps the default group that there is when it is imported: none
 import torch.multiprocessing as mp
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor import DTensor, debug
 
 SECONDS_A_CALL = 60
 
@@ -102,10 +102,18 @@ def _work(pipe: Connection) -> None:
                 faulthandler.cancel_dump_traceback_later()
 
 
+def _forget_meshes() -> None:
+    """Clear the cache of DTensor, which holds meshes of the groups that are no more."""
+    if hasattr(debug, "_clear_sharding_prop_cache"):
+        debug._clear_sharding_prop_cache()
+    else:  # torch 2.8
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+
+
 def _join(rank: int, world_size: int, port: int) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it holds meshes of the groups that are no more
+        _forget_meshes()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

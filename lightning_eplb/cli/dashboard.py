@@ -14,6 +14,8 @@ for example:
   pip install 'lightning-eplb[dashboard]'
   %(prog)s --entity my-team --project my-model
 """
+NOT_IN_NAMES = frozenset("/\\#?%:")
+"""Characters that Weights & Biases refuses in the names of projects."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for name in ("entity", "project", "name"):
+        value = getattr(arguments, name)
+        if not value.strip() or not value.isprintable():
+            raise ValueError(f"--{name} {value!r} must be a name")
+    for name in ("entity", "project"):
+        if wrong := sorted(NOT_IN_NAMES.intersection(getattr(arguments, name))):
+            raise ValueError(f"--{name} {getattr(arguments, name)!r} must not have {' '.join(wrong)} in it")
     try:
         from lightning_eplb.logging.dashboard import build_dashboard
 

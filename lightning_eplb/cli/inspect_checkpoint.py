@@ -1,7 +1,8 @@
 """``inspect``: the load and the placement that a checkpoint holds."""
 
 import argparse
-import pickle
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from lightning_eplb.cli.table import aligned
+from lightning_eplb.consolidate import check_complete, has_shards, read_rest
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
@@ -37,19 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     checkpoint = _read(arguments.checkpoint)
     state = _state_of_callback(checkpoint, arguments.checkpoint)
-    window_WYL = state["window"].numpy()
-    load_YL = window_WYL.sum(axis=0)
-    placement = None
-    if "physical_to_logical" in state:
-        placement = ExpertPlacement(state["physical_to_logical"].numpy(), load_YL.shape[1], state["num_ranks"])
+    load_YL = state.window.sum(axis=0)
+    placement = state.placement
     layers, experts = load_YL.shape
     if arguments.layer is not None and not 0 <= arguments.layer < layers:
         raise ValueError(f"--layer {arguments.layer} must be 0 to {layers - 1}: the model has {layers} MoE layers")
     print(
         f"{arguments.checkpoint}: optimizer step {checkpoint.get('global_step', 'unknown')},"
-        f" {state['num_rearrangements']} rearrangements, {state['rearranged_bytes'] / 2**20:.1f} MiB moved"
+        f" {state.num_rearrangements} rearrangements, {state.rearranged_bytes / 2**20:.1f} MiB moved"
     )
-    print(f"window: the last {len(window_WYL)} steps, {layers} layers of {experts} experts")
+    print(f"window: the last {len(state.window)} steps, {layers} layers of {experts} experts")
     if placement is None:
         print("placement: not in this checkpoint")
     else:
@@ -70,25 +69,87 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Of the state of an ``EPLBCallback``, checked. The window is ``[W, Y, L]``: steps, layers, experts."""
+
+    window: np.ndarray
+    num_rearrangements: int
+    rearranged_bytes: int
+    placement: ExpertPlacement | None
+
+
 def _read(path: Path) -> dict[str, Any]:
-    file = path / "meta.pt" if path.is_dir() else path  # what Lightning calls it beside the shards
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; name a checkpoint, such as runs/pretrain/checkpoints/last.ckpt")
+    """All but the weights of a checkpoint, which stay on disk. Nothing of the file is run."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name a checkpoint, such as runs/pretrain/checkpoints/last.ckpt")
     try:
-        # Nothing of the file is run, and the weights stay on disk.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a checkpoint that can be read without running code from it") from error
+        if path.is_dir():
+            checkpoint = _read_folder(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of bytes that may be anything, so is this
+        raise ValueError(f"{path} is not a checkpoint that can be read without running code from it") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} is not a checkpoint of Lightning: it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"{path} is not a checkpoint of Lightning: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
-def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    for state in checkpoint.get("callbacks", {}).values():
+def _read_folder(path: Path) -> dict[str, Any]:
+    from lightning_eplb.dcp_reader import leftovers, read_index  # which loads much that a file does not need
+
+    if not has_shards(path):
+        raise ValueError(f"{path} is no checkpoint of Lightning: it has neither an index .metadata nor shards")
+    check_complete(path)
+    index = read_index(path)
+    checkpoint = read_rest(path, index, weights_only=True)
+    if unfinished := leftovers(path, index):
+        warnings.warn(
+            f"a later write to {path} did not finish ({len(unfinished)} of its files are there): shown is the one"
+            " before it, from which a run resumes",
+            stacklevel=1,
+        )
+    return checkpoint
+
+
+def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> _Saved:
+    callbacks = checkpoint.get("callbacks")
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
         if isinstance(state, dict) and {"window", "num_rearrangements", "rearranged_bytes"} <= state.keys():
-            return state
+            try:
+                return _checked(state)
+            except ValueError as error:
+                raise ValueError(f"{path} has a damaged state of an EPLBCallback: {error}") from error
     raise ValueError(f"{path} has no state of an EPLBCallback: it was saved without one, or with weights only")
+
+
+def _checked(state: dict[str, Any]) -> _Saved:
+    window, counts = state["window"], (state["num_rearrangements"], state["rearranged_bytes"])
+    if not (_holds_whole_numbers(window, 3) and min(window.shape[1:]) > 0 and not (window < 0).any()):
+        raise ValueError("its window must be a tensor [steps, layers, experts] of counted tokens")
+    if any(isinstance(count, bool) or not isinstance(count, int) for count in counts):
+        raise ValueError("num_rearrangements and rearranged_bytes must be whole numbers")
+    placement = None
+    if "physical_to_logical" in state:
+        slots, ranks = state["physical_to_logical"], state.get("num_ranks")
+        if not (_holds_whole_numbers(slots, 2) and len(slots) == window.shape[1]):
+            raise ValueError("its placement must be a tensor [layers, slots] of experts")
+        if isinstance(ranks, bool) or not isinstance(ranks, int):
+            raise ValueError("num_ranks must be a whole number")
+        placement = ExpertPlacement(slots.numpy(), window.shape[2], ranks)
+    return _Saved(window.numpy(), *counts, placement)
+
+
+def _holds_whole_numbers(value: Any, ndim: int) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == ndim
+        and value.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
 
 
 def _layer_by_layer(load_YL: np.ndarray, placement: ExpertPlacement | None) -> list[list[str]]:

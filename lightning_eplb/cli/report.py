@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    _check_output(arguments.output, arguments.trace)
     load_WYL, source = read_load(arguments)
     steps, _, experts = load_WYL.shape
     sizes = sizes_to_try(experts, arguments.ep_size)
@@ -64,3 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{arguments.output} can't be written: {error.strerror}") from error
     print(f"{arguments.output}: {len(page.encode()) / 2**20:.2f} MiB, open it in a browser")
     return 0
+
+
+def _check_output(output: Path, trace: str | None) -> None:
+    """Raise ``ValueError`` where the page can't be written, or would be written over its trace."""
+    if output.is_dir():
+        raise ValueError(f"-o {output} is a folder; name a file, such as {output / 'report.html'}")
+    if trace is not None and output.exists() and Path(trace).exists() and output.samefile(trace):
+        raise ValueError(f"-o {output} is the trace itself, and the page would replace it; name another file")

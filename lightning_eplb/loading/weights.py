@@ -1,6 +1,5 @@
 """Weights from disk into a model whose experts are spread over ranks."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from torch import nn
 from lightning_eplb.loading.holdings import Holding, holdings
 from lightning_eplb.loading.parts import PartFinder
 from lightning_eplb.loading.recipes import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, whole_box
+from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
     initialize,
@@ -54,8 +53,9 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         ``model``.
 
     Raises:
-        ValueError: ``path`` is no such checkpoint or a quantized one; or tensors are missing in it, are left over, or
-            have other shapes than the model's. The model is as it was then.
+        ValueError: ``path`` is no such checkpoint, a damaged or a quantized one; or tensors are missing in it, are left
+            over, or have other shapes or kinds of numbers than the model's. The model is as it was then, unless a shard
+            is damaged inside: that is found as it is read.
     """
     device = memory_device(model, device)
     _check_unquantized(model, Path(path))
@@ -68,6 +68,7 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
             recipes, left_over = find_recipes(model, shapes, sources)
         made = {name for recipe in recipes for name in recipe.targets}
         _check_complete(model, held, made, [*left_over, *sorted(made - set(shapes))], path)
+        _check_kinds(recipes, held, sources, path)
         empty = give_memory(model, device)
         held = holdings(model)
         filled = {id(held[name].tensor) for name in made if name in held}
@@ -118,7 +119,7 @@ def _fill(
 
 def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> tuple[list[Recipe], list[str]]:
     """Of a ``LightningModule`` the state dict's own names, of a module in it those behind a prefix."""
-    first = next(iter(shapes))
+    first = next(iter(shapes), "")
     prefixes = [key.removesuffix(first) for key in sources if key == first or key.endswith(f".{first}")]
     found = {prefix: sum(prefix + name in sources for name in shapes) for prefix in prefixes}
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
@@ -144,7 +145,7 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
 
 def _check_unquantized(model: nn.Module, path: Path) -> None:
     if (path / "config.json").is_file():
-        settings: Any = json.loads((path / "config.json").read_text()).get("quantization_config")
+        settings: Any = read_json(path / "config.json").get("quantization_config")
     else:
         settings = getattr(getattr(model, "config", None), "quantization_config", None)
     if settings is not None:
@@ -152,6 +153,27 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
         raise ValueError(
             f"path={str(path)!r} is quantized ({method}), and quantized weights are not loaded here; load it with"
             " from_pretrained(), which can dequantize it, and save_pretrained() it to a folder that this takes"
+        )
+
+
+def _check_kinds(
+    recipes: Iterable[Recipe], held: Mapping[str, Holding], sources: Mapping[str, Source], path: str | Path
+) -> None:
+    """Raise ``ValueError`` where a cast would change numbers: between real ones and whole, complex or packed ones."""
+    wrong = {
+        key: name
+        for recipe in recipes
+        for name in recipe.targets
+        if name in held
+        for key in recipe.all_keys
+        if held[name].tensor.is_floating_point() != sources[key].is_floating_point
+    }
+    if wrong:
+        name = next(iter(wrong.values()))
+        raise ValueError(
+            f"path={str(path)!r} has another kind of numbers (real, whole, complex or packed) than the model in"
+            f" {listed(sorted(wrong))}: {name} is {str(held[name].tensor.dtype).removeprefix('torch.')}, and a cast"
+            " would change it; quantized weights load with from_pretrained(), which can dequantize them"
         )
 
 

@@ -8,16 +8,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_eplb.arguments import check_whole_numbers
 from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.hooks import NOT_UNDER_FSDP, check_unhooked
+from lightning_eplb.parallel.per_expert import find_per_expert, part_of
 from lightning_eplb.parallel.replicas import ReplicaAverage
 from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
+from lightning_eplb.parallel.trial import check_protocol
 from lightning_eplb.placement import ExpertPlacement
 
 PROTOCOL = (
@@ -40,8 +49,21 @@ def parallelize_experts(
     parameters and state-dict keys keep their names; ``state_dict()`` gathers all experts in the model's own order, and
     ``load_state_dict()`` cuts them, so both speak of the unmodified model and every rank must call them. Like DDP,
     it starts from rank 0's weights. Gradients of experts are averaged over the losses of the ranks, so these
-    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; by hand:
-    ``DistributedDataParallel._set_params_and_buffers_to_ignore_for_model``).
+    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; in a loop of your own call
+    :func:`~lightning_eplb.leave_experts_out_of_ddp` before you wrap the model).
+
+    ``named_parameters()`` has this rank's experts only, in the order of the placement: a checkpoint, an average or a
+    norm that is built from it lacks the experts of other ranks, and nothing warns of that. Use ``state_dict()``, or
+    :func:`~lightning_eplb.logical_parameters`, which returns all of them; to clip,
+    :func:`~lightning_eplb.clip_grad_norm_`.
+
+    Gradient hooks on expert parameters, ``register_hook`` and ``register_post_accumulate_grad_hook``, registered before
+    or after, run on what one process would have: the gradient of all experts in logical order, ``[L, ...]``, averaged
+    over EP groups; this rank keeps its own rows. All ranks must register the same, and gather the gradient for each. A
+    hook can't use weights (a ``ValueError`` in the backward pass), and there can be none on a mesh, for FSDP2.
+
+    Where a layer gets no token on any rank, experts have no gradient, or one of zeros, as in the unmodified module.
+    With several EP groups it is always zeros. DDP communication hooks must average: torch's own, or none.
 
     Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
 
@@ -50,7 +72,25 @@ def parallelize_experts(
        the experts, are shared by all experts and stay on every rank;
     3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``, each token's sum over
        its K experts of weight times expert output: linear in the weights, every token by itself;
-    4. ids from ``num_experts`` up, if the router emits them, mean no expert.
+    4. ids that are no expert's, ``num_experts`` or -1 as routers emit them, mean no expert.
+
+    On several ranks a small clone of each kind of layer is tried with random weights and tokens before anything is
+    changed, and a module whose forward computes something else is refused. Forward may take further arguments, by
+    position or name. A tensor whose first dimension is the number of tokens has a row for each token and is dispatched
+    with it; gradients flow back. All else is passed on, and must be the same on all ranks: numbers, strings, ``None``,
+    modules, functions, other tensors. The gradient of such a tensor is that of the tokens that a rank computes; the
+    mean over ranks, as of the model's parameters, is right. Where shapes don't tell, a class attribute
+    ``token_arguments`` names the arguments that have a row for each token.
+
+    It may hold more with an element for each expert, on dimension 0 or in order: buffers, tensors, lists, dictionaries,
+    ``nn.ModuleList`` and its like. These stay whole on every rank, and ``forward`` gets the elements of the experts
+    that it computes. It may add to such a buffer what each token brings (a counter): every rank then has the sum over
+    all. A trial with random values tells, at conversion, which of them ``forward`` uses so; what it uses otherwise by
+    expert, or changes otherwise, is refused. An element of an ``nn.ModuleList`` whose expert got no token has a zero
+    gradient where one process has none.
+
+    From then on a parameter's rows are this rank's experts, in any order. Code of your own that indexes rows by expert
+    (an initialization, a mask, a log) must run before, or on what ``state_dict()`` returns.
 
     Example::
 
@@ -85,8 +125,10 @@ def parallelize_experts(
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, or layers differ.
-            All ranks raise it, before any communication.
+        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
+            a module's experts can't be told apart: its forward was replaced, or computes something else than the
+            protocol says, its parameters are pruned, parametrized or quantized, or see above; or ``group`` is a mesh
+            and an expert parameter has a gradient hook. All ranks raise it, before any communication.
     """
     if any(expert_layers(model)):
         return model
@@ -97,6 +139,11 @@ def parallelize_experts(
     found = dict(find_experts(model))
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     check_experts(model, found, size, num_redundant_experts)
+    if mesh is not None and size > 1:
+        for name, module in found.items():
+            check_unhooked(module, name, NOT_UNDER_FSDP)
+    per_expert = {name: find_per_expert(name, module) for name, module in found.items() if size > 1}
+    of_one_choice = check_protocol(found) if size > 1 else set()
     groups = ExpertGroups.create(group)
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
@@ -104,7 +151,10 @@ def parallelize_experts(
     average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
     ahead = CopiesAhead()
     for index, (name, module) in enumerate(found.items()):
-        _convert(module, ExpertLayer(index, name, module, groups, average, dispatcher, ahead), placement)
+        layer = ExpertLayer(index, name, module, groups, average, dispatcher, ahead)
+        layer.takes_one_choice = name in of_one_choice
+        layer.per_expert = per_expert.get(name, layer.per_expert)
+        _convert(module, layer, placement)
         if mesh is not None and size > 1:
             spread_rows(module, mesh)
     return model
@@ -118,10 +168,31 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[ExpertLayer, nn.Module]]:
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that follow the protocol, with their names; found by structure, whatever they are called."""
-    for name, module in model.named_modules():
-        if _why_not_experts(module) is None:
+    """Modules that follow the protocol, with their names; found by structure, whatever they are called.
+
+    Those of a frozen model within ``model``, such as a teacher, are left out where they have another number of experts
+    than those of the model that is trained: they stay whole.
+    """
+    found = {name: module for name, module in model.named_modules() if _why_not_experts(module) is None}
+    trained = {name for name in found if _is_in_trained_model(model, name, found)}
+    numbers = {found[name].num_experts for name in trained}
+    for name, module in found.items():
+        if name in trained or not numbers or module.num_experts in numbers:
             yield name, module
+
+
+def _is_in_trained_model(model: nn.Module, name: str, found: dict[str, nn.Module]) -> bool:
+    """Whether any parameter is trained in the outermost module around ``name`` whose layers have one number of experts.
+
+    In that module, as adapters may be trained and the experts themselves not.
+    """
+    path = name.split(".") if name else []
+    for depth in range(len(path) + 1):
+        outer = ".".join(path[:depth])
+        inner = [module for other, module in found.items() if not outer or f"{other}.".startswith(f"{outer}.")]
+        if len({module.num_experts for module in inner}) == 1:
+            return any(parameter.requires_grad for parameter in model.get_submodule(outer).parameters())
+    return True
 
 
 def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_redundant_experts: int) -> None:
@@ -164,23 +235,63 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             owners[id(parameter)] = full_name
     if size > 1:
         _check_owners(model, found)
+        for name, module in found.items():
+            _check_module(name, module)
 
 
 def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:
     """Refuse what reads the experts' parameters by its own count of them: it would not see that rows are elsewhere."""
     experts = {id(module): name for name, module in found.items()}
     for name, module in model.named_modules():
+        if type(getattr(module, "num_experts", None)) is int and is_parametrized(module):
+            raise ValueError(_computed(name, next(iter(module.parametrizations)), "a parametrization"))  # type: ignore
         inner = next((experts[id(child)] for child in module.children() if id(child) in experts), None)
         if inner is not None and hasattr(module, "base_layer"):
             raise ValueError(
                 f"{inner} is wrapped in a {type(module).__name__}, an adapter for the weights of all experts, and these"
-                " are to be spread over ranks; leave experts out of PEFT's target_parameters"
+                " are to be spread over ranks; leave experts out of PEFT's target_parameters, and name the modules to"
+                " adapt in the place of target_modules='all-linear', which takes experts, too"
             )
         if isinstance(module, AveragedModel) and any(id(child) in experts for child in module.modules()):
             raise ValueError(
                 f"{name or 'the model'} is an AveragedModel: it averages the rows of experts by the place where they"
                 " are, and they move; average what state_dict() returns instead"
             )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    """Refuse a module whose parameters, or whose forward, are not what its class says."""
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{name}.forward was replaced on the module itself, and experts that are spread over ranks call that of"
+            f" {type(module).__name__}; put the new forward into a subclass, or undo it with del {name}.forward"
+        )
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
+            parameter = getattr(hook, "_tensor_name", None) or hook.name  # type: ignore[union-attr]
+            raise ValueError(_computed(name, parameter, type(hook).__name__))
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        is_quantized = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state")
+        if is_quantized and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name}.{parameter_name} is a {type(parameter).__name__}, whose rows can't be moved between ranks as"
+                " they are; leave experts out of quantization, or hold them in plain tensors, of integers and scales"
+            )
+    number = module.num_experts
+    part = part_of(module, type(module), {}, (), [0])
+    if (found := part.num_experts) != 1:
+        raise ValueError(
+            f"{name}.num_experts is {found} also where the module is to compute 1 of its {number} experts; make it an"
+            " attribute that is set in __init__, not a property"
+        )
+
+
+def _computed(name: str, parameter: str, by: str) -> str:
+    return (
+        f"{name}.{parameter} is computed in each forward, by {by}, from what all experts have, and experts are to be"
+        " spread over ranks; make it a plain parameter before (torch.nn.utils.prune.remove,"
+        " torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)"
+    )
 
 
 def _choices(numbers: Iterator[int]) -> str:
@@ -225,6 +336,9 @@ def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) 
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
+    for name in layer.per_expert.taken:
+        if isinstance(value := getattr(module, name), Tensor) and not value.is_meta:
+            _share(value, layer.groups)
     install_state_dict_hooks(module)
 
 
@@ -235,8 +349,15 @@ def _class_over_ranks(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:
-    assert groups.control is not None
     with torch.no_grad():
         if not parameter.is_meta:
-            dist.broadcast(parameter.data, src=0, group=groups.control)
+            _share(parameter.data, groups)
         parameter.data = parameter.data[rows.to(parameter.device)]
+
+
+def _share(tensor: Tensor, groups: ExpertGroups) -> None:
+    """Give all ranks the tensor of rank 0."""
+    assert groups.control is not None
+    words = tensor.contiguous().view(torch.uint8)  # gloo does not know all dtypes
+    dist.broadcast(words, src=0, group=groups.control)
+    tensor.copy_(words.view(tensor.dtype))

@@ -21,6 +21,9 @@ from lightning_eplb.parallel.rows import all_gather_single
 from lightning_eplb.parallel.tokens import PartsUnderway, receive_back, receive_part, send_out, send_part_back
 from lightning_eplb.policies.split import split_tokens
 
+COUNT_BITS = 40
+"""Of a count of tokens as it travels: the bits above it are for a word."""
+
 BYTES_IN_PARTS_WITHIN_NODE = 384 * 2**20
 """Between four H200 with NVLink one layer, forward and backward, took 1.22 times as long in two parts with 96 MiB, 1.08
 with 192 (the hosts had more to launch), 0.98 with 384 and 0.99 with 768. Between quarters of an H100, whose exchanges
@@ -139,7 +142,11 @@ class TokenDispatcher:
         return BYTES_IN_PARTS_WITHIN_NODE if is_within_node else BYTES_IN_PARTS_BETWEEN_NODES
 
     def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> Any:
-        """Send this rank's tokens off, all parts. Returns the trip."""
+        """Send this rank's tokens off, all parts. Returns the trip.
+
+        Further arguments of the experts' call that have a row for each token make a trip of their own each, of any
+        width, in a floating dtype or as uint8. It ends with :meth:`receive`, in the same order as the tokens.
+        """
         assert self.groups.exchange is not None
         counts = [part.send_counts for part in plan.parts], [part.recv_counts for part in plan.parts]
         out, home = PartsUnderway(*counts, self.groups.exchange), PartsUnderway(*counts, self.groups.exchange)
@@ -175,8 +182,8 @@ class TokenDispatcher:
 
 
 def count_tokens(index_TK: Tensor, num_logical_experts: int) -> Tensor:
-    """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; ids from ``L`` up are no expert's."""
-    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    """Pairs of each logical expert, ``[L]`` int64, without waiting for a device; other ids are no expert's."""
+    experts_N = _no_expert_last(index_TK, num_logical_experts)
     counts = torch.zeros(num_logical_experts + 1, dtype=torch.int64, device=experts_N.device)
     return counts.scatter_add_(0, experts_N.to(torch.int64), torch.ones_like(experts_N, dtype=torch.int64))[:-1]
 
@@ -186,19 +193,38 @@ def sort_pairs(index_TK: Tensor, num_logical_experts: int) -> tuple[Tensor, Tens
 
     Neither waits for a device. Ids are compared as int16 where they fit: a radix sort's passes are the key's bytes.
     """
-    experts_N = index_TK.detach().reshape(-1).clamp(max=num_logical_experts)
+    experts_N = _no_expert_last(index_TK, num_logical_experts)
     small = torch.int16 if num_logical_experts < 2**15 else torch.int32
     sorted_N, order_N = torch.sort(experts_N.to(small), stable=True)
     experts = torch.arange(num_logical_experts + 1, device=sorted_N.device, dtype=sorted_N.dtype)
     return order_N, torch.searchsorted(sorted_N, experts).diff()
 
 
-def gather_counts(counts_L: Tensor, groups: ExpertGroups) -> np.ndarray:
-    """The counts of every rank on the host, ``[R, L]`` int64. All ranks of the EP group call it: one all-gather."""
+def _no_expert_last(index_TK: Tensor, num_logical_experts: int) -> Tensor:
+    """Ids, flattened: those that are no expert's, negative ones too, are ``L``."""
+    positive_N = index_TK.detach().reshape(-1) & torch.iinfo(index_TK.dtype).max  # of -1 the largest number
+    return positive_N.clamp_(max=num_logical_experts)
+
+
+def gather_counts(counts_L: Tensor, groups: ExpertGroups, word: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The counts of every rank on the host, and their words. All ranks of the EP group call it: one all-gather.
+
+    Args:
+        counts_L: This rank's, int64, below ``2**COUNT_BITS``.
+        groups: The ranks.
+        word: What this rank has to say besides, below ``2**(63 - COUNT_BITS)``. It travels in the upper bits of the
+            counts, and 0 takes no time.
+
+    Returns:
+        ``[R, L]`` int64, and ``[R]`` int64.
+    """
     assert groups.exchange is not None
+    if word:
+        counts_L = counts_L + (word << COUNT_BITS)
     counts_RL = counts_L.new_empty(groups.size * len(counts_L))
     all_gather_single(counts_RL, counts_L.contiguous(), group=groups.exchange)
-    return counts_RL.view(groups.size, len(counts_L)).cpu().numpy()
+    said_RL = counts_RL.view(groups.size, len(counts_L)).cpu().numpy()
+    return said_RL & (2**COUNT_BITS - 1), said_RL[:, 0] >> COUNT_BITS
 
 
 def plan_dispatch(

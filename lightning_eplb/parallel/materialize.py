@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.hooks import has_hooks
 from lightning_eplb.parallel.shards import local_shard
 
 
@@ -81,6 +82,11 @@ def give_memory(model: nn.Module, device: torch.device) -> set[str]:
     """
     before = named_tensors(model)
     empty = {name for name, tensor in before.items() if tensor.is_meta}
+    if hooked := next((name for name in sorted(empty) if has_hooks([before[name]])), None):
+        raise ValueError(
+            f"{hooked} is on the meta device and has a gradient hook, which would be lost: memory makes it another"
+            " parameter. Register hooks once it has memory, as in on_fit_start"
+        )
     if not empty:
         return empty
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

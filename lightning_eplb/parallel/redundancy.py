@@ -5,7 +5,7 @@ Forward: :meth:`CopiesUnderway.attach`, the tokens' dispatch, :meth:`CopiesUnder
 gradients are sent home, the primaries' tokens, the tokens' way home, the gradients are waited for and added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,12 +75,20 @@ class CopiesUnderway:
         parameters: The expert parameters of this rank's primaries, ``[n, ...]`` each.
         routes: Of this forward.
         groups: Of the layer.
+        check: Called in the backward pass, before the parameters' gradients are accumulated.
     """
 
-    def __init__(self, parameters: list[Tensor], routes: CopyRoutes, groups: ExpertGroups) -> None:
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        routes: CopyRoutes,
+        groups: ExpertGroups,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.parameters = parameters
         self.routes = routes
         self.groups = groups
+        self.check = check
         routes.put_on(parameters[0].device)
         self.trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
         self.underway: RowsUnderway | None = None
@@ -153,6 +161,8 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         copies: CopiesUnderway = ctx.copies
+        if copies.check is not None:
+            copies.check()
         num_parameters = len(copies.parameters)
         grad_of = {}
         for i in copies.trained:

@@ -249,12 +249,14 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     """
     device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
     mine = rows.detach().to(device).contiguous()
+    words = mine.reshape(-1).view(torch.uint8)  # gloo does not know all dtypes
     size = dist.get_world_size(group)
-    flat = mine.new_empty(size * mine.numel())
-    all_gather_single(flat, mine.reshape(-1), group=group)
-    logical = torch.empty(size * len(mine), *mine.shape[1:], dtype=mine.dtype)
-    logical[order] = flat.view(logical.shape).cpu()
-    return logical
+    flat = words.new_empty(size * words.numel())
+    all_gather_single(flat, words, group=group)
+    gathered = flat.view(size * len(mine), -1).cpu()
+    logical = torch.empty_like(gathered)
+    logical[order] = gathered
+    return logical.view(-1).view(mine.dtype).view(len(logical), *mine.shape[1:])
 
 
 def _plain(tensor: Tensor) -> Tensor:

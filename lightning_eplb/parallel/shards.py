@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 EP, EFSDP, REPLICATE = "ep", "efsdp", "replicate"
@@ -31,6 +32,15 @@ def spread_rows(module: nn.Module, ep_mesh: DeviceMesh) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         rows = DTensor.from_local(parameter.detach(), ep_mesh, [Shard(0)], run_check=False)
         setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+
+def sharded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer has of a module that ``fully_shard`` was called for; else none.
+
+    Within a forward the module itself has others, which are whole.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    return [parameter.sharded_param for parameter in group.fsdp_params] if group is not None else []
 
 
 def as_spread(rows: Tensor, group: dist.ProcessGroup) -> DTensor:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
-from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
 from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
 from lightning_eplb.parallel.shards import as_spread, local_shard, with_local
+from lightning_eplb.parallel.waiting import wait_for_all_ranks
 
 
 def install_state_dict_hooks(module: nn.Module) -> None:
@@ -25,7 +25,7 @@ def install_state_dict_hooks(module: nn.Module) -> None:
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     layer = _layer_of(module)
     if layer.index == 0:
-        wait_for_all_ranks(layer.groups, "state_dict() of a model with parallel experts")
+        wait_for_all_ranks(layer.groups, "state_dict() of a model gathers experts from all ranks")
     for name, parameter in module.named_parameters(recurse=False):
         state[prefix + name] = to_logical(parameter.detach(), layer)
 
@@ -90,15 +90,3 @@ def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
     received = torch.empty_like(sent)
     exchange_rows([sent], [received], route, groups.exchange)
     return with_local(rows, received.to(mine.device))
-
-
-def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
-    """Return once every rank is here. A rank that never comes becomes an error on the others, not a hang.
-
-    Raises:
-        RuntimeError: Some rank did not come within ``CONTROL_TIMEOUT``.
-    """
-    try:
-        dist.monitored_barrier(groups.control, timeout=CONTROL_TIMEOUT, wait_all_ranks=True)
-    except RuntimeError as error:
-        raise RuntimeError(f"{what} gathers experts from all ranks, so every rank must call it: {error}") from error

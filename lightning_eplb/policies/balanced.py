@@ -37,7 +37,7 @@ FREE = 1.0 / 2**20
 NEVER = 1e9
 """Cost of what shall never be done: infinity times nothing would be no number."""
 MOST_MOVES = int(np.iinfo(np.int32).max)
-LEAST_CAPACITY = 1.0 / 64
+LEAST_CAPACITY = 1.0 / 16
 """Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
 
 
@@ -266,7 +266,9 @@ def _localize(slots_YRS: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np
         The slots in local numbers, and for each local number the expert, ``[Y, ranks * N]``.
     """
     layers, ranks, _ = slots_YRS.shape
-    expert_YL = np.sort(slots_YRS[:, :, :num_primaries].reshape(layers, ranks * num_primaries), axis=1)
+    # In C order, also where these are few: in another, all loops would be compiled again.
+    primaries_YL = np.ascontiguousarray(slots_YRS[:, :, :num_primaries]).reshape(layers, ranks * num_primaries)
+    expert_YL = np.sort(primaries_YL, axis=1)
     local_YRS = np.full(slots_YRS.shape, EMPTY)
     for layer in range(layers):
         place = np.searchsorted(expert_YL[layer], slots_YRS[layer])

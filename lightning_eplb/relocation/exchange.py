@@ -39,11 +39,6 @@ def gradients_to_move(module: nn.Module) -> list[Tensor]:
     return [local_shard(p.grad) for p in module.parameters(recurse=False) if p.grad is not None]
 
 
-def parameters_of_autograd(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters whose gradients autograd accumulates: all, or none where FSDP reduces them."""
-    return [] if isinstance(module, FSDPModule) else list(module.parameters(recurse=False))
-
-
 def route_of(layers: Sequence[LayerMoves], num_primaries: int, groups: ExpertGroups) -> Route:
     """How this rank's rows of these layers travel; each layer's are counted on from those of the one before it."""
     source_rank, target_rank = (

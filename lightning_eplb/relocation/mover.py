@@ -15,7 +15,8 @@ from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.background import BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, parameters_of_autograd, relocate, tensors_to_move
+from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.optimizer import call_after_steps, has_rows, leaves, nested_optimizers, state_of
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
@@ -62,12 +63,12 @@ class ExpertMover:
         self._capacity: tuple[float, ...] | None = None
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Move the state of these optimizers from now on, and note when one of them steps."""
+        """Move the state of these optimizers, and of those inside them, from now on; note when one of them steps."""
         for hook in self._hooks:
             hook.remove()
         self.optimizers = list(optimizers)
-        watched = [optimizer for optimizer in self.optimizers if isinstance(optimizer, Optimizer)]
-        self._hooks = [optimizer.register_step_post_hook(self._note_step) for optimizer in watched]
+        self._all_optimizers = nested_optimizers(self.optimizers)
+        self._hooks = call_after_steps(self._all_optimizers, self._note_step)
 
     def _note_step(self, *_: Any) -> None:
         self._has_stepped = True
@@ -85,7 +86,7 @@ class ExpertMover:
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """What moves with a layer's primaries, ``[n, ...]`` each."""
-        return tensors_to_move(self._modules[layer_index][1], self.optimizers, with_gradients)
+        return tensors_to_move(self._modules[layer_index][1], self._all_optimizers, with_gradients)
 
     def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
         """Go to ``after`` now. Before the first row moves, all ranks compare what they are about to do.
@@ -98,9 +99,10 @@ class ExpertMover:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        Agreement(self.placement, after, moved, self.groups).wait()
+        Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_replicas
         self._capacity = capacity
@@ -118,10 +120,12 @@ class ExpertMover:
         """
         assert self._background is not None
         start = time.perf_counter()
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._background.first_idle
-        agreement = Agreement(self.placement, after, moved, self.groups, number)
+        names = self._names_of_state(moved)
+        agreement = Agreement(self.placement, after, moved, self.groups, number, names=names)
         relocation = self._prepared(plan, number, most_bytes) if number else None
         numbers = set(agreement.wait())
         if relocation is None or len(numbers) > 1:
@@ -131,7 +135,7 @@ class ExpertMover:
             self._background.take(number)
             self._number_taken = number
             self._relocation = _UNDERWAY[self._modules[0][0]] = relocation
-            relocation.send(self._parameters_of_autograd)
+            relocation.send()
         self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
@@ -157,7 +161,7 @@ class ExpertMover:
         else:
             self._has_stepped = False
             self._relocation.prepare(self._weights_and_state)
-            self._relocation.send(self._parameters_of_autograd)
+            self._relocation.send()
         self.seconds += time.perf_counter() - start
 
     def put_in_place(self) -> None:
@@ -171,10 +175,10 @@ class ExpertMover:
             return
         start = time.perf_counter()
         gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
-        word, num_sent = int(relocation.has_gradients), relocation.num_sent
-        agreement = Agreement(self.placement, self._goal, gradients, self.groups, word, num_sent)
-        relocation.aim(gradients)
-        self._switch(self._goal, relocation.finish(gradients, have_arrived=all(agreement.wait())))
+        agreement = Agreement(self.placement, self._goal, gradients, self.groups)
+        relocation.aim()
+        agreement.wait()
+        self._switch(self._goal, relocation.finish(gradients))
         self.num_bytes = relocation.num_bytes * self.groups.num_replicas
         self.seconds += time.perf_counter() - start
 
@@ -207,10 +211,16 @@ class ExpertMover:
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:
         return self.tensors(layer_index, with_gradients=False)
 
-    def _parameters_of_autograd(self, layer_index: int) -> list[nn.Parameter]:
-        if self.groups.num_replicas > 1:  # gradients are averaged after autograd had them: all would be sent in vain
-            return []
-        return parameters_of_autograd(self._modules[layer_index][1])
+    def _names_of_state(self, layers: Iterable[int]) -> list[str]:
+        """The optimizers by class, and by what names they keep rows of these layers' experts."""
+        names = [type(optimizer).__qualname__ for optimizer in self._all_optimizers]
+        for layer in layers:
+            for parameter in self._modules[layer][1].parameters(recurse=False):
+                for optimizer in self._all_optimizers:
+                    state = state_of(optimizer, parameter)
+                    kept = {key: sum(has_rows(each, len(parameter)) for each in leaves(state[key])) for key in state}
+                    names += [f"{key}: {number}" for key, number in sorted(kept.items(), key=str) if number]
+        return names
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
         """Follow ``after`` in some layers, from the next forward on."""

@@ -1,25 +1,43 @@
-"""Which tensors of an optimizer's state have a row for each expert."""
+"""Which tensors of an optimizer, and of the optimizers inside it, have a row for each expert."""
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-LEAST_MIXED = 1e-4
-"""Of an update: what differs by less is rounding, as in an optimizer that computes in bfloat16."""
+from lightning_eplb.parallel.shards import local_shard
+
+MOST_DEPTH = 6
+"""Attributes and items that are followed from an optimizer to what it holds."""
 
 
 def state_rows(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
     """The tensors that the optimizers keep for ``parameter`` and that have its rows: moments, momentum, fp32 masters,
     row-wise factors. Scalars, such as AdamW's ``step``, belong to the whole parameter and stay where they are.
 
+    Args:
+        optimizers: With those inside them, see :func:`nested_optimizers`.
+        parameter: Of experts.
+
     Returns:
-        Tensors ``[n, ...]``, in an order that is the same on every rank.
+        Tensors ``[n, ...]``, each once, in an order that is the same on every rank.
     """
-    states = (optimizer.state.get(parameter, {}) for optimizer in optimizers)
-    return [value for state in states for _, value in sorted(state.items()) if has_rows(value, parameter.shape[0])]
+    found: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        for value in leaves(state_of(optimizer, parameter)):
+            if has_rows(value, parameter.shape[0]):
+                found.setdefault(id(value), value)  # a wrapper may show the state of what it wraps as its own
+    return list(found.values())
+
+
+def state_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The entries of ``optimizer.state[parameter]``; none where there is no such state."""
+    state = getattr(optimizer, "state", {}).get(parameter, {})
+    return state if isinstance(state, dict) else {}
 
 
 def has_rows(value: Any, num_rows: int) -> bool:
@@ -27,94 +45,135 @@ def has_rows(value: Any, num_rows: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == num_rows
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], parameters: dict[str, Tensor]) -> None:
-    """Refuse an optimizer whose state for experts can't be moved with them. Needs no communication.
+def leaves(value: Any) -> Iterator[Any]:
+    """The values of a parameter's state: what is in its dictionaries and lists, in the same order on every rank."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):  # ranks that resumed may have the keys in another order
+            yield from leaves(value[key])
+    elif isinstance(value, (list, tuple, deque)):
+        for inner in value:
+            yield from leaves(inner)
+    else:
+        yield value
 
-    Args:
-        optimizers: After their first step, when state exists.
-        parameters: This rank's expert parameters by name, dimension 0 the expert.
 
-    Raises:
-        ValueError: Names the optimizer, the parameter and the state.
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same dictionaries and lists with ``function`` of each value, called in the order of :func:`leaves`."""
+    if isinstance(value, Mapping):
+        mapped = {key: map_leaves(function, value[key]) for key in sorted(value, key=str)}
+        return {key: mapped[key] for key in value}
+    if isinstance(value, deque):
+        return deque((map_leaves(function, inner) for inner in value), value.maxlen)
+    if isinstance(value, (list, tuple)):
+        return type(value)([map_leaves(function, inner) for inner in value])
+    return function(value)
+
+
+def nested_optimizers(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers, each followed by those that it holds in attributes, lists and dictionaries, at any depth.
+
+    Returns:
+        Each optimizer once, in an order that is the same on every rank.
     """
+    found: dict[int, Optimizer] = {}
     for optimizer in optimizers:
-        if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer and its kin
-            raise ValueError(
-                f"{type(optimizer).__name__} gives every rank other parameters to update and to keep state for, while"
-                f" every rank has experts of its own. {_REMEDY}"
-            )
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        mine = {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
-        if mine and mixes_rows(optimizer):
-            raise ValueError(
-                f"{type(optimizer).__name__} updates each row of a parameter by what is in the others, and a rank has"
-                f" some of the experts only: it would not be the same training. {_REMEDY}"
-            )
-        for name, parameter in mine.items():
-            state = optimizer.state.get(parameter, {})
-            if not state and parameter.grad is not None and _keeps_tensors(optimizer):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps its state for {name} elsewhere than in state[parameter];"
-                    f" its rows can't follow the experts. {_REMEDY}"
-                )
-            for key, value in state.items():
-                if not _is_scalar(value) and not has_rows(value, parameter.shape[0]):
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps {key!r} of {name} as {_describe(value)}, which has no row"
-                        f" for each of the rank's {parameter.shape[0]} experts and can't follow them. {_REMEDY}"
-                    )
+        for _, value in contents(optimizer):
+            if value is optimizer or isinstance(value, Optimizer):
+                found.setdefault(id(value), value)
+    return list(found.values())
 
 
-def mixes_rows(optimizer: Optimizer) -> bool:
-    """Whether what an optimizer does to a row depends on other rows of the parameter, as a norm of it all does.
+def call_after_steps(optimizers: Iterable[Optimizer], hook: Callable[..., None]) -> list[RemovableHandle]:
+    """Register a hook on the steps of optimizers. A wrapper that can't have one may hold an optimizer that can."""
+    handles = []
+    for optimizer in optimizers:
+        try:
+            handles.append(optimizer.register_step_post_hook(hook))
+        except AttributeError:  # Optimizer.__init__ was not called, or it is no Optimizer
+            continue
+    return handles
 
-    It is tried: an optimizer of the same class and settings steps on two rows, and on the first of them alone. One that
-    can't be made that way is taken to update by element. The generator of random numbers is left as it was.
+
+def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """The parameters of all groups of the optimizers, each once."""
+    groups = (group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ()))
+    return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
+
+
+def copied_parameters(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[str]:
+    """The expert parameters of which an optimizer updates a copy instead, such as one in float32, by name."""
+    name_of, known = _names_by_shape(parameters), {id(parameter) for parameter in parameters.values()}
+    for held in parameters_of(nested_optimizers([optimizer])):
+        name = name_of.get(held.shape) if id(held) not in known else None
+        if name is not None and _is_copy(held, parameters[name]):
+            yield name
+
+
+def stray_rows(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Tensors of the shape of expert parameters that an optimizer keeps elsewhere than in ``state[parameter]``.
+
+    Yields:
+        A place in the optimizer, such as ``shadow[3]``, and the name of a parameter with the shape of what is there.
     """
-    start = torch.arange(1.0, 9.0, dtype=torch.float64, device="cpu").view(2, 2, 2)
-    grad = start.new_tensor([[[1.0, -2.0], [3.0, 0.5]], [[50.0, 40.0], [-90.0, 7.0]]])
-    updates = []
-    with torch.random.fork_rng(devices=[]):
-        for num_rows in (1, 2):
-            rows = nn.Parameter(start[:num_rows].clone())
-            try:
-                settings = {key: value for key, value in optimizer.defaults.items() if not isinstance(value, Tensor)}
-                tried = type(optimizer)([rows], **settings)
-                for step in (1, 2):
-                    torch.default_generator.manual_seed(step)  # noise that is added is the same for the first row
-                    rows.grad = step * grad[:num_rows]
-                    tried.step()
-            except Exception:
-                return False
-            updates.append(rows.detach()[0] - start[0])
-    alone, together = updates
-    return bool((alone - together).abs().max() > LEAST_MIXED * alone.abs().max())
+    name_of, nested = _names_by_shape(parameters), nested_optimizers([optimizer])
+    held = [*parameters.values(), *parameters_of(nested)]
+    known = {id(tensor) for parameter in held for tensor in (parameter, parameter.grad)}
+    known |= {id(value) for each in nested for p in parameters.values() for value in leaves(state_of(each, p))}
+    for place, value in contents(optimizer):
+        for where, tensor in _tensors(place, value):
+            if id(tensor) not in known and (name := name_of.get(tensor.shape)) is not None:
+                yield where, name
 
 
-_REMEDY = (
-    "Optimizers with state by element or by row would do (AdamW, SGD with momentum, Lion, ...), as would another"
-    " optimizer for the experts alone"
-)
+def _names_by_shape(parameters: Mapping[str, Tensor]) -> dict[torch.Size, str]:
+    """Of each shape the first parameter's name. None for those with one dimension: too much has their shape."""
+    return {parameter.shape: name for name, parameter in reversed(list(parameters.items())) if parameter.ndim > 1}
 
 
-def _is_scalar(value: Any) -> bool:
+def contents(root: Any) -> Iterator[tuple[str, Any]]:
+    """The root and what is reached from it by attributes, items and elements, each object once, with its place.
+
+    Modules are not entered, nor what is no container and comes from torch or from Python, nor the state of a parameter.
+    """
+    seen: dict[int, Any] = {}
+    waiting: list[tuple[str, Any, int]] = [("", root, 0)]
+    while waiting:
+        place, value, depth = waiting.pop()
+        if isinstance(value, _LEAVES) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        yield place.removeprefix("."), value
+        if depth < MOST_DEPTH and not isinstance(value, (Tensor, nn.Module)):
+            waiting += [(place + step, inner, depth + 1) for step, inner in reversed(list(_inside(value)))]
+
+
+_LEAVES = (bool, int, float, complex, str, bytes, type(None), type)
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in list(value.items()):
+            yield ("[parameter]" if isinstance(key, Tensor) else f"[{key!r}]"), inner
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        for i, inner in enumerate(value):
+            yield f"[{i}]", inner
+    elif isinstance(value, Optimizer) or type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
+        for name, inner in list(getattr(value, "__dict__", {}).items()):
+            if name == "state" and isinstance(inner, Mapping):
+                yield ".state", {key: entry for key, entry in inner.items() if not isinstance(key, Tensor)}
+            elif not name.startswith("_optimizer_"):  # hooks
+                yield f".{name}", inner
+
+
+def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        return value.numel() <= 1
-    return value is None or isinstance(value, (bool, int, float, str))
+        yield place, value
+    elif isinstance(value, nn.Module):
+        for name, tensor in [*value.named_parameters(), *value.named_buffers()]:
+            yield f"{place}.{name}", tensor
 
 
-def _keeps_tensors(optimizer: Optimizer) -> bool:
-    return any(
-        not _is_scalar(value)
-        for state in optimizer.state.values()
-        if isinstance(state, dict)
-        for value in state.values()
-    )
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, Sequence):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+def _is_copy(tensor: Tensor, parameter: Tensor) -> bool:
+    """Another parameter may have the same shape; a copy has the values, too."""
+    one, other = local_shard(tensor.detach()), local_shard(parameter.detach())
+    return one.shape == other.shape and bool(other.any()) and torch.equal(one.to(other), other)

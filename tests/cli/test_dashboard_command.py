@@ -36,6 +36,21 @@ def test_refused(saved: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().err == "error: Weights & Biases did not take the dashboard: no access to team\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--entity", "", "--project", "model"], "--entity '' must be a name"),
+        (["--entity", "team", "--project", "a\nb"], r"--project 'a\nb' must be a name"),
+        (["--entity", "team", "--project", "team/model"], "--project 'team/model' must not have / in it"),
+        (["--entity", "team", "--project", "model", "--name", " "], "--name ' ' must be a name"),
+    ],
+)
+def test_what_is_no_name(saved: list, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dashboard", *words]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert saved == []
+
+
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delitem(sys.modules, "lightning_eplb.logging.dashboard", raising=False)
     for name in ("wandb_workspaces", "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces"):

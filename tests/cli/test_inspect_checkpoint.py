@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_eplb import EPLBCallback, ExpertPlacement
 from lightning_eplb.cli import main
@@ -61,13 +62,26 @@ def saved(path: Path, content: Any) -> Path:
 STATE = {"window": torch.ones(2, 1, 4, dtype=torch.int64), "num_rearrangements": 0, "rearranged_bytes": 0}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_checkpoint_and_one_without_a_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save({"state_dict": {"a": torch.ones(2)}}, checkpoint_id=tmp_path, no_dist=True)
     saved(tmp_path / "meta.pt", {"callbacks": {"EPLBCallback": STATE}, "global_step": 2})
     assert main(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "optimizer step 2" in text
     assert "placement: not in this checkpoint" in text
     assert main(["inspect", str(tmp_path), "--layer", "0"]) == 2
+
+
+def of_callback(**values: Any) -> dict[str, Any]:
+    return {"callbacks": {"EPLBCallback": {**STATE, **values}}}
+
+
+def itself() -> dict[str, Any]:
+    """A dictionary that is in itself."""
+    content: dict[str, Any] = {}
+    content["callbacks"] = content
+    return content
 
 
 class Code:
@@ -79,17 +93,43 @@ class Code:
     [
         ({"callbacks": {"ModelCheckpoint": {}}}, "has no state of an EPLBCallback"),
         ({"state_dict": {}}, "has no state of an EPLBCallback"),
+        ({"callbacks": [1]}, "has no state of an EPLBCallback"),
+        ({"callbacks": None}, "has no state of an EPLBCallback"),
+        (of_callback(window=3), "its window must be a tensor [steps, layers, experts] of counted tokens"),
+        (of_callback(window=torch.ones(3, dtype=torch.int64)), "its window must be a tensor [steps, layers, experts]"),
+        (of_callback(window=torch.ones(2, 1, 4)), "its window must be a tensor [steps, layers, experts] of counted"),
+        (of_callback(window=-STATE["window"]), "its window must be a tensor [steps, layers, experts] of counted"),
+        (of_callback(window=STATE["window"].to_sparse()), "its window must be a tensor [steps, layers, experts]"),
+        (of_callback(num_rearrangements="3"), "num_rearrangements and rearranged_bytes must be whole numbers"),
+        (
+            of_callback(physical_to_logical="x", num_ranks=2),
+            "its placement must be a tensor [layers, slots] of experts",
+        ),
+        (of_callback(physical_to_logical=torch.arange(4)[None]), "num_ranks must be a whole number"),
+        (
+            of_callback(physical_to_logical=torch.arange(4)[None], num_ranks=0),
+            "must be a positive multiple of num_ranks",
+        ),
+        (of_callback(physical_to_logical=torch.full((1, 4), 9), num_ranks=2), "physical_to_logical holds expert 9"),
+        (itself(), "has no state of an EPLBCallback"),
         ([1, 2], "holds a list"),
         ({"callbacks": Code()}, "without running code"),
     ],
 )
 def test_other_files(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(saved(tmp_path / "other.ckpt", content))]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b"."])
 def test_no_checkpoint_at_all(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.ckpt").write_bytes(content)
     assert main(["inspect", str(tmp_path / "text.ckpt")]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
+
+
+def test_folder_of_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "is no checkpoint of Lightning: it has neither an index .metadata nor shards" in capsys.readouterr().err

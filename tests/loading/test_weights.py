@@ -317,7 +317,7 @@ class OwnExperts(nn.Module):
         self.get_buffer("count").fill_(1)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return hidden
+        return hidden * weights.sum(dim=1, keepdim=True)
 
 
 def test_a_model_of_ones_own(workers: Workers, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import fully_shard_moe
-from lightning_eplb.parallel.clipping import clip_grad_norm_, clip_grad_value_
+from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
 from tests.fidelity import whole
@@ -39,7 +39,7 @@ def clip(max_norm: float) -> None:
     mine = nn.Parameter(experts[0][rows].detach())
     assert experts[0].grad is not None
     mine.grad = experts[0].grad[rows].clone()
-    norm = clip_grad_norm_([*dense, mine], max_norm, [mine], groups)
+    norm = clip_by_norm_of_all_([*dense, mine], max_norm, [mine], groups)
     assert abs(float(norm - expected)) < 1e-12
     for parameter, grad in zip([*dense, mine], [*whole[:2], whole[2][rows]], strict=True):
         assert parameter.grad is not None
@@ -56,7 +56,7 @@ def clip_where_one_has_none() -> float:
     dense.grad = torch.tensor([3.0])
     if dist.get_rank() == 1:
         expert.grad = torch.tensor([[4.0]])
-    return float(clip_grad_norm_([dense, expert], 10.0, [expert], groups))
+    return float(clip_by_norm_of_all_([dense, expert], 10.0, [expert], groups))
 
 
 @pytest.mark.parametrize("sizes", [{"efsdp": 2, "ep": 2}, {"efsdp": 4, "ep": 1}, {"replicate": 2, "efsdp": 1, "ep": 2}])
@@ -75,7 +75,7 @@ def clip_sharded(sizes: dict[str, int]) -> float:
     experts = [parameter for _, module in layers for parameter in module.parameters()]
 
     expected = torch.nn.utils.clip_grad_norm_(original.parameters(), 0.1)
-    norm = clip_grad_norm_(model.parameters(), 0.1, experts, layers[0][0].groups)
+    norm = clip_by_norm_of_all_(model.parameters(), 0.1, experts, layers[0][0].groups)
     differences = [abs(float(norm - expected)), largest_gradient_difference(model, original)]
     torch.nn.utils.clip_grad_value_(original.parameters(), 1e-3)
     clip_grad_value_(model.parameters(), 1e-3)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -72,7 +74,7 @@ def compare(
         inputs = [(hidden.clone().requires_grad_(), weights.clone().requires_grad_()) for _ in range(2)]
         original.zero_grad(set_to_none=False)
         holder.zero_grad(set_to_none=False)
-        for parameter in original.parameters():
+        for parameter in (*original.parameters(), *converted.parameters()):
             parameter.grad = torch.zeros_like(parameter)
         outputs = []
         for module, (x, w) in zip((original, converted), inputs, strict=True):
@@ -82,7 +84,9 @@ def compare(
             outputs.append(output)
         differences.append(largest(outputs[0], outputs[1]))
         for ours, theirs in zip(inputs[1], inputs[0], strict=True):
-            differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+            if ours.grad is not None:
+                differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+            assert theirs.grad is None or ours.grad is not None
         expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
         for parameter_name, parameter in converted.named_parameters():
             assert parameter.grad is not None
@@ -188,17 +192,34 @@ def two_groups(redundancy: str) -> float:
     return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
 
 
-def test_ids_beyond_the_experts_are_nobodys(workers: Workers) -> None:
-    """Hugging Face's routers mark a choice that does not count by the id behind the last expert."""
-    assert max(workers.run(2, masked_choices)) < 1e-12
+def test_tokens_in_one_of_two_groups(workers: Workers) -> None:
+    """Ranks of the other group average zeros, as they don't know that this group has tokens."""
+    assert max(workers.run(4, tokens_in_one_group)) < 1e-12
 
 
-def masked_choices() -> float:
+def tokens_in_one_group() -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 if rank < 2 else 0, ep_group=group)
+
+
+@pytest.mark.parametrize("no_expert", [EXPERTS, -1])
+def test_ids_beyond_the_experts_are_nobodys(no_expert: int, workers: Workers) -> None:
+    """Hugging Face's routers mark a choice that does not count by the id behind the last expert, others by -1."""
+    assert max(workers.run(2, masked_choices, no_expert)) < 1e-12
+
+
+def masked_choices(no_expert: int) -> float:
     original, converted = layer(), layer()
-    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder)
+    balancer = ExpertLoadBalancer(holder)
     hidden, index, weights = routing(6, 2)
-    index[::2, 1] = EXPERTS
-    return largest(converted(hidden, index, weights), original(hidden, index, weights))
+    mask = torch.tensor([[False, True], [False, False]] * 3)
+    output = converted(hidden, index.masked_fill(mask, no_expert), weights)
+    load = balancer.step()
+    assert load is not None
+    assert load.load.sum() == 2 * 9
+    return largest(output, original(hidden, index, weights.masked_fill(mask, 0.0)))
 
 
 def test_keyword_arguments_under_the_originals_names(workers: Workers) -> None:
@@ -367,7 +388,61 @@ def test_one_rank_runs_the_module_as_it_was() -> None:
     assert load.balancedness == 1.25 / 4  # of experts: 10 tokens of 8 experts, the hottest has 4
 
 
-def wrapped(ignored: bool) -> str:
+def summing_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+HOOKS: dict[str, Any] = {
+    "summing": summing_hook,
+    "summing in fp16": default_hooks.fp16_compress_wrapper(summing_hook),
+    "noop": noop_hook,
+    "allreduce": default_hooks.allreduce_hook,
+    "allreduce in fp16": default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
+    "fp16_compress": default_hooks.fp16_compress_hook,
+    "allreduce of a part": default_hooks.allreduce_hook,
+}
+
+
+def hooked(name: str) -> str:
+    group = dist.new_subgroups(1)[0] if name == "allreduce of a part" else None
+    return wrapped(True, lambda ddp: ddp.register_comm_hook(group, HOOKS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "inner"),
+    [
+        ("summing", "summing_hook", "summing_hook"),
+        ("summing in fp16", "fp16_compress_wrapper_hook", "summing_hook"),
+        ("noop", "noop_hook", "noop_hook"),
+    ],
+)
+def test_a_communication_hook_that_may_not_average_is_refused(
+    name: str, hook: str, inner: str, workers: Workers
+) -> None:
+    for message in workers.run(2, hooked, name):
+        assert message == (
+            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with experts that are spread"
+            " over ranks: their gradients are averaged over all ranks, and so must all others be, which"
+            f" {inner} may not do. Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook,"
+            " bf16_compress_hook, powerSGD_hook, batched_powerSGD_hook, quantization_pertensor_hook,"
+            " quantization_perchannel_hook, or none"
+        )
+
+
+def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers) -> None:
+    for message in workers.run(2, hooked, "allreduce of a part"):
+        assert message == (
+            "DistributedDataParallel.register_comm_hook(hook=allreduce_hook) averages gradients over a process group of"
+            " 1 ranks, and those of experts are averaged over all 2. Leave the process group out of the hook's state"
+        )
+
+
+@pytest.mark.parametrize("name", ["allreduce", "allreduce in fp16", "fp16_compress"])
+def test_a_communication_hook_that_averages_is_left_alone(name: str, workers: Workers) -> None:
+    assert workers.run(2, hooked, name) == ["", ""]
+
+
+def wrapped(ignored: bool, register: Callable[[DistributedDataParallel], None] = lambda ddp: None) -> str:
     block = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH, dtype=torch.float64), "experts": layer()})
     parallelize_experts(block)
     if ignored:
@@ -375,9 +450,10 @@ def wrapped(ignored: bool) -> str:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
     block.forward = lambda hidden, index, weights: block["experts"](block["norm"](hidden), index, weights)  # type: ignore[method-assign]
     ddp = DistributedDataParallel(block)
+    register(ddp)
     try:
         ddp(*routing(4, 2)).sum().backward()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
 
@@ -388,3 +464,98 @@ def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
         assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
         assert "add EPLBCallback" in message
     assert workers.run(2, wrapped, True) == ["", ""]
+
+
+def refused_call(*arguments: Tensor) -> str:
+    converted = layer()
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    try:
+        converted(*arguments)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            ((2, 3, 16), (6, 2), (6, 2)),
+            "ValueError: experts (MixtralExperts) was called with hidden_states: [2, 3, 16]",
+        ),
+        (
+            ((6, 16), (6, 2), (6, 1)),
+            "top_k_weights: [6, 1] torch.float32; experts over several ranks take hidden states",
+        ),
+        (((5, 16), (6, 2), (6, 2)), "Flatten batches of sequences to T tokens"),
+    ],
+)
+def test_arguments_of_other_shapes_are_refused(shapes: Any, message: str, workers: Workers) -> None:
+    hidden, index, weights = shapes
+    arguments = torch.zeros(hidden), torch.zeros(index, dtype=torch.int64), torch.zeros(weights)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert message in refusal
+
+
+def test_arguments_in_another_order_are_refused(workers: Workers) -> None:
+    arguments = torch.zeros(6, 16), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.int64)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert refusal.startswith("TypeError: experts (MixtralExperts) was called with hidden_states: [6, 16]")
+        assert "top_k_index: [6, 2] torch.float32, top_k_weights: [6, 2] torch.int64; experts over several" in refusal
+
+
+class Raises(nn.Module):
+    """Follows the protocol until its model tells it to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up = nn.Parameter(torch.ones(EXPERTS, WIDTH, WIDTH, dtype=torch.float64))
+        self.failure: Callable[[Tensor], Any] | None = None
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+        if self.failure is not None:
+            return self.failure(hidden)
+        output = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, k = torch.where(index == expert)
+            output = output.index_add(0, token, hidden[token] @ self.up[expert] * weights[token, k, None])
+        return output
+
+
+def failed_call(failure: Callable[[Tensor], Any]) -> str:
+    """One rank's experts get all tokens, the other's none."""
+    experts = Raises()
+    parallelize_experts(nn.ModuleDict({"experts": experts}))
+    experts.failure = failure
+    try:
+        experts(*routing(6, 2, range(4)))
+    except (IndexError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def third_of_two(hidden: Tensor) -> Tensor:
+    return hidden[:2][5]
+
+
+def tuple_of(hidden: Tensor) -> tuple[Tensor]:
+    return (hidden,)
+
+
+def sum_of(hidden: Tensor) -> Tensor:
+    return hidden.sum(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (third_of_two, "This is from experts (Raises), on a rank that holds"),
+        (tuple_of, "TypeError: experts (Raises) returned a tuple; the protocol is: forward(hidden [T, D]"),
+        (sum_of, "ValueError: experts (Raises) returned shape [16] for hidden states of shape"),
+    ],
+)
+def test_errors_inside_experts_name_them_on_all_ranks(failure: Any, message: str, workers: Workers) -> None:
+    for error in workers.run(2, failed_call, failure):
+        assert message in error
+        assert "top_k_weights [T, K]) returns [T, D]" in error

@@ -113,7 +113,7 @@ class SharedNorm(nn.Module):
         self.norm = nn.LayerNorm(4)
 
     def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return hidden
+        return hidden * weights.sum(dim=1, keepdim=True)
 
 
 class OddExperts(SharedNorm):

@@ -29,7 +29,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.ones(12, hidden, 8))
 
     def forward(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return hidden_states + (self.up[index[:, 0], 0, 0] * weights[:, 0])[:, None]
+        return hidden_states * (self.up[index[:, 0], 0, 0] * weights[:, 0])[:, None]
 
 
 def converted(hidden: int = 16) -> tuple[nn.Module, ExpertGroups]:

@@ -34,7 +34,10 @@ def start(name: str, **environment: str) -> "subprocess.Popen[str]":
 
 def start_on_plain_processor(cache_folder: str) -> "subprocess.Popen[str]":
     """The same without the instructions that not every processor has. It compiles all loops anew, for a minute."""
-    from numpy._core import _multiarray_umath as numpy_core  # the features that numpy chooses loops by
+    try:
+        from numpy._core import _multiarray_umath as numpy_core  # the features that numpy chooses loops by
+    except ImportError:  # numpy 1
+        from numpy.core import _multiarray_umath as numpy_core
 
     disabled = [name for name in numpy_core.__cpu_dispatch__ if numpy_core.__cpu_features__.get(name)]
     return start("plain processor", NUMBA_CACHE_DIR=cache_folder, NPY_DISABLE_CPU_FEATURES=" ".join(disabled))

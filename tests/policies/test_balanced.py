@@ -9,7 +9,7 @@ from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.balanced import LEVEL
+from lightning_eplb.policies.balanced import LEVEL, plan_layer
 from lightning_eplb.policies.split import level_tokens
 from tests.policies.digest import printed_by, start
 
@@ -186,10 +186,11 @@ def test_what_sampling_noise_explains_is_left_alone():
     assert BalancedPolicy().rearrange(load_YL, before, Topology.even(4)) is before
 
 
-def test_of_equal_swaps_the_one_with_the_lower_indices_is_made():
-    load_YL = np.array([[6, 6, 2, 2, 2, 2]]) * 10**6
-    after = BalancedPolicy().rearrange(load_YL, ExpertPlacement.initial(1, 6, 3), Topology.even(3))
-    assert after.physical_to_logical.tolist() == [[2, 1, 0, 3, 4, 5]]
+def test_one_swap_levels_ranks_that_one_swap_can_level():
+    load_YL, before = np.array([[6, 6, 2, 2, 2, 2]]) * 10**6, ExpertPlacement.initial(1, 6, 3)
+    after = BalancedPolicy().rearrange(load_YL, before, Topology.even(3))
+    assert rank_tokens(load_YL, after).max() == 8 * 10**6
+    assert moved_primaries(before, after) == 2
 
 
 def test_of_equal_experts_the_lower_index_is_copied():
@@ -382,6 +383,16 @@ def test_warmed_up_whatever_the_groups(num_groups):
     policy.warm_up(placement)
     load_YL = lognormal_load(1, 64)
     assert policy.rearrange(load_YL, placement, Topology.even(8, 2)) != placement
+
+
+@pytest.mark.parametrize(("ranks", "per_rank", "redundant"), [(4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1)])
+def test_the_first_plan_of_node_limited_groups_compiles_nothing(ranks, per_rank, redundant):
+    experts = ranks * per_rank
+    placement = ExpertPlacement.initial(2, experts, ranks, ranks * redundant)
+    policy = BalancedPolicy(num_groups=2)
+    policy.warm_up(placement)
+    policy.rearrange(lognormal_load(2, experts), placement, Topology.even(ranks, 2))
+    assert len(plan_layer.signatures) == 1
 
 
 def test_capacities_of_any_unit():

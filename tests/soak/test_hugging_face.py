@@ -1,4 +1,4 @@
-"""Every family of the installed transformers: its expert modules are found, or follow another protocol."""
+"""Every family of the installed transformers: its expert modules are found and pass the trial, or are others."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import transformers.models
 from torch import nn
 
 from lightning_eplb.parallel.convert import find_experts
+from lightning_eplb.parallel.trial import what_differs
 from tests.parallel.test_convert import experts_of
 
 OTHERS = {
@@ -29,6 +30,7 @@ def test_every_family_is_found_or_known() -> None:
             for module in modules:
                 if any(find_experts(nn.ModuleDict({"experts": module}))):
                     found.append(folder.name)
+                    assert what_differs(module) is None, folder.name
             if folder.name not in found:
                 missed.append(folder.name)
     assert set(missed) <= set(OTHERS)

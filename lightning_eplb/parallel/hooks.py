@@ -1,0 +1,267 @@
+"""Gradient hooks on expert parameters: each sees the gradients of all experts, in logical order.
+
+A rank has some rows of a parameter, in the order of the placement. A hook was written for the unmodified model: a mask
+by expert index, a norm over all experts. So it gets what it would get in one process with the batches of all ranks,
+``[L, ...]``, and of what it makes of that this rank keeps its own rows. Ranks gather the gradient for each hook.
+
+It may use the gradient only. The weights of other ranks' experts are not gathered: reading them is an error.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.pieces import to_device
+from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel.rows import all_gather_single
+from lightning_eplb.parallel.shards import sharded_parameters
+
+WORD_BITS = 22
+"""Of the number that ranks compare."""
+
+NOT_UNDER_FSDP = (
+    "which ExpertParallelStrategy and fully_shard would run with a shard of it, or not at all. strategy='ddp' or"
+    " FSDPStrategy() would do"
+)
+"""Why a hook on an expert parameter is not supported there, and what to do."""
+
+
+class HookedLayer(Protocol):
+    """What hooks must know of a layer, see :class:`~lightning_eplb.parallel.experts.ExpertLayer`."""
+
+    name: str
+    groups: ExpertGroups
+    average: ReplicaAverage | None
+
+    @property
+    def row_order(self) -> Tensor: ...
+
+    @property
+    def local_experts(self) -> Tensor: ...
+
+
+def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
+    """Let users' hooks on a layer's parameters see all experts from now on. Called in each forward: some may be new.
+
+    They run before what averages gradients over EP groups. Their handles stay valid. Those on sharded parameters stay
+    as they are: :func:`check_hooks` refuses them.
+
+    Returns:
+        A number that tells how many hooks each parameter has, below ``2**WORD_BITS``; 0 if none has any.
+    """
+    parameters = list(module.parameters(recurse=False))
+    if _is_sharded(module):
+        return int(has_hooks([*parameters, *sharded_parameters(module)]))
+    numbers = [
+        _wrap(hooks, kind, parameters, layer)
+        for parameter in parameters
+        for hooks, kind in zip(_hooks_of(parameter), (_OnGradient, _AfterAccumulation), strict=True)
+    ]
+    if not any(numbers):
+        return 0
+    return 1 + zlib.crc32(repr(numbers).encode()) % (2**WORD_BITS - 1)
+
+
+def has_hooks(parameters: Iterable[Tensor]) -> bool:
+    """Whether a user has registered a hook on one of them."""
+    return any(True for parameter in parameters for _ in _users_hooks(parameter))
+
+
+def check_hooks(words_R: np.ndarray, module: nn.Module, layer: HookedLayer) -> bool:
+    """Whether the layer has hooks, the same on all ranks. Each rank of the EP group calls it with all their words.
+
+    Raises:
+        ValueError: On all of them, where some have other hooks than others, or ``fully_shard`` has the parameters.
+    """
+    if words_R.any() and _is_sharded(module):
+        raise ValueError(f"a parameter of {layer.name} has a gradient hook, {NOT_UNDER_FSDP}")
+    odd = np.flatnonzero(words_R != words_R[0]).tolist()
+    if odd:
+        raise ValueError(
+            f"EP ranks {odd} have other gradient hooks on the parameters of {layer.name} than EP rank 0; a hook sees"
+            " the gradients of all experts, which ranks gather for it: register the same hooks on every rank"
+        )
+    return bool(words_R[0])
+
+
+def check_wrapped(parameters: Sequence[nn.Parameter], layer: HookedLayer) -> None:
+    """Raise ``ValueError`` for a hook that is about to run in the backward pass and was not there in the forward."""
+    for parameter in parameters:
+        if any(not isinstance(hook, _SeesAllExperts) for hook in _users_hooks(parameter)):
+            raise ValueError(
+                f"a gradient hook was registered on a parameter of {layer.name} between its forward and its backward"
+                " pass; register it before the forward pass"
+            )
+
+
+def check_unhooked(module: nn.Module, name: str, reason: str) -> None:
+    """Raise ``ValueError`` if a parameter of ``module`` itself has a hook, which would be lost."""
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if has_hooks([parameter]):
+            full_name = f"{name}.{parameter_name}" if name else parameter_name
+            raise ValueError(f"{full_name} has a gradient hook, {reason}")
+
+
+class _SeesAllExperts:
+    """A user's hook, called by autograd with this rank's rows. All ranks of the layer's groups call it alike.
+
+    Args:
+        hook: Of the user.
+        parameters: Of the layer.
+        layer: Knows where rows are.
+    """
+
+    def __init__(self, hook: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], layer: HookedLayer) -> None:
+        self._hook, self._layer = hook, layer
+        self._ids = {id(parameter) for parameter in parameters}
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """The gradient of all experts over all ranks' batches, ``[L, ...]`` in logical order."""
+        groups = self._layer.groups
+        assert groups.exchange is not None
+        with torch.no_grad():
+            if self._layer.average is not None:
+                rows = rows.clone(memory_format=torch.contiguous_format)
+                dist.all_reduce(rows, group=groups.replicas)
+                rows /= groups.num_replicas
+            of_ranks = rows.new_empty(groups.size * len(rows), *rows.shape[1:])
+            all_gather_single(of_ranks, rows.contiguous(), group=groups.exchange)
+            return of_ranks[to_device(torch.argsort(self._layer.row_order).numpy(), rows.device)]
+
+    def _own_rows(self, whole: Any, shape: torch.Size) -> Tensor:
+        if not isinstance(whole, Tensor) or whole.shape != shape:
+            made = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
+            raise ValueError(
+                f"a gradient hook on a parameter of {self._layer.name} made a gradient of shape {made}; it must be"
+                f" that of all experts, {list(shape)}"
+            )
+        with torch.no_grad():
+            return whole.detach()[to_device(self._layer.local_experts.numpy(), whole.device)]
+
+
+class _OnGradient(_SeesAllExperts):
+    """Of ``Tensor.register_hook``."""
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        whole = self._gathered(grad)
+        with _WithoutWeights(self._ids, _HARMLESS, self._layer.name):
+            changed = self._hook(whole)
+        return self._own_rows(whole if changed is None else changed, whole.shape)
+
+
+class _AfterAccumulation(_SeesAllExperts):
+    """Of ``Tensor.register_post_accumulate_grad_hook``: the parameter has all experts' gradients while it runs."""
+
+    def __call__(self, parameter: Tensor) -> None:
+        rows, grad = parameter.data, parameter.grad
+        whole = None if grad is None else self._gathered(grad)
+        shape = torch.Size((len(self._layer.row_order), *rows.shape[1:]))
+        parameter.grad = None
+        parameter.data = rows.new_zeros(()).expand(shape)
+        parameter.grad = whole
+        try:
+            with _WithoutWeights(self._ids, _HARMLESS | _OF_GRADIENT, self._layer.name):
+                self._hook(parameter)
+            changed = parameter.grad
+        finally:
+            parameter.grad = None
+            parameter.data = rows
+            parameter.grad = grad
+        if changed is None or grad is None:
+            parameter.grad = None if changed is None else self._own_rows(changed, shape)
+        else:
+            grad.copy_(self._own_rows(changed, shape))
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """While it is active, a parameter of the layer can be used for nothing but ``allowed`` functions."""
+
+    def __init__(self, ids: set[int], allowed: set[Callable[..., Any]], name: str) -> None:
+        super().__init__()
+        self._ids, self._allowed, self._name = ids, allowed, name
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._allowed and any(id(tensor) in self._ids for tensor in _leaves([args, kwargs])):
+            raise ValueError(
+                f"a gradient hook on a parameter of {self._name} uses the parameter itself"
+                f" ({getattr(func, '__name__', func)}): it is given the gradients of all experts, and a rank has the"
+                " weights of some. Use the gradient alone; read weights, change them or step an optimizer after the"
+                " backward pass"
+            )
+        return func(*args, **kwargs)
+
+
+_HARMLESS = {
+    getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "dtype", "device", "layout", "is_cuda")
+}
+_OF_GRADIENT = {
+    Tensor.grad.__get__,  # type: ignore[attr-defined]
+    Tensor.grad.__set__,  # type: ignore[attr-defined]
+    Tensor.grad.__delete__,  # type: ignore[attr-defined]
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+}
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _users_hooks(parameter: Tensor) -> Iterator[Any]:
+    for hooks in _hooks_of(parameter):
+        yield from (hook for hook in (hooks or {}).values() if not _is_ours(hook))
+
+
+def _hooks_of(parameter: Tensor) -> tuple[dict[int, Any] | None, dict[int, Any] | None]:
+    """On its gradient, and after it was accumulated."""
+    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule) or any(isinstance(p, DTensor) for p in module.parameters(recurse=False))
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ReplicaAverage)
+
+
+def _wrap(
+    hooks: dict[int, Any] | None,
+    kind: type[_SeesAllExperts],
+    parameters: Sequence[nn.Parameter],
+    layer: HookedLayer,
+) -> int:
+    """Wrap those of a parameter's hooks that are users', in place, and have the others run last. Returns how many."""
+    if not hooks:
+        return 0
+    ours = {key: hook for key, hook in hooks.items() if _is_ours(hook)}
+    if len(hooks) == len(ours):
+        return 0
+    for key, hook in hooks.items():
+        if key not in ours and not isinstance(hook, _SeesAllExperts):
+            hooks[key] = kind(hook, parameters, layer)
+    for key, hook in ours.items():
+        del hooks[key]
+        hooks[key] = hook
+    return len(hooks) - len(ours)

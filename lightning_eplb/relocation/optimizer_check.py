@@ -1,0 +1,151 @@
+"""Refuse optimizers that would not train spread experts as they train the unmodified model's."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_eplb.relocation.optimizer import (
+    copied_parameters,
+    has_rows,
+    leaves,
+    nested_optimizers,
+    parameters_of,
+    state_of,
+    stray_rows,
+)
+from lightning_eplb.relocation.optimizer_trial import try_out
+
+
+def check_optimizers(
+    optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor], moves_behind_steps: bool = False
+) -> None:
+    """Refuse an optimizer that mixes experts, or whose state for experts can't be moved with them. Before any step.
+
+    It is found by trying: copies of the optimizer step on toy parameters. Needs no communication, and finds the same
+    on all ranks. An optimizer that can't be tried is warned of.
+
+    Args:
+        optimizers: With their settings; they are not stepped.
+        parameters: This rank's expert parameters by name, dimension 0 the expert.
+        moves_behind_steps: Rows move behind steps, so that steps must be noticed.
+
+    Raises:
+        ValueError: Names the optimizer, the parameter and what is wrong with them.
+    """
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer and its kin
+            raise ValueError(
+                f"{name} gives every rank other parameters to update and to keep state for, while"
+                f" every rank has experts of its own. {_REMEDY}"
+            )
+        for copied in copied_parameters(optimizer, parameters):
+            raise ValueError(
+                f"{name} updates a copy of {copied}, whose rows can't follow the experts. Give it the parameters"
+                " themselves. " + _REMEDY
+            )
+        mine = _held(optimizer, parameters)
+        if not mine:
+            continue
+        _check_stray_rows(optimizer, optimizer, mine)
+        for each in nested_optimizers([optimizer]):
+            if type(each).__module__.startswith("torchao."):
+                raise ValueError(
+                    f"{type(each).__name__} of torchao keeps the state of {next(iter(mine))} in quantized blocks or on"
+                    f" another device, and single experts can't be taken out of it. {_REMEDY}"
+                )
+        try:
+            trial = try_out(optimizer, mine)
+        except Exception as error:
+            rank_zero_warn(
+                f"{name} could not be tried out on toy parameters ({type(error).__name__}: {error}), so that it is not"
+                " known whether its update of one expert depends on others; training is right only if it does not"
+            )
+            continue
+        if trial.mixed is not None:
+            raise ValueError(
+                f"{name} updates each row of a parameter by what is in the others ({trial.mixed}), and a rank has"
+                f" some of the experts only: it would not be the same training. {_REMEDY}"
+            )
+        _check_stray_rows(optimizer, trial.optimizer, trial.toys)
+        check_state([trial.optimizer], trial.toys)
+        if trial.left_behind is not None:
+            raise ValueError(
+                f"{name} keeps something of {trial.left_behind} elsewhere than in state[parameter];"
+                f" its rows can't follow the experts. {_REMEDY}"
+            )
+        if moves_behind_steps and not trial.calls_step_hooks:
+            raise ValueError(
+                f"{name} calls no hooks that were registered by register_step_post_hook(), and use_async=True must"
+                " know when an optimizer has stepped. Use use_async=False, or call torch.optim.Optimizer.__init__ in"
+                f" {name}"
+            )
+
+
+def check_state(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer whose state for experts can't be moved with them. Needs no communication.
+
+    Args:
+        optimizers: After a step, when state exists.
+        parameters: As for :func:`check_optimizers`.
+
+    Raises:
+        ValueError: Names the optimizer, the parameter and the state.
+    """
+    for optimizer in optimizers:
+        _check_stray_rows(optimizer, optimizer, _held(optimizer, parameters))
+        for each in nested_optimizers([optimizer]):
+            for name, parameter in _held(each, parameters).items():
+                for key, entry in state_of(each, parameter).items():
+                    for value in leaves(entry):
+                        _check_value(type(each).__name__, name, parameter, key, value)
+
+
+def _check_value(optimizer: str, name: str, parameter: Tensor, key: str, value: Any) -> None:
+    if _is_scalar(value):
+        return
+    if not has_rows(value, parameter.shape[0]):
+        raise ValueError(
+            f"{optimizer} keeps {key!r} of {name} as {_describe(value)}, which has no row"
+            f" for each of the rank's {parameter.shape[0]} experts and can't follow them. {_REMEDY}"
+        )
+    if type(value) not in (Tensor, nn.Parameter, DTensor):
+        raise ValueError(
+            f"{optimizer} keeps {key!r} of {name} as {type(value).__name__}, a tensor of its own kind, and single"
+            f" experts can't be taken out of it. {_REMEDY}"
+        )
+
+
+def _check_stray_rows(named: Optimizer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    for place, name in stray_rows(optimizer, parameters):
+        raise ValueError(
+            f"{type(named).__name__} keeps a copy of {name}, or something else with its rows, in {place} and not in"
+            f" state[parameter]; these rows can't follow the experts. {_REMEDY}; so would averages of what"
+            " model.state_dict() returns"
+        )
+
+
+def _held(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those parameters that the optimizer, or one inside it, updates."""
+    owned = {id(parameter) for parameter in parameters_of(nested_optimizers([optimizer]))}
+    return {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
+
+
+_REMEDY = (
+    "Optimizers with state by element or by row would do (AdamW, SGD with momentum, Lion, ...), as would another"
+    " optimizer for the experts alone"
+)
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() <= 1
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
