@@ -25,6 +25,8 @@ SEARCHED = 4
 """Scenarios that the search looks at, the first. With all of them it took 2.5 times as long, and plans were no better."""
 LEVEL = 1.0 + 1.0 / 128
 """Max/mean load of the expected load up to which a plan may be less level than the present one."""
+SLACK = 1.0 / 64
+"""Max/mean load of the expected load by which a plan may be worse than another that is less robust."""
 LEAST_GAIN = 1.0 / 2048
 """Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
@@ -324,7 +326,7 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     n, num_redundant = layer.num_primaries, num_ranks * (num_slots - layer.num_primaries)
     best_RS, trial_RS = layer.before_RS.copy(), layer.before_RS.copy()
     stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT)
-    limit = stay - least_gain
+    limit, best_expected = stay - least_gain, expected_before
     scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     scenario_weight_C[0] = EXPECTED_WEIGHT
     level_R = np.ceil(layer.mean_C[0] / layer.weight_R).astype(np.int64)
@@ -355,9 +357,11 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
             cost, expected = drop_replicas(layer, trial_RS, EXPECTED_WEIGHT)
         else:
             cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT)
-        if cost < limit and expected <= max(expected_before, LEVEL):
-            limit = cost
+        # Robust, but not at any price: the expected load comes first.
+        is_better = cost < limit and expected <= max(best_expected + SLACK, LEVEL)
+        if is_better or (cost < stay - least_gain and expected < best_expected - SLACK):
+            limit, best_expected = cost, expected
             best_RS[:] = trial_RS
     keep_rows(layer.before_RS, best_RS, layer.num_primaries)
     planned_RS[:] = best_RS
-    return stay - limit
+    return max(stay - limit, 0.0)
