@@ -268,7 +268,7 @@ def grow_tree(load_L, slots_RS, num_primaries, level_R, least, depth, reserve):
 
 @compiled
 def heaviest_missing(left_L, slots_RS, giver, taker, num_primaries, num_held):
-    """Find the giver's primary with most tokens left that the taker does not hold, and these tokens; -1 and 0 if none."""
+    """Find the giver's primary with most tokens left that the taker does not hold, and these tokens; -1, 0 if none."""
     found, most = np.int64(-1), np.int64(0)
     for slot in range(num_primaries):
         mine = slots_RS[giver, slot]

@@ -106,8 +106,8 @@ class DeepSeekPolicy(Policy):
     expert on a rank twice. So the second copy is dropped and its slot stays empty, and the primaries are chosen among
     the ranks that hold an expert, on its present one where that works out. A rank that then lacks primaries takes
     those that no rank had room for, each in exchange for the replica whose load is closest. A layer without tokens
-    stays as it is. The algorithm fills every slot; where it is known what a copy's travel takes, as it is in training, a layer
-    goes without copies that relieve the fullest rank of less.
+    stays as it is. The algorithm fills every slot; where it is known what a copy's travel takes, as it is in training,
+    a layer goes without copies that relieve the fullest rank of less.
 
     Example::
 

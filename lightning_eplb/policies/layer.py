@@ -62,10 +62,10 @@ def price_of(layer: Layer, expert: int, rank: int) -> float:
 @compiled
 def count_moved(layer: Layer, slots_RS: np.ndarray) -> int:
     """Count the primaries that change ranks."""
-    moved = np.int64(0)
+    moved = 0
     for rank in range(slots_RS.shape[0]):
         for slot in range(layer.num_primaries):
-            moved += layer.home_L[slots_RS[rank, slot]] != rank
+            moved += int(layer.home_L[slots_RS[rank, slot]] != rank)
     return moved
 
 

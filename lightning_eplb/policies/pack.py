@@ -1,7 +1,7 @@
 """Replicate experts and pack the replicas to ranks, as DeepSeek's published planner does. Compiled.
 
-Source: https://github.com/deepseek-ai/EPLB (2025): replicas by load, heaviest first to the emptiest rank. Here each rank
-has its own room for primaries and for redundant replicas, and holds an expert once; afterwards the ranks are relabelled.
+Source: https://github.com/deepseek-ai/EPLB (2025): replicas by load, heaviest first to the emptiest rank. Here each
+rank has room for primaries and for redundant replicas apart, and holds an expert once; then ranks are relabelled.
 
 Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 """
@@ -30,7 +30,7 @@ def replicate(layer: Layer, num_redundant: int, count_L: np.ndarray) -> None:
 
 @compiled
 def pack(layer: Layer, slots_RS: np.ndarray, num_redundant: int) -> None:
-    """Fill the empty slots: replicas, heaviest first, each to the emptiest rank with room that does not hold its expert.
+    """Fill the empty slots: heaviest replica first, to the emptiest rank with room that does not hold its expert.
 
     Args:
         layer: To plan, for the expected load.
@@ -144,7 +144,7 @@ def _exchange_roles(layer: Layer, slots_RS: np.ndarray) -> None:
 
 @compiled
 def keep_rows(before_RS: np.ndarray, after_RS: np.ndarray, num_primaries: int) -> None:
-    """Reorder ``after_RS`` in place, primaries and redundant slots apart, so that what stays on a rank keeps its row."""
+    """Reorder ``after_RS`` in place, primaries and redundant slots apart: what stays on a rank keeps its row."""
     num_slots = after_RS.shape[1]
     for rank in range(after_RS.shape[0]):
         for slot in range(num_slots):

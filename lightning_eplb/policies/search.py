@@ -162,7 +162,7 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
     other_C = np.empty(num_scenarios)
     paid = state.arrived_R.max()
     lowest = now - LEAST_GAIN
-    best_rank, best_mine, best_theirs = np.int64(-1), np.int64(-1), np.int64(-1)
+    best_rank, best_mine, best_theirs = -1, -1, -1
     for rank in range(num_ranks):
         if rank == hot:
             continue
@@ -204,7 +204,7 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
                         break
                 if cost < lowest:
                     lowest = cost
-                    best_rank, best_mine, best_theirs = np.int64(rank), np.int64(mine), np.int64(theirs)
+                    best_rank, best_mine, best_theirs = rank, mine, theirs
     return best_rank, best_mine, best_theirs
 
 

@@ -1,23 +1,25 @@
 """How well BalancedPolicy plans, how little it moves and how fast it is, against DeepSeek's published algorithm.
 
-Both replay the same loads on one core: a decision after 25 steps and then every 100, each judged by the steps that
-follow it and that it has not seen. ``rebalance_experts`` is taken as published, from its slots as they come: an expert
-may be on a rank twice, any copy may be the primary. It plans for the window's sum. BalancedPolicy plans for the
+``cells``: both plan for one load and are judged on it and on the next, from the initial placement, with levelled token
+split: workloads of a trace of real loads (``--loads``; DeepSeek-V3's, for instance) and their neighbours, prefill and
+then decode, sampled parts of one workload, sorted lognormal loads and loads whose groups of neighbours change together.
+The baseline is the better of ``DeepSeekPolicy`` and of what it was before its primaries were exchanged.
+
+``next_window``: both replay synthetic loads: a decision after 25 steps and then every 100, each judged by the steps
+that follow it and that it has not seen. ``rebalance_experts`` is taken as published, from its slots as they come: an
+expert may be on a rank twice, any copy may be the primary. It plans for the window's sum. BalancedPolicy plans for the
 forecast of the same window, from the placement that it left, and may decide early when the load drifts away, as it does
-in ``EPLBCallback``. Every tenth step is judged, by balancedness over all layers, once with the tokens of an expert
-divided evenly among its copies and once by quotas that level the ranks in each step (by coordinate descent, the same
-for both). Each rank gets 65,536 token-expert pairs a step on the mean: 8,192 tokens, top-8.
+in ``EPLBCallback``. Every tenth step is judged by balancedness over all layers, with the tokens of an expert divided by
+quotas that level the ranks. Each rank gets 65,536 token-expert pairs a step on the mean: 8,192 tokens, top-8.
 
 Times are the processor's, of the one thread that both run on: others on the machine make them longer by little.
-
-Where neither can know better (an even load, hot experts that nobody can foresee) both are equal but for the sampling of
-tokens. So a cell counts as behind only by as much as its difference exceeds two standard errors, over the judged steps.
 """
 
 import os
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from lightning_eplb.forecast import forecast, plain_mean
+from lightning_eplb.forecast import forecast, plain_mean, sub_windows
 from lightning_eplb.functional import balancedness
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies import BalancedPolicy, Outlook, Topology
-from lightning_eplb.policies.deepseek import rebalance_experts
+from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Outlook, Topology
+from lightning_eplb.policies.base import order_slots
+from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.simulate import DEFAULT_COSTS
@@ -49,32 +52,138 @@ TRACE = Path(__file__).with_name("pretrain_trace.npy")
 TRACE_SHAPES = [(0, 16, 0, 4, 1, 1), (0, 16, 4, 4, 1, 1), (0, 16, 8, 8, 1, 1)]
 STEPS, WINDOW, INTERVAL, JUDGED_EVERY = 325, 100, 100, 10
 TOKENS_PER_RANK = 65_536
-SPLITS = ("even", "level")
 TIMED = {
-    "even split": ("even", DEFAULT_COSTS),
-    "levelled": ("level", DEFAULT_COSTS),
-    "levelled, a copy costs 2,000 tokens": ("level", replace(DEFAULT_COSTS, copy=2000.0)),
+    "replicas free": DEFAULT_COSTS,
+    "a replica costs 2,000 tokens": replace(DEFAULT_COSTS, copy=2000.0),
 }
-"""How tokens are divided, and what is told of costs; in the others copies are free, as they are to the baseline."""
+"""Costs that the policy is told."""
+CELLS = [(ranks, per_rank) for ranks in (4, 8, 16, 32, 64) for per_rank in (0, 1, 2, 4)]
+"""Ranks, and redundant slots of each."""
+JITTERS = 8
+PREFILL, DECODE = range(8), range(8, 12)
+"""Workloads of the trace."""
 SWEEPS = 60
 
 
 def main() -> int:
     """Run all parts, print their tables and then the bars."""
-    arguments = parse_arguments(__doc__)
+    arguments = parse_arguments(
+        __doc__, loads="a trace whose steps are workloads of 256 experts: eight of prefill, four of decode"
+    )
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     shapes = [(min(shape[0], 6), *shape[1:]) for shape in SHAPES[:4]] if arguments.quick else SHAPES
-    for policy in (BalancedPolicy(split="even"), BalancedPolicy(split="level")):
-        policy.warm_up(ExpertPlacement.initial(1, 4, 2, 2))
+    BalancedPolicy().warm_up(ExpertPlacement.initial(1, 4, 2, 2))
     bars, figures = [], {}
-    for part in (planned_and_drifted, timing, growth, forecasts, next_window):
+    real = read_trace(arguments.loads) if arguments.loads is not None else None
+    for part in (cells, planned_and_drifted, timing, growth, forecasts, next_window):
         start = time.perf_counter()
-        part_bars, figures[part.__name__] = part(shapes, arguments.quick)
+        part_bars, figures[part.__name__] = part(real if part is cells else shapes, arguments.quick)
         bars += part_bars
         print(f"[{part.__name__}: {time.perf_counter() - start:.0f} s]\n", flush=True)
     return finish(bars, figures, arguments.json)
+
+
+def cells(real, quick):
+    """Max/mean load of the fullest rank, planned and on the next load: mean over layers, pairs and jitters."""
+    rows, figures, excess = [], {}, []
+    worst = {"redundant": [-1.0, -1.0], "none": [-1.0, -1.0]}
+    jitters, step = (1, 9) if quick else (JITTERS, 1)
+    for ranks, per_rank in CELLS[::3] if quick else CELLS:
+        for name, pairs in _pairs(real).items():
+            found = {"DeepSeek": [], "before": [], "balanced": []}
+            random = np.random.default_rng(ranks)
+            for now_YL, then_YL in pairs:
+                now_YL, then_YL = now_YL[::step], then_YL[::step]
+                before = ExpertPlacement.initial(len(now_YL), now_YL.shape[1], ranks, ranks * per_rank)
+                topology = Topology.even(ranks)
+                for _ in range(jitters):
+                    load_YL = np.int64(now_YL * random.uniform(0.998, 1.002, now_YL.shape))
+                    found["balanced"].append(
+                        _judged(BalancedPolicy().rearrange(load_YL, before, topology), load_YL, then_YL)
+                    )
+                    found["DeepSeek"].append(
+                        _judged(DeepSeekPolicy().rearrange(load_YL, before, topology), load_YL, then_YL)
+                    )
+                    found["before"].append(_judged(_as_before(load_YL, before), load_YL, then_YL))
+            planned, following, last = {}, {}, {}
+            for lane, parts in found.items():
+                planned_X, next_X = (np.concatenate(part) for part in zip(*parts, strict=True))
+                planned[lane], following[lane], last[lane] = planned_X.mean(), next_X.mean(), np.percentile(next_X, 95)
+            theirs = min("DeepSeek", "before", key=following.__getitem__)
+            rows.append([f"256+{ranks * per_rank} @ {ranks}", name])
+            for lane in (theirs, "balanced"):
+                rows[-1] += [f"{planned[lane]:.4f}", f"{following[lane]:.4f} ({last[lane]:.2f})"]
+            figures[" ".join(rows[-1][:2])] = [planned, following, last]
+            key, behind = "redundant" if per_rank else "none", following["balanced"] - following[theirs]
+            second = last["balanced"] - last[theirs] if per_rank else planned["balanced"] - planned[theirs]
+            worst[key] = [max(worst[key][0], behind), max(worst[key][1], second)]
+            if per_rank:
+                excess.append((following["balanced"] - 1, following[theirs] - 1))
+            print(".", end="", flush=True)
+    print("\n\nMax/mean load of the fullest rank: planned, and on the next load (95th percentile)\n")
+    print_table(["experts", "load", "baseline planned", "next", "ours planned", "next"], rows)
+    ours, theirs = np.sum(excess, axis=0)
+    return [
+        Bar("behind the baseline on the next load, worst cell with redundant slots", worst["redundant"][0], 0.005),
+        Bar("the same, 95th percentile", worst["redundant"][1], 0.03),
+        Bar("excess on the next load over the baseline's, all cells with redundant slots", ours / theirs, 2 / 3),
+        Bar("behind the baseline on the next load, worst cell without", worst["none"][0], 0.01),
+        Bar("the same, on the planned load", worst["none"][1], 0.02),
+    ], figures
+
+
+def _judged(placement, load_YL, then_YL):
+    """Max/mean of the fullest rank of each layer, on both loads."""
+    tokens = (level_tokens(each, placement.by_rank, sweeps=SWEEPS) for each in (load_YL, then_YL))
+    return [tokens_YR.max(axis=1) / tokens_YR.mean(axis=1) for tokens_YR in tokens]
+
+
+def _as_before(load_YL, before):
+    """The published plan; a rank that lacks primaries takes those that found no room, for its least loaded replicas."""
+    ranks, n = before.num_ranks, before.primaries_per_rank
+    planned = rebalance_experts(load_YL, before.num_physical_experts, 1, 1, ranks)[0].numpy()
+    slots_YRS = before.by_rank.copy()
+    for layer, planned_RS in enumerate(planned.reshape(len(planned), ranks, -1)):
+        held = [set(row) for row in planned_RS.tolist()]
+        matched = _match_primaries(held, before.primary_rank[layer].tolist(), n)
+        own = [{expert for expert, at in enumerate(matched) if at == rank} for rank in range(ranks)]
+        more = [of_rank - mine for of_rank, mine in zip(held, own, strict=True)]
+        share = load_YL[layer] / np.bincount([expert for of_rank in held for expert in of_rank], minlength=len(matched))
+        for expert in sorted((x for x, at in enumerate(matched) if at is None), key=lambda x: (-share[x], x)):
+            lacking = [rank for rank in range(ranks) if len(own[rank]) < n]
+            rank = min(lacking, key=lambda rank: (sum(share[x] for x in held[rank]), rank))
+            own[rank].add(expert)
+            held[rank].add(expert)
+        more = [sorted(sorted(rest), key=lambda x: -share[x])[: before.slots_per_rank - n] for rest in more]
+        slots_YRS[layer] = order_slots([sorted(mine) for mine in own], more, before.by_rank[layer])
+    return before.with_slots(slots_YRS)
+
+
+def _pairs(real):
+    """Loads to plan for, each with the next one, by kind, int64 ``[Y, L]``."""
+    random, layers, experts = np.random.default_rng(5), 58, 256
+    kinds = {}
+    if real is not None:
+        kinds["neighbours"] = list(pairwise(real))
+        kinds["prefill, decode"] = [(real[now], real[then]) for now in PREFILL for then in DECODE][::5]
+        share_WYL = real / real.sum(axis=2, keepdims=True)
+        kinds["sampled"] = [
+            tuple(np.array([random.multinomial(65_536, share_L) for share_L in share_WYL[step]]) for _ in range(2))
+            for step in (1, 5, 9)
+        ]
+    kinds["sorted"] = []
+    for sigma in (0.5, 0.8, 1.2):
+        load_YL = -np.sort(-random.lognormal(0, sigma, (layers, experts)), axis=1) * 1e5
+        kinds["sorted"].append((np.int64(load_YL), np.int64(load_YL * random.lognormal(0, 0.1, load_YL.shape))))
+    kinds["grouped"] = []
+    for sigma in (0.3, 0.6):
+        own_YL, groups = random.lognormal(0, 0.6, (layers, experts)), random.lognormal(0, sigma, (2, layers, 16))
+        first, second = groups.repeat(16, axis=2)
+        later_YL = own_YL * first**0.7 * second**0.5 * random.lognormal(0, 0.1, own_YL.shape)
+        kinds["grouped"].append((np.int64(own_YL * first * 1e5), np.int64(later_YL * 1e5)))
+    return kinds
 
 
 def planned_and_drifted(shapes, quick):
@@ -88,7 +197,7 @@ def planned_and_drifted(shapes, quick):
             random = np.random.default_rng(experts)
             load_YL = np.round(random.lognormal(0.0, 1.2, (layers, experts)) * 1e5).astype(np.int64)
             before = ExpertPlacement.initial(layers, experts, ranks, redundant_per_rank * ranks)
-            after = BalancedPolicy(split="level").rearrange(load_YL, before, Topology.even(ranks, nodes))
+            after = BalancedPolicy().rearrange(load_YL, before, Topology.even(ranks, nodes))
             planned = balancedness(level_tokens(load_YL, after.by_rank))
             drifted = []
             for _ in range(draws):
@@ -115,14 +224,15 @@ def timing(shapes, quick):
         topology = Topology.even(ranks, nodes)
         weight_YL = random.lognormal(0.0, 1.2, (layers, experts))
         seconds = {"baseline": [], **{lane: [] for lane in TIMED}}
+        start_from = ExpertPlacement.initial(layers, experts, ranks, redundant)
         for _ in range(4 if quick else 9):
             load_YL = np.round(weight_YL / weight_YL.sum(axis=1, keepdims=True) * ranks * TOKENS_PER_RANK * WINDOW)
             load_YL = load_YL.astype(np.int64)
             start = time.process_time()
-            rebalance_experts(load_YL, experts + redundant, groups, nodes, ranks)
+            DeepSeekPolicy(groups).rearrange(load_YL, start_from, topology)
             seconds["baseline"].append(time.process_time() - start)
-            for lane, (split, costs) in TIMED.items():
-                policy = BalancedPolicy(split=split)
+            for lane, costs in TIMED.items():
+                policy = BalancedPolicy()
                 ahead = Outlook(load_YL, WINDOW, plain_mean(load_YL), INTERVAL, costs)
                 start = time.process_time()
                 placements[lane] = policy.look_ahead(ahead, placements[lane], topology)
@@ -137,10 +247,8 @@ def timing(shapes, quick):
             row += [f"{1e3 * first:.2f}", f"{1e3 * np.median(later):.2f}"]
             row.append(f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
             figures[name][lane] = seconds[lane]
-            if ranks == 64 and not quick:  # with all layers
-                bars.append(Bar(f"time over the baseline's, {name}, {lane}", float(np.median(ratios)), 0.1))
-            if ranks == 1024:
-                bars.append(Bar(f"milliseconds, {name}, {lane}", 1e3 * float(np.median(later)), 50.0))
+            if ranks in (32, 1024) and not quick:  # with all layers
+                bars.append(Bar(f"time over DeepSeekPolicy's, {name}, {lane}", float(np.median(ratios)), 1.0))
         rows.append(row)
     print("Time of a plan for all layers, drift of 10 % from plan to plan: milliseconds\n")
     header = ["experts", "baseline"]
@@ -157,18 +265,15 @@ def growth(shapes, quick):
         layers, experts = 8, 4 * ranks
         load_YL = np.round(np.random.default_rng(ranks).lognormal(0.0, 1.2, (layers, experts)) * 1e5).astype(np.int64)
         before = ExpertPlacement.initial(layers, experts, ranks, ranks)
-        row = [str(ranks)]
-        for split in SPLITS:
-            policy, seconds = BalancedPolicy(split=split), []
-            for _ in range(3):
-                start = time.process_time()
-                policy.rearrange(load_YL, before, Topology.even(ranks))
-                seconds.append(time.process_time() - start)
-            row.append(f"{1e6 * min(seconds) / layers:.0f}")
-            figures[f"{split} @ {ranks}"] = min(seconds) / layers
-        rows.append(row)
+        seconds = []
+        for _ in range(3):
+            start = time.process_time()
+            BalancedPolicy().rearrange(load_YL, before, Topology.even(ranks))
+            seconds.append(time.process_time() - start)
+        rows.append([str(ranks), f"{1e6 * min(seconds) / layers:.0f}"])
+        figures[str(ranks)] = min(seconds) / layers
     print("A first plan from the initial placement: microseconds a layer\n")
-    print_table(["ranks", *SPLITS], rows)
+    print_table(["ranks", "us a layer"], rows)
     return [], figures
 
 
@@ -194,41 +299,28 @@ def forecasts(shapes, quick):
 
 def next_window(shapes, quick):
     """Balancedness of the steps after each decision, and rows moved."""
-    rows, bars, figures = [], [], {}
-    behind = dict.fromkeys(SPLITS, -1.0)
-    cells, lost = 0, 0
+    rows, bars, figures, moves, behind = [], [], {}, [], -1.0
     loads = [(name, shape) for shape in shapes for name in SYNTHETIC_LOADS]
     loads += [("trace", shape) for shape in TRACE_SHAPES]
-    moves = []
     for name, shape in loads:
         load_WYL = read_trace(TRACE) if name == "trace" else _synthetic(name, shape)
-        row = [f"{shape[1]}+{shape[2]} @ {shape[3]}", name]
         theirs, their_rows = _replay_baseline(load_WYL, shape)
-        for split in SPLITS:
-            ours, our_rows = _replay_ours(load_WYL, shape, split)
-            difference = ours - theirs[split]
-            error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-            row += [f"{theirs[split].mean():.4f}", f"{ours.mean():.4f}", f"{difference.mean():+.4f}", f"{error:.4f}"]
-            row.append(f"{our_rows}/{their_rows}")
-            figures[f"{row[0]} {name} {split}"] = [theirs[split].mean(), ours.mean(), error, our_rows, their_rows]
-            behind[split] = max(behind[split], -difference.mean() - 2 * error)
-            cells += 1
-            lost += difference.mean() < -2 * error
-            if name == "drift-10" and their_rows:
-                moves.append((our_rows / their_rows, row[0], split))
-        rows.append(row)
+        ours, our_rows = _replay_ours(load_WYL, shape)
+        difference = ours - theirs
+        error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+        rows.append([f"{shape[1]}+{shape[2]} @ {shape[3]}", name, f"{theirs.mean():.4f}", f"{ours.mean():.4f}"])
+        rows[-1] += [f"{difference.mean():+.4f}", f"{error:.4f}", f"{our_rows}/{their_rows}"]
+        figures[" ".join(rows[-1][:2])] = [theirs.mean(), ours.mean(), error, our_rows, their_rows]
+        behind = max(behind, -difference.mean() - 2 * error)
+        if name == "drift-10" and their_rows:
+            moves.append((our_rows / their_rows, rows[-1][0]))
         print(".", end="", flush=True)
     print("\n\nBalancedness of the steps after a decision (the published algorithm, BalancedPolicy, difference and its")
     print("standard error), and rows that changed ranks (ours are primaries, its are all slots)\n")
-    header = ["experts", "load"]
-    for split in SPLITS:
-        header += [f"{split}: baseline", "ours", "difference", "error", "rows moved"]
-    print_table(header, rows)
-    print(f"{lost} of {cells} cells are behind by more than two standard errors\n")
-    for split in SPLITS:
-        bars.append(Bar(f"behind the baseline beyond sampling, worst cell, {split} split", behind[split], 0.0))
-    most, where, split = max(moves)
-    bars.append(Bar(f"rows moved over the baseline's at 10 % drift, worst ({where}, {split} split)", most, 0.2))
+    print_table(["experts", "load", "baseline", "ours", "difference", "error", "rows moved"], rows)
+    bars.append(Bar("behind the baseline beyond sampling, worst cell", behind, 0.0))
+    most, where = max(moves)
+    bars.append(Bar(f"rows moved over the baseline's at 10 % drift, worst ({where})", most, 0.2))
     return bars, figures
 
 
@@ -254,20 +346,13 @@ def _interval(load_WYL):
     return INTERVAL if len(load_WYL) >= STEPS else len(load_WYL) // 6
 
 
-def _judge(load_YL, slots_YRS, split):
-    if split == "level":
-        return balancedness(level_tokens(load_YL, slots_YRS, sweeps=SWEEPS))
-    held = slots_YRS.reshape(len(slots_YRS), -1)
-    layer = np.arange(len(held))[:, None]
-    copies_YL = np.zeros(load_YL.shape, dtype=np.int64)
-    np.add.at(copies_YL, (np.broadcast_to(layer, held.shape)[held != EMPTY], held[held != EMPTY]), 1)
-    share_YP = np.where(held == EMPTY, 0.0, np.take_along_axis(load_YL / copies_YL, np.maximum(held, 0), axis=1))
-    return balancedness(share_YP.reshape(slots_YRS.shape).sum(axis=2))
+def _judge(load_YL, slots_YRS):
+    return balancedness(level_tokens(load_YL, slots_YRS, sweeps=SWEEPS))
 
 
-def _replay_ours(load_WYL, shape, split):
+def _replay_ours(load_WYL, shape):
     layers, experts, redundant, ranks, nodes, _ = (load_WYL.shape[1], *shape[1:])
-    policy, topology = BalancedPolicy(split=split), Topology.even(ranks, nodes)
+    policy, topology = BalancedPolicy(), Topology.even(ranks, nodes)
     placement = ExpertPlacement.initial(layers, experts, ranks, redundant)
     interval = _interval(load_WYL)
     schedule, first, rows, values = Schedule(interval), interval // 4, 0, []
@@ -275,12 +360,19 @@ def _replay_ours(load_WYL, shape, split):
     watched = 4
     for step, load_YL in enumerate(load_WYL):
         if _is_judged(step, first):
-            values.append(_judge(load_YL, placement.by_rank, split))
-        seen = _judge(load_YL[:watched], placement.by_rank[:watched], split)
+            values.append(_judge(load_YL, placement.by_rank))
+        seen = _judge(load_YL[:watched], placement.by_rank[:watched])
         if schedule.step(seen):
             end = step + 1
             window_WYL = load_WYL[end - schedule.look_back(min(end, WINDOW)) : end]
-            outlook = Outlook(window_WYL.sum(axis=0), len(window_WYL), forecast(window_WYL), interval, DEFAULT_COSTS)
+            outlook = Outlook(
+                window_WYL.sum(axis=0),
+                len(window_WYL),
+                forecast(window_WYL),
+                interval,
+                DEFAULT_COSTS,
+                sub_windows(window_WYL),
+            )
             after = policy.look_ahead(outlook, placement, topology)
             rows += int((after.primary_rank != placement.primary_rank).sum())
             placement = after
@@ -291,12 +383,11 @@ def _replay_baseline(load_WYL, shape):
     layers, experts, redundant, ranks, nodes, groups = (load_WYL.shape[1], *shape[1:])
     slots_YRS = ExpertPlacement.initial(layers, experts, ranks, redundant).by_rank
     interval = _interval(load_WYL)
-    rows, values = 0, {split: [] for split in SPLITS}
+    rows, values = 0, []
     once_YRS = slots_YRS
     for step, load_YL in enumerate(load_WYL):
         if _is_judged(step, interval // 4):
-            values["even"].append(_judge(load_YL, slots_YRS, "even"))
-            values["level"].append(_judge(load_YL, once_YRS, "level"))
+            values.append(_judge(load_YL, once_YRS))
         if (step + 1 - interval // 4) % interval == 0:
             window_YL = load_WYL[max(0, step + 1 - WINDOW) : step + 1].sum(axis=0)
             planned = rebalance_experts(window_YL, experts + redundant, groups, nodes, ranks)[0].numpy()
@@ -308,7 +399,7 @@ def _replay_baseline(load_WYL, shape):
             ordered = np.sort(planned, axis=2)
             once_YRS = ordered.copy()  # quotas know an expert once on a rank
             once_YRS[:, :, 1:][ordered[:, :, 1:] == ordered[:, :, :-1]] = EMPTY
-    return {split: np.array(parts) for split, parts in values.items()}, rows
+    return np.array(values), rows
 
 
 if __name__ == "__main__":

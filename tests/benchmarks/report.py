@@ -33,11 +33,13 @@ class Bar:
         return f"{self.name}: {self.figure:.4f}, {limit} {self.bar:g}: {'met' if self.met else 'missed'}"
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """``--quick`` and ``--json FILE``."""
+def parse_arguments(description: str | None, **files: str) -> argparse.Namespace:
+    """``--quick`` and ``--json FILE``, and further files by the names of their options, with what is in them."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smaller run, under 60 s on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    for name, help_text in files.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=help_text)
     return parser.parse_args()
 
 
