@@ -8,7 +8,7 @@ from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store  # the group's own method: torch 2.9
+from torch.distributed.distributed_c10d import _get_process_group_store  # torch 2.8 has no method for it
 
 from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
 
