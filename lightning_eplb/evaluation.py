@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.per_expert import CountedApart
 from lightning_eplb.parallel.uneven import UnevenCalls
 
 _HAS_BATCH, _PAUSES, _IS_DONE = 0, 1, 2
@@ -35,6 +36,7 @@ class Evaluation:
         self._trainer = trainer
         self._layers = list(expert_layers(module))
         self._uneven: UnevenCalls | None = None
+        self._counted: list[CountedApart] = []
         self._control: dist.ProcessGroup | None = None
         self._num_batches, self._dataloader = 0, 0
         self._loop = _loop_of(trainer)
@@ -60,7 +62,7 @@ class Evaluation:
         """Leave the layers and the trainer's loop as they were. Performs no communication."""
         for layer, _ in self._layers:
             layer.uneven = None
-        self._layers, self._uneven, self._control = [], None, None
+        self._layers, self._uneven, self._control, self._counted = [], None, None, []
         for name in ("_store_dataloader_outputs", "on_run_end"):
             vars(self._loop).pop(name, None)
 
@@ -74,6 +76,8 @@ class Evaluation:
         if isinstance(wrapped, DistributedDataParallel) and wrapped.will_sync_module_buffers():
             wrapped._sync_buffers()  # the first forward would, and a rank without any batch has none
             wrapped.require_forward_param_sync = False
+        if groups.replicas is not None:
+            self._counted = [CountedApart(module, layer.per_expert.counters) for layer, module in self._layers]
 
     def _pause(self) -> None:
         if self._uneven is not None:
@@ -83,6 +87,9 @@ class Evaluation:
     def _finish(self) -> None:
         if self._uneven is not None:
             self._uneven.finish()
+        for counted, (layer, _) in zip(self._counted, self._layers, strict=False):
+            assert layer.groups.replicas is not None
+            counted.share(layer.groups.replicas)
         self._meet(_IS_DONE)
         self.stop()
 

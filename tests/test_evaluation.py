@@ -16,6 +16,7 @@ from lightning_eplb.parallel.convert import expert_layers
 from tests.fidelity import trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, language_loss, loader, token_batches
+from tests.parallel.test_per_expert import Model
 from tests.workers import Workers
 
 
@@ -186,6 +187,28 @@ def predict_in_groups() -> int:
 
 def test_ranks_of_two_ep_groups_may_all_have_unequal_numbers_of_batches(workers: Workers) -> None:
     assert workers.run(4, predict_in_groups) == [1, 3, 2, 0]
+
+
+class Counts(Evaluated):
+    """Counts the tokens of each expert in a buffer of the experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model("Saved").model  # type: ignore[assignment]
+
+    def predict_step(self, batch: tuple[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.model(batch[0])
+
+
+def predict_with_counters() -> list[int]:
+    module = Counts()
+    trainer_for(4, callbacks=[EPLBCallback(2, ep_size=2)]).predict(module, shard(1, 3, 2, 0))
+    return [int(experts.tokens.sum()) for experts in module.model.experts]  # type: ignore[union-attr]
+
+
+def test_counters_have_the_tokens_of_all_ep_groups_that_called_unequally_often(workers: Workers) -> None:
+    """Six sequences of eight tokens, each with two experts."""
+    assert workers.run(4, predict_with_counters) == [[96, 96]] * 4
 
 
 def predict_in_bfloat16() -> float:

@@ -360,11 +360,14 @@ class ParallelExperts(nn.Module):
         return layer.dispatcher.combine(trip, weights_TK)
 
     def _count(self, additions: Additions) -> None:
-        """Add to the counters of all ranks what the forward added on each of them."""
-        groups = self.expert_layer.groups
+        """Add to the counters of all ranks what the forward added on each of them.
+
+        Where EP groups may call the layer unequally often, each adds its own: see :class:`CountedApart`.
+        """
+        groups, is_uneven = self.expert_layer.groups, self.expert_layer.uneven is not None
         for sums in additions.sums.values():
             dist.all_reduce(sums, group=groups.exchange)
-            if groups.replicas is not None:
+            if groups.replicas is not None and not is_uneven:
                 dist.all_reduce(sums, group=groups.replicas)
         additions.write()
 
@@ -381,21 +384,25 @@ class ParallelExperts(nn.Module):
         """
         local = self._original_with(self._local_parameters(), self.expert_layer.local_experts.tolist())
 
-        forward, given = self.expert_layer.original_class.forward, further.no_tokens()
+        forward = self.expert_layer.original_class.forward
 
-        def trains_without_tokens(hidden: Tensor, weights: Tensor) -> bool:
+        def trains_without_tokens(hidden: Tensor, weights: Tensor, given: Given) -> bool:
             try:
                 return forward(local, hidden, index_TK[:0], weights, *given.args, **given.kwargs).requires_grad
             except (RuntimeError, ValueError, IndexError):  # it can't be called without tokens
                 return True
 
-        if trains_without_tokens(hidden_TD[:0].detach(), weights_TK[:0].detach()):
+        alone = hidden_TD[:0].detach(), weights_TK[:0].detach()
+        if trains_without_tokens(*alone, further.no_tokens(detached=True)):
             return None
         output_TD = self._sample(hidden_TD, weights_TK.dtype, further).new_zeros(hidden_TD.shape)
         ddp = self.expert_layer.ddp
         if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):  # it waits for all gradients
-            return _Tied.apply(output_TD, hidden_TD, weights_TK, *self._shared_parameters())
-        if trains_without_tokens(hidden_TD[:0], weights_TK[:0]):
+            shared = [*self._shared_parameters(), *further.parameters()]
+            return _Tied.apply(output_TD, hidden_TD, weights_TK, *further.trained(), *shared)
+        if trains_without_tokens(*alone, further.no_tokens()):
+            output_TD = _Tied.apply(output_TD, *further.trained())
+        if trains_without_tokens(hidden_TD[:0], weights_TK[:0], further.no_tokens(detached=True)):
             return _Tied.apply(output_TD, hidden_TD, weights_TK)
         return output_TD
 

@@ -119,9 +119,21 @@ class Further:
         """For one token that goes nowhere."""
         return self._with({k: self.values[k].new_zeros(1, *self.values[k].shape[1:]) for k in self.rows})
 
-    def no_tokens(self) -> Given:
-        """For a call without tokens."""
-        return self._with({name: self.values[name][:0] for name in self.rows})
+    def no_tokens(self, detached: bool = False) -> Given:
+        """For a call without tokens.
+
+        Args:
+            detached: No tensor among them gets a gradient.
+        """
+        changes = {name: self.values[name][:0] for name in self.rows}
+        if detached:
+            tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+            changes = {name: value.detach() for name, value in (tensors | changes).items()}
+        return self._with(changes)
+
+    def trained(self) -> list[Tensor]:
+        """The tensors that get a gradient."""
+        return [value for value in self.values.values() if isinstance(value, Tensor) and value.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of modules among the arguments, which all experts share."""
@@ -286,7 +298,8 @@ def _gather(mine: Any, groups: ExpertGroups) -> list[Any]:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1).resolve_conj().cpu().contiguous()
+    # A copy: numpy() would make the storage one that can't be resized, and FSDP1 frees its storage so.
+    flat = tensor.detach().reshape(-1).resolve_conj().to("cpu", copy=True)
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
 
 

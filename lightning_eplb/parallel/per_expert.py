@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb.parallel.pieces import to_device
@@ -99,8 +100,7 @@ class Additions:
         """By name; in int64 or, for floating point, in float32 at least: collectives take these."""
         for name in counters:
             value = getattr(module, name)
-            wide = torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else torch.int64
-            self.sums[name] = torch.zeros_like(value, dtype=wide)
+            self.sums[name] = torch.zeros_like(value, dtype=_wide(value))
 
     def add(self, part: nn.Module, experts: Sequence[int]) -> None:
         """Note the changes that ``part`` made to its elements of the counters, those of ``experts``."""
@@ -115,6 +115,32 @@ class Additions:
         with torch.no_grad():
             for name, sums in self.sums.items():
                 getattr(self._module, name).add_(sums)
+
+
+class CountedApart:
+    """Counters of a module that EP groups add to by themselves, as they call it unequally often.
+
+    Args:
+        module: With the counters, whole, the same on all ranks.
+        counters: Their names.
+    """
+
+    def __init__(self, module: nn.Module, counters: Sequence[str]) -> None:
+        self._module = module
+        self._before = {name: getattr(module, name).to(_wide(getattr(module, name)), copy=True) for name in counters}
+
+    @torch.no_grad()
+    def share(self, replicas: dist.ProcessGroup) -> None:
+        """Add what all EP groups have counted since this was made. Every rank must call it, once."""
+        for name, before in self._before.items():
+            value = getattr(self._module, name)
+            added = value.to(before.dtype) - before
+            dist.all_reduce(added, group=replicas)
+            value.copy_(before + added)
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else torch.int64
 
 
 def find_per_expert(name: str, module: nn.Module) -> PerExpert:

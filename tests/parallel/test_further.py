@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eplb import ExpertLoadBalancer, parallelize_experts
+from lightning_eplb import ExpertLoadBalancer, leave_experts_out_of_ddp, parallelize_experts
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.fidelity import ShufflePolicy
@@ -300,3 +301,62 @@ def difference_where_sizes_coincide(remembers: bool) -> float:
 @pytest.mark.parametrize("remembers", [True, False])
 def test_rows_are_known_where_sizes_coincide(remembers: bool, workers: Workers) -> None:
     assert max(workers.run(2, difference_where_sizes_coincide, remembers)) < 1e-12
+
+
+def resized_behind_a_call() -> int:
+    """As FSDP1 frees what it has gathered, of which an argument may be a part."""
+    converted, storage = Experts(), torch.ones(HIDDEN, dtype=torch.float64)
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    rows = routing(9, 0)
+    converted(rows["hidden"], rows["index"], rows["weights"], scale=storage.view(-1))
+    storage.untyped_storage().resize_(0)
+    return storage.untyped_storage().size()
+
+
+def test_the_storage_of_an_argument_can_be_freed(workers: Workers) -> None:
+    assert workers.run(2, resized_behind_a_call) == [0, 0]
+
+
+class SomeExperts(Experts):
+    """Computes the experts that got tokens only, of inputs that have been gated before."""
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, index: Tensor, weights: Tensor, gate: Tensor | None = None
+    ) -> Tensor:
+        output = torch.zeros_like(hidden) if gate is None else 0 * gate
+        for expert in index[index >= 0].unique():
+            token, k = torch.where(index == expert)
+            x = hidden[token] if gate is None else hidden[token] * gate[token]
+            output = output.index_add(
+                0, token, torch.tanh(x @ self.up[expert]) @ self.down[expert] * weights[token, k, None]
+            )
+        return output
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = SomeExperts()
+        self.gate = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return hidden + self.experts(hidden, index, weights, self.gate(hidden))
+
+
+def gradients_without_tokens(wraps: bool) -> tuple[bool, bool]:
+    """Two steps in which no rank has a token: whether the gate has a gradient, and whether experts have."""
+    model: Any = Gated()
+    parallelize_experts(model)
+    trained = model
+    if wraps:
+        leave_experts_out_of_ddp(model)
+        trained = DistributedDataParallel(model)
+    rows = routing(9, 0)
+    for _ in range(2):
+        trained(rows["hidden"], torch.full_like(rows["index"], -1), rows["weights"]).sum().backward()
+    return model.gate.weight.grad is not None, model.experts.up.grad is not None
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_what_makes_further_arguments_is_trained_where_no_rank_has_a_token(wraps: bool, workers: Workers) -> None:
+    assert workers.run(2, gradients_without_tokens, wraps) == [(True, False)] * 2
