@@ -38,9 +38,10 @@ def save_distributed_checkpoint(
     """
     state = {weights_key: checkpoint.pop("state_dict")}
     state |= {f"optimizer_{i}": values for i, values in enumerate(checkpoint.pop("optimizer_states", []))}
-    index = save(state, storage_writer=_ReplacingWriter(folder, checkpoint))
+    save(state, storage_writer=_ReplacingWriter(folder, checkpoint))
     if is_first_on_node:
-        _remove(leftovers(folder, index))
+        with suppress(OSError, ValueError):  # a folder of this node alone has shards only
+            _remove(leftovers(folder, read_index(folder)))
         _remove([file for file in rest_files(folder) if file.name != REST])
 
 

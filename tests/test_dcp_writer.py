@@ -121,6 +121,19 @@ def test_first_write_that_dies_leaves_nothing_to_load(tmp_path: Path, monkeypatc
         read(tmp_path)
 
 
+def write_from_ranks_that_are_all_first_on_their_node(folder: str) -> list[str]:
+    for value in (1.0, 2.0):
+        state = {"a": torch.full((4,), value)}
+        save_distributed_checkpoint(Path(folder), {"state_dict": state, "step": value}, "model", True)
+    return sorted(path.suffix for path in Path(folder).iterdir())
+
+
+def test_nodes_of_one_rank_each_remove_what_was_there_before(workers: Workers, tmp_path: Path) -> None:
+    for suffixes in workers.run(2, write_from_ranks_that_are_all_first_on_their_node, str(tmp_path)):
+        assert suffixes.count(".distcp") <= 2
+    assert read(tmp_path) == (2.0, 2.0)
+
+
 def save_twice(kind: str, folder: str) -> None:
     """Rank 1 dies in the second write, before its shard."""
     write_data, writes = FileSystemWriter.write_data, []

@@ -58,8 +58,8 @@ def lowest_fullest_rank(load_L, ranks, redundant, known):
         (
             np.concatenate([value for *_, terms in rows for _, value in terms]),
             (
-                np.concatenate([np.full(where.size, i) for i, (*_, t) in enumerate(rows) for where, _ in t]),
-                np.concatenate([where for *_, terms in rows for where, _ in terms]),
+                np.int32(np.concatenate([np.full(where.size, i) for i, (*_, t) in enumerate(rows) for where, _ in t])),
+                np.int32(np.concatenate([where for *_, terms in rows for where, _ in terms])),
             ),
         ),
         shape=(len(rows), 3 * size + 1),
