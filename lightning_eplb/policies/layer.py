@@ -117,7 +117,7 @@ def fullest_expected(layer: Layer, slots_RS: np.ndarray, quota_RS: np.ndarray, t
 
 @compiled
 def judge(layer: Layer, slots_RS: np.ndarray, limit: float, own_weight: float) -> tuple[float, float]:
-    """Judge a plan: the cost of the interval in parts of a mean rank's load, and the expected load's fullest rank.
+    """Judge a plan: the cost of the interval in parts of a mean rank's load, and that if the expected load comes.
 
     The fullest rank under levelled quotas is averaged over the scenarios, the expected load counting ``own_weight``.
     What exceeds ``limit`` is not judged to its end.
@@ -125,8 +125,9 @@ def judge(layer: Layer, slots_RS: np.ndarray, limit: float, own_weight: float) -
     quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(slots_RS.shape[0], dtype=np.int64)
     scenarios = layer.mean_C.size
     cost = fixed_cost(layer, slots_RS)
-    expected = fullest_expected(layer, slots_RS, quota_RS, tokens_R)
-    cost += own_weight * expected
+    full = fullest_expected(layer, slots_RS, quota_RS, tokens_R)
+    expected = cost + full
+    cost += own_weight * full
     each = (1.0 - own_weight) / max(scenarios - 1, 1)
     for scenario in range(1, scenarios):
         # A rank is never below the mean: what is left adds at least 1 each.
