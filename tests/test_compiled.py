@@ -19,7 +19,7 @@ def test_another_loop_means_another_folder_and_another_file_without_loops_does_n
     with (package / "callback.py").open("a") as file:
         file.write("# another\n")
     assert compiled._folder() == before
-    with (package / "policies/level.py").open("a") as file:
+    with (package / "policies/pack.py").open("a") as file:
         file.write("# another\n")
     assert compiled._folder() != before
 

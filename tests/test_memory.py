@@ -34,8 +34,8 @@ class BytesHeld(pl.Callback):
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated objects, which warn when they are looked at
-            tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
-        memory = [local_shard(tensor).untyped_storage() for tensor in tensors]
+            found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        memory = [local_shard(each).untyped_storage() for each in found if each.layout == torch.strided]
         return sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
 
 
