@@ -187,7 +187,7 @@ class ExpertLoadBalancer:
         self._schedule = Schedule(step_interval)
         self._first_step_is_done = False
         self._has_warned = False
-        if use_async:  # rows in flight would be put in place of weights that were loaded meanwhile
+        if use_async:  # rows in flight would overwrite weights that were loaded meanwhile
             abandon = weakref.WeakMethod(self.abandon_rearrangement)
             first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := abandon()) else None)
         dispatch.warm_up()
@@ -458,7 +458,7 @@ class ExpertLoadBalancer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over window and counters, also into a window of another size. Every rank must call it.
 
-        Experts stay where they are: :meth:`rearrange` levels the ranks by the window. What is under way with
+        Experts stay where they are: :meth:`rearrange` levels the ranks by the window. What is in flight with
         ``use_async`` is abandoned.
 
         Args:

@@ -84,7 +84,7 @@ class DecisionMaker:
         balancedness(level_tokens(load_YL, placement.by_rank))
         if self._groups.size > 1:
             if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layer):
-                rank_zero_info("the planner is compiled now, in about 25 seconds; the next run finds it compiled")
+                rank_zero_info("the planner is compiled now, in about half a minute; the next run finds it compiled")
             self.policy.warm_up(placement)
 
     def note(self, load_YL: Tensor) -> None:

@@ -22,7 +22,7 @@ from lightning_eplb.policies.search import drop_replicas, exchange
 EXPECTED_WEIGHT = 0.5
 """Weight of the expected load among the scenarios."""
 SEARCHED = 4
-"""Scenarios that the search looks at, the first. With all of them it took 2.5 times as long; plans were no better."""
+"""Scenarios that the search looks at, the first. With all of them it took about twice as long; plans were no better."""
 LEVEL = 1.0 + 1.0 / 128
 """Max/mean load of the expected load up to which a plan may be less level than the present one."""
 SLACK = 1.0 / 64
@@ -33,7 +33,7 @@ NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
 ALL_MOVED = 1.0 / 32
 """Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; for a part of them it
-is as much less. Gains are expected, moves are certain: with 1/64 a drifting load moved five times as many primaries."""
+is as much less. Gains are expected, moves are certain. Estimated, not measured."""
 FREE = 1.0 / 2**20
 """The same where moves cost nothing: so that no more are made than help."""
 NEVER = 1e9
@@ -58,8 +58,8 @@ class BalancedPolicy(Policy):
     primaries between the fullest rank and others; and the published algorithm's, with its ranks relabelled so that few
     primaries move. Each is improved by a local search. The plan with the lowest cost of the next interval wins: the
     fullest rank under levelled quotas, averaged over scenarios (see :mod:`lightning_eplb.policies.scenarios`), plus the
-    travel of replicas and the moves of primaries, at what they cost. So no plan is worse than the published one by
-    this measure, and nothing moves that does not pay. A layer without tokens is left alone.
+    travel of replicas and the moves of primaries, at what they cost. So nothing moves that does not pay. A layer without
+    tokens is left alone.
 
     Where it is known what a replica's travel takes, a layer has as many replicas as save more time than they take: none
     where the router is even.
