@@ -58,8 +58,8 @@ class BalancedPolicy(Policy):
     primaries between the fullest rank and others; and the published algorithm's, with its ranks relabelled so that few
     primaries move. Each is improved by a local search. The plan with the lowest cost of the next interval wins: the
     fullest rank under levelled quotas, averaged over scenarios (see :mod:`lightning_eplb.policies.scenarios`), plus the
-    travel of replicas and the moves of primaries, at what they cost. So nothing moves that does not pay. A layer without
-    tokens is left alone.
+    travel of replicas and the moves of primaries, at what they cost. So nothing moves that does not pay. A layer
+    without tokens is left alone.
 
     Where it is known what a replica's travel takes, a layer has as many replicas as save more time than they take: none
     where the router is even.
