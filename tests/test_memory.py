@@ -36,7 +36,8 @@ class BytesHeld(pl.Callback):
             warnings.simplefilter("ignore")  # of deprecated objects, which warn when they are looked at
             found = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
         memory = [local_shard(each).untyped_storage() for each in found if each.layout == torch.strided]
-        return sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
+        real = [piece for piece in memory if piece.device.type != "meta"]  # an earlier torch.compile leaves fakes
+        return sum({piece.data_ptr(): piece.nbytes() for piece in real}.values())
 
 
 def bytes_held(kind: str, copies: int) -> tuple[int, int]:
