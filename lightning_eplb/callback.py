@@ -147,7 +147,7 @@ class EPLBCallback(Callback):
         self._trace_writer: TraceWriter | None = None
         self._spread_experts: SpreadExperts | None = None
         self._evaluation: Evaluation | None = None
-        self._summary = FitSummary(window_size)
+        self._summary: FitSummary | None = None
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -209,15 +209,16 @@ class EPLBCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         self._last_global_step = trainer.global_step
-        self._summary = FitSummary(self.window_size)
         self._open_trace(trainer)
-        if self._saved_state:
-            self.balancer.load_state_dict(self._saved_state)
-            was_rearranging = self._saved_state.get("is_rearranging", False)
-            self._saved_state = {}
-            if self.balancer.num_rearrangements or was_rearranging:
-                # A resumed run starts from the initial placement: level it by the window that it brought along.
-                self.balancer.rearrange()
+        saved, self._saved_state = self._saved_state, {}
+        if saved:
+            self.balancer.load_state_dict(saved)
+        self._summary = FitSummary(self.window_size, self.balancer)
+        if saved and (self.balancer.num_rearrangements or saved.get("is_rearranging", False)):
+            # A resumed run starts from the initial placement: level it by the window that it brought along.
+            done = self.balancer.rearrange()
+            if done is not None:
+                report_rearrangement(trainer, done, self._layer_names())
 
     @override
     def on_train_batch_start(
@@ -243,7 +244,7 @@ class EPLBCallback(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        assert self.balancer is not None
+        assert self.balancer is not None and self._summary is not None
         self.balancer.record(False)
         if trainer.global_step == self._last_global_step:
             return
@@ -270,7 +271,7 @@ class EPLBCallback(Callback):
         assert self.balancer is not None
         if (done := self.balancer.finish_rearrangement()) is not None:
             report_rearrangement(trainer, done, self._layer_names())
-        if self._summary.last and self.balancer.groups.size > 1:
+        if self._summary is not None and self._summary.last and self.balancer.groups.size > 1:
             load_YL = self.balancer.load.compute()["load"].cpu().numpy()
             log_placement(trainer.loggers, trainer.global_step - 1, self.balancer.placement, load_YL)
 
@@ -278,9 +279,10 @@ class EPLBCallback(Callback):
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.balancer is not None
         # Who wants no progress bar wants no table either.
-        if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._summary.last:
+        if trainer.is_global_zero and trainer.progress_bar_callback is not None and self._summary is not None:
             title = f"Expert load after {self.balancer.num_steps:,} optimizer steps"
-            print_table(title, self._summary.rows(self.balancer), trainer.progress_bar_callback)
+            if self._summary.last:
+                print_table(title, self._summary.rows(), trainer.progress_bar_callback)
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -14,10 +14,13 @@ class FitSummary:
 
     Args:
         num_steps: How many optimizer steps are "first" and "last" at most; no step is both.
+        balancer: What it has done before does not count.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, balancer: ExpertLoadBalancer) -> None:
         self.num_steps = num_steps
+        self.balancer = balancer
+        self._before = _counts(balancer)
         self.total = 0
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=num_steps)
@@ -29,20 +32,32 @@ class FitSummary:
             self.first.append(level)
         self.last.append(level)
 
-    def rows(self, balancer: ExpertLoadBalancer) -> list[tuple[str, str, str]]:
+    def rows(self) -> list[tuple[str, str, str]]:
         """The table, its first row the heads of the columns."""
         most = max(1, min(self.num_steps, self.total // 2))
         first, last = self.first[:most], list(self.last)[-most:]
         levels = [sum(part) / len(part) for part in (first, last)]
+        rearrangements, rows, moved, seconds = (
+            now - before for now, before in zip(_counts(self.balancer), self._before, strict=True)
+        )
         return [
             ("", f"first {len(first)} steps", f"last {len(last)} steps"),
             ("balancedness", *(f"{level:.3f}" for level in levels)),  # type: ignore[list-item]
             ("fullest rank / mean rank", *(f"{1 / level:.2f}" for level in levels)),  # type: ignore[list-item]
-            ("rearrangements", "", str(balancer.num_rearrangements)),
-            ("experts that changed ranks", "", f"{balancer.rearranged_rows:,}"),
-            ("moved between ranks", "", f"{balancer.rearranged_bytes / 2**20:,.1f} MiB"),
-            ("training waited for it", "", f"{balancer.rearrange_seconds:.2f} s"),
+            ("rearrangements", "", str(rearrangements)),
+            ("experts that changed ranks", "", f"{rows:,}"),
+            ("moved between ranks", "", f"{moved / 2**20:,.1f} MiB"),
+            ("training waited for it", "", f"{seconds:.2f} s"),
         ]
+
+
+def _counts(balancer: ExpertLoadBalancer) -> tuple[int, int, int, float]:
+    return (
+        balancer.num_rearrangements,
+        balancer.rearranged_rows,
+        balancer.rearranged_bytes,
+        balancer.rearrange_seconds,
+    )
 
 
 def print_table(title: str, rows: list[tuple[str, str, str]], bar: ProgressBar | None = None) -> None:
