@@ -13,6 +13,15 @@ hypothesis.settings.register_profile("suite", deadline=None)  # machines are noi
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "workers" in fixtures:
+            item.add_marker("distributed")
+        if "browser" in fixtures:
+            item.add_marker("browser")
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator["object"]:
     from lightning_eplb import BalancedPolicy, ExpertPlacement

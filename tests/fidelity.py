@@ -26,7 +26,7 @@ from tests.models import (
     token_batches,
 )
 
-STEPS, SEQUENCES = 20, 2
+STEPS, SEQUENCES = 12, 2
 TOLERANCE = 1e-10
 CLIP = {"off": None, "norm": 0.5, "value": 0.01}
 

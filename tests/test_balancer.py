@@ -576,6 +576,7 @@ def compiled_after_set_up(redundancy: Any) -> list[str]:
     return [name for name, versions in compiled_versions().items() if versions > before.get(name, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 def test_nothing_is_compiled_after_set_up(redundancy: str) -> None:
     """Where the first decision compiles, all ranks wait for it in the middle of training."""

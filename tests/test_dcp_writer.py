@@ -149,6 +149,7 @@ def save_twice(kind: str, folder: str) -> None:
     run(kind, 2, 0, 2, callbacks=(callback,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "fsdp1"])
 def test_killed_rank_leaves_the_checkpoint_before(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -41,6 +41,7 @@ def test_every_recipe_is_tested_and_told() -> None:
         assert yaml.safe_load((CONFIGS / name).read_text())["trainer"]["callbacks"]
 
 
+@pytest.mark.slow
 def test_one_node_and_a_fine_tuning_of_what_it_saved(tmp_path: Path) -> None:
     output = train("one_node_ddp.yaml", tmp_path)
     assert "6 steps on 2 ranks" in output
@@ -55,6 +56,7 @@ def test_one_node_and_a_fine_tuning_of_what_it_saved(tmp_path: Path) -> None:
         assert torch.equal(tensor, tuned["state_dict"][name]), name  # at a rate of 0 it is what it started from
 
 
+@pytest.mark.slow
 def test_monitor_and_then_a_report(tmp_path: Path) -> None:
     output = train("monitor.yaml", tmp_path, ranks=1)
     assert "balancedness" in output
@@ -64,6 +66,7 @@ def test_monitor_and_then_a_report(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_node = ["--trainer.num_nodes=1", "--trainer.strategy.init_args.ep_size=2"]
     output = train("multi_node_fsdp2.yaml", tmp_path, *one_node)

@@ -24,6 +24,7 @@ SMALL = """
 """
 
 
+@pytest.mark.distributed
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "examples/pretrain.py"), "fit"]
     config = (REPOSITORY / "examples/configs/cpu.yaml").read_text()

@@ -370,6 +370,7 @@ def test_refuses_groups_that_do_not_divide_the_experts():
         BalancedPolicy(num_groups=3).rearrange(np.ones((1, 4), dtype=np.int64), before, Topology.even(2))
 
 
+@pytest.mark.slow
 def test_plans_are_the_same_with_other_threads_and_other_instructions_of_the_processor(digest_on_plain_processor):
     default, threads = (printed_by(start(name)) for name in ("default", "threads"))
     assert len(default) == 64

@@ -160,7 +160,7 @@ def difference(ours: Weights, theirs: Weights) -> float:
     return max(float((ours[name] - tensor).abs().max()) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("change", CHANGES)
 def test_gradients_that_change_after_the_backward_pass(change: str, accumulation: int, workers: Workers) -> None:
     expected = one_process(change, accumulation)

@@ -50,6 +50,7 @@ def test_the_page_is_complete_in_itself(page_file: Path) -> None:
     assert len(data["pictures"]) == LAYERS
 
 
+@pytest.mark.slow
 def test_a_long_trace_of_a_large_model_is_small_and_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10,000 steps, 32 layers, 64 experts: below 2 MB; and below 20 s of this process' time."""
     start = time.process_time()
