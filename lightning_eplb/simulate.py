@@ -349,31 +349,35 @@ def describe(
     """
     if bytes_per_replica is None and bytes_per_expert is not None:
         bytes_per_replica = bytes_per_expert // 4
-    rows = [["policy", "balancedness", "5th percentile", "worst", "speed-up", "replicas", "moved", "between nodes"]]
-    if bytes_per_expert is not None:
-        rows[0].append("bytes moved")
-    if bytes_per_replica is not None:
-        rows[0].append("replicas' traffic")
-    rows[0].append("planning")
+    head = ["policy", "balancedness", "5th percentile", "worst", "speed-up", "replicas", "moved", "between nodes"]
+    rows = [[*head, "planning"]]
     for each in replays:
         judged = each.judged if len(each.judged) else np.array([np.nan])
-        has_slots = len(each.slots) > 0
-        row = [
-            each.name,
-            f"{judged.mean():.3f}",
-            f"{np.percentile(judged, 5):.3f}",
-            f"{judged.min():.3f}",
-            f"{speed_up(each, static):.2f}",
-            f"{each.mean_replicas:.1f}" if has_slots else "-",
-            str(each.rows_moved) if has_slots else "-",
-            str(each.rows_between_nodes) if has_slots else "-",
-        ]
-        if bytes_per_expert is not None:
-            within, between = (n * bytes_per_expert / 2**20 for n in (each.rows_within_nodes, each.rows_between_nodes))
-            row.append(f"{within:,.1f} + {between:,.1f} MiB" if has_slots else "-")
-        if bytes_per_replica is not None:
-            traffic = each.mean_replicas * each.max_tokens_by_layer.shape[1] * bytes_per_replica / 2**20
-            row.append(f"{traffic:,.1f} MiB" if has_slots else "-")
-        row.append("-" if each.is_bound else f"{1e3 * max(each.planning_seconds, default=0.0):.1f} ms")
-        rows.append(row)
+        level = f"{judged.mean():.3f}", f"{np.percentile(judged, 5):.3f}", f"{judged.min():.3f}"
+        traffic = f"{each.mean_replicas:.1f}", str(each.rows_moved), str(each.rows_between_nodes)
+        seconds = "-" if each.is_bound else f"{1e3 * max(each.planning_seconds, default=0.0):.1f} ms"
+        known = traffic if each.slots else "---"
+        rows.append([each.name, *level, f"{speed_up(each, static):.2f}", *known, seconds])
+    columns = []
+    if bytes_per_expert is not None:
+        moved = [(each.rows_within_nodes, each.rows_between_nodes) for each in replays]
+        columns.append(("bytes moved", [[rows_moved * bytes_per_expert for rows_moved in pair] for pair in moved]))
+    if bytes_per_replica is not None:
+        layers = static.max_tokens_by_layer.shape[1]
+        sent = [[each.mean_replicas * layers * bytes_per_replica] for each in replays]
+        columns.append(("replicas' traffic", sent))
+    for name, amounts in columns:
+        cells = [name, *_sizes(amounts)]
+        for row, cell, each in zip(rows, cells, (None, *replays), strict=True):
+            row.insert(-1, cell if each is None or each.slots else "-")
     return rows
+
+
+def _sizes(amounts: Sequence[Sequence[float]]) -> list[str]:
+    """Amounts of bytes as text, all in the unit that fits the largest."""
+    largest = max((sum(parts) for parts in amounts if not np.isnan(sum(parts))), default=0.0)
+    power = int(largest >= 2**40) + int(largest >= 2**30)
+    return [
+        " + ".join(f"{part / 2 ** (20 + 10 * power):,.1f}" for part in parts) + f" {('MiB', 'GiB', 'TiB')[power]}"
+        for parts in amounts
+    ]

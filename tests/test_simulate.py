@@ -8,7 +8,7 @@ import pytest
 
 from lightning_eplb import BalancedPolicy, ExpertPlacement, StaticPolicy
 from lightning_eplb.cli import main
-from lightning_eplb.simulate import Setting, draw_over_time, replay, speed_up
+from lightning_eplb.simulate import Setting, describe, draw_over_time, replay, speed_up
 from lightning_eplb.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
 from lightning_eplb.trace import TraceWriter
 
@@ -165,6 +165,17 @@ def test_the_traffic_of_replicas_from_the_command_line(capsys: pytest.CaptureFix
         assert row[-4:-2] == ["16.0", "MiB"]
         assert "Replicas' traffic is that of a step" in output
         assert ("Bytes moved" in output) == ("--bytes-per-expert" in more)
+
+
+def test_bytes_are_told_in_one_unit_for_a_column() -> None:
+    static = replay(SKEWED, StaticPolicy(), Setting(2, 2, step_interval=16), name="static")
+    balanced = replay(SKEWED, BalancedPolicy(), Setting(2, step_interval=16), name="balanced")
+    head, *rows = describe([static, balanced], static, bytes_per_expert=2**40, bytes_per_replica=2**30)
+    assert head[-3:] == ["bytes moved", "replicas' traffic", "planning"]
+    assert [row[-3:-1] for row in rows] == [
+        ["0.0 + 0.0 TiB", "2.0 GiB"],
+        [f"{balanced.rows_moved:.1f} + 0.0 TiB", "0.0 GiB"],
+    ]
 
 
 def test_replicas_that_cost_more_than_they_save_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

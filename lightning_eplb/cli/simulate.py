@@ -26,8 +26,8 @@ policies:
   balanced   BalancedPolicy, the default of EPLBCallback
   published  the published algorithm as it is, for serving: any replica may be the
              primary, and each serves an equal part of its expert's tokens
-  per-batch  bound: primaries as balanced plans them, and for each step the best
-             replicas that a search finds, knowing its load
+  per-batch  bound of balanced: its primaries, and for each step the best replicas
+             that a search finds, knowing the step's load
   perfect    bound: all ranks serve equally many tokens
 
 for example:
