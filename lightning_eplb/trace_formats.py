@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -40,6 +41,12 @@ CHUNK = re.compile(r"(?P<trace>.+)\.chunk\d+\.npz")
 ROUTER_TRACES = "router_trace_rank*.jsonl"
 """Names of Megatron's files, one for each rank. Source: NVIDIA/Megatron-LM,
 ``megatron/core/transformer/moe/router_trace.py`` (pull request 5220, 2026)."""
+
+DAMAGE = (
+    ValueError, KeyError, EOFError, OSError, NotImplementedError, SyntaxError, MemoryError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""Raised by NumPy for files that are damaged, or hold something else than plain arrays."""
 
 Layer = tuple[str, int, int]
 """Megatron's name of a layer: block, multi-token-prediction head (-1 for none), index."""
@@ -111,7 +118,7 @@ def _load_numpy(path: Path) -> Any:
     """Load an array or an archive of arrays, and no objects."""
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged, or no file of NumPy's: {error}") from None
 
 
@@ -139,7 +146,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     with _load_numpy(path) as archive:
         try:
             return {name: archive[name] for name in archive.files}
-        except (ValueError, KeyError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is damaged, or holds something else than plain arrays: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """Loads of other programs are read whole, and what is no load is told in a sentence with the file's name."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,14 @@ def test_a_chunk_that_does_not_fit_is_told(changed: dict[str, np.ndarray], messa
 def test_a_cut_off_array_is_damage(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "load.npy", LOAD)
     path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"load\.npy is damaged, or no file of NumPy's"):
+        read_load(path)
+
+
+@pytest.mark.parametrize("change", [lambda b: b.replace(b"}", b"("), lambda b: b.replace(b"(3, 2", b"(3000000000, 2")])
+def test_a_damaged_header_is_damage(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = write_npy(tmp_path / "load.npy", LOAD)
+    path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=r"load\.npy is damaged, or no file of NumPy's"):
         read_load(path)
 
