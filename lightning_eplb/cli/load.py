@@ -2,19 +2,21 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
-from lightning_eplb.simulate import DEFAULT_COSTS, Replay, replay
-from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulate import DEFAULT_COSTS, Replay, Setting, replay
+from lightning_eplb.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
+from lightning_eplb.trace_formats import read_load as read_file
 
 MOST_COUNTS = 2**28
 """Counts of a synthetic load, 2 GiB, which take about ten seconds to draw."""
+EXPERTS = 64
+"""Of each layer of a synthetic load, where nothing else is said."""
 
 POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
     "static": lambda arguments: StaticPolicy(),
@@ -24,10 +26,22 @@ POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which load, on which cluster, by which policies."""
-    parser.add_argument("trace", nargs="?", metavar="TRACE", help="file that EPLBCallback(trace=...) wrote")
+    """Which load, on which cluster."""
+    parser.add_argument(
+        "trace",
+        nargs="?",
+        metavar="TRACE",
+        help="file that EPLBCallback(trace=...) wrote, or a load of another program; see below",
+    )
     parser.add_argument(
         "--allow-damaged", action="store_true", help="read a damaged TRACE up to its last step before the damage"
+    )
+    parser.add_argument(
+        "--resample",
+        type=int,
+        metavar="STEPS",
+        help="draw so many steps by the shares of the load's own, one after the other: where these are few, such as"
+        " totals of workloads",
     )
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument("--ep-size", type=int, default=8, help="ranks that share the experts of a layer (8)")
@@ -42,19 +56,32 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that an expert computes in the time that it takes to move one, within a node and between nodes"
         " (2000 10000)",
     )
+    cluster.add_argument(
+        "--replica-tokens",
+        type=float,
+        default=0.0,
+        metavar="TOKENS",
+        help="tokens that an expert computes in the time that a replica's weights and gradient travel in a step:"
+        " policies then leave out replicas that save less (0)",
+    )
     deciding = parser.add_argument_group("deciding")
-    deciding.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="all, if not given")
     deciding.add_argument("--window-size", type=int, default=100, help="steps that a policy looks back on (100)")
     deciding.add_argument("--step-interval", type=int, default=100, help="steps between decisions (100)")
     deciding.add_argument("--num-groups", type=int, default=1, help="expert groups that stay on a node (1)")
     deciding.add_argument(
-        "--split", choices=("even", "level"), default="level", help="how copies share an expert's tokens (level)"
+        "--split", choices=("even", "level"), default="level", help="how replicas share an expert's tokens (level)"
     )
+    known = parser.add_argument_group("a load of a real training, instead of TRACE")
+    known.add_argument("--recorded", choices=RECORDED_LOADS, metavar="NAME", help=", ".join(RECORDED_LOADS))
     synthetic = parser.add_argument_group("a made-up load, instead of TRACE")
     synthetic.add_argument("--synthetic", choices=SYNTHETIC_LOADS, metavar="NAME", help=", ".join(SYNTHETIC_LOADS))
     synthetic.add_argument("--steps", type=int, default=500, help="how many (500)")
     synthetic.add_argument("--layers", type=int, default=4, help="MoE layers (4)")
-    synthetic.add_argument("--experts", type=int, default=64, help="of each layer (64)")
+    synthetic.add_argument(
+        "--experts",
+        type=int,
+        help=f"of each layer ({EXPERTS}); with a TRACE that names only experts that got a token, those of the model",
+    )
     synthetic.add_argument("--seed", type=int, default=0, help="another one gives another load (0)")
 
 
@@ -62,42 +89,54 @@ def read_load(arguments: argparse.Namespace) -> tuple[np.ndarray, str]:
     """The load, ``[W, Y, L]`` int64, and what to call it.
 
     Raises:
-        ValueError: A number does not fit, both a trace and a name are given or neither, there are too few steps for a
+        ValueError: A number does not fit, not one of a trace and the names is given, there are too few steps for a
             decision, or the file is no trace or damaged. Numbers are checked before anything is read or drawn.
         OSError: The file can't be read.
     """
     _check_numbers(arguments)
-    if (arguments.trace is None) == (arguments.synthetic is None):
-        raise ValueError("give either a TRACE or --synthetic NAME")
+    if sum(given is not None for given in (arguments.trace, arguments.synthetic, arguments.recorded)) != 1:
+        raise ValueError("give one of TRACE, --synthetic NAME and --recorded NAME")
+    if arguments.synthetic is not None:
+        return _synthetic(arguments), arguments.synthetic
     if arguments.trace is not None:
-        load_WYL, source = read_trace(arguments.trace, allow_damaged=arguments.allow_damaged), arguments.trace
-        _check_sizes(arguments, len(load_WYL), load_WYL.shape[-1])
+        source = arguments.trace
+        load_WYL = read_file(source, num_experts=arguments.experts, allow_damaged=arguments.allow_damaged)
     else:
-        source = arguments.synthetic
-        counts = arguments.steps * arguments.layers * arguments.experts
-        if counts > MOST_COUNTS:
-            raise ValueError(
-                f"--steps {arguments.steps} of --layers {arguments.layers} with --experts {arguments.experts} are"
-                f" {counts:,} counts, and {MOST_COUNTS:,} are the most that a synthetic load has"
-            )
-        _check_sizes(arguments, arguments.steps, arguments.experts)
-        load_WYL = synthetic_load(
-            source,
-            arguments.steps,
-            arguments.layers,
-            arguments.experts,
-            num_ranks=arguments.ep_size,
-            interval=arguments.step_interval,
-            seed=arguments.seed,
-        )
+        source = arguments.recorded
+        load_WYL = recorded_load(source)
+    steps, layers, experts = load_WYL.shape
+    if arguments.resample is not None and arguments.resample < steps:
+        raise ValueError(f"--resample {arguments.resample} is less than the {steps} steps of {source}")
+    _check_sizes(arguments, arguments.resample or steps, experts)
+    if arguments.resample is not None:
+        _check_counts({"resample": arguments.resample}, arguments.resample * layers * experts)
+        load_WYL = resample(load_WYL, arguments.resample, seed=arguments.seed)
     return load_WYL, source
+
+
+def _synthetic(arguments: argparse.Namespace) -> np.ndarray:
+    experts = arguments.experts or EXPERTS
+    sizes = {"steps": arguments.steps, "layers": arguments.layers, "experts": experts}
+    _check_counts(sizes, math.prod(sizes.values()))
+    _check_sizes(arguments, arguments.steps, experts)
+    if arguments.resample is not None:
+        raise ValueError("--resample is for recorded loads; of a synthetic one --steps says how many steps are drawn")
+    return synthetic_load(
+        arguments.synthetic,
+        arguments.steps,
+        arguments.layers,
+        experts,
+        num_ranks=arguments.ep_size,
+        interval=arguments.step_interval,
+        seed=arguments.seed,
+    )
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Raise ``ValueError`` for the first number that fits no load."""
     for name in (
-        "ep_size", "num_nodes", "window_size", "step_interval", "num_groups", "steps", "layers", "experts",
-        "bytes_per_expert",
+        "ep_size", "num_nodes", "window_size", "step_interval", "num_groups", "steps", "layers", "experts", "resample",
+        "bytes_per_expert", "bytes_per_replica",
     ):  # fmt: skip
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
@@ -108,11 +147,20 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--move-tokens {' '.join(map(str, arguments.move_tokens))} must be zero or more; inf for never"
         )
+    if not arguments.replica_tokens >= 0:
+        raise ValueError(f"--replica-tokens {arguments.replica_tokens} must be zero or more; inf for no replicas")
     if arguments.ep_size % arguments.num_nodes:
         raise ValueError(
             f"--num-nodes {arguments.num_nodes} must divide --ep-size {arguments.ep_size};"
             f" one of {_divisors(arguments.ep_size)} would do"
         )
+
+
+def _check_counts(sizes: dict[str, int], counts: int) -> None:
+    """Raise ``ValueError`` where a load is too large to be drawn."""
+    if counts > MOST_COUNTS:
+        flags = " of ".join(f"{_flag(name)} {number}" for name, number in sizes.items())
+        raise ValueError(f"{flags} are {counts:,} counts, and {MOST_COUNTS:,} are the most that are drawn")
 
 
 def _check_sizes(arguments: argparse.Namespace, steps: int, experts: int) -> None:
@@ -151,33 +199,32 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // divisor for divisor in low)})
 
 
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Cluster and schedule that the arguments name."""
+    return Setting(
+        arguments.ep_size,
+        arguments.num_redundant_experts,
+        arguments.num_nodes,
+        arguments.window_size,
+        arguments.step_interval,
+        arguments.split,
+        Costs(1.0, *arguments.move_tokens, copy=arguments.replica_tokens),
+    )
+
+
 def replay_policies(
-    load_WYL: np.ndarray, arguments: argparse.Namespace, after_step: Callable[[], object]
-) -> tuple[Replay, list[Replay]]:
-    """The replay that moves nothing, and one of each policy that was asked for.
+    load_WYL: np.ndarray, arguments: argparse.Namespace, names: Sequence[str], after_step: Callable[[], object]
+) -> dict[str, Replay]:
+    """The replay that moves nothing, and one of each of the policies ``names``, by name.
 
     Raises:
         ValueError: A number does not fit the load or another number.
     """
-    sizes: dict[str, Any] = {
-        "num_ranks": arguments.ep_size,
-        "num_redundant_experts": arguments.num_redundant_experts,
-        "num_nodes": arguments.num_nodes,
-        "window_size": arguments.window_size,
-        "step_interval": arguments.step_interval,
-        "split": arguments.split,
-        "costs": Costs(1.0, *arguments.move_tokens),
-        "after_step": after_step,
+    setting = setting_of(arguments)
+    return {
+        name: replay(load_WYL, POLICIES[name](arguments), setting, name=name, after_step=after_step)
+        for name in dict.fromkeys(("static", *names))
     }
-    static = replay(load_WYL, StaticPolicy(), name="static", **sizes)
-    moving = [name for name in dict.fromkeys(arguments.policy) if name != "static"]
-    replays = {name: replay(load_WYL, POLICIES[name](arguments), name=name, **sizes) for name in moving}
-    return static, [({"static": static} | replays)[name] for name in dict.fromkeys(arguments.policy)]
-
-
-def num_replays(arguments: argparse.Namespace) -> int:
-    """How many replays :func:`replay_policies` makes."""
-    return len({"static", *arguments.policy})
 
 
 def progress(steps: int, words: str) -> "tqdm[Any]":

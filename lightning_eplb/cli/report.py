@@ -4,17 +4,20 @@ import argparse
 from pathlib import Path
 
 from lightning_eplb.cli.error import CommandError
-from lightning_eplb.cli.load import add_load_arguments, num_replays, progress, read_load, replay_policies
+from lightning_eplb.cli.load import POLICIES, add_load_arguments, progress, read_load, replay_policies, setting_of
 from lightning_eplb.report import prepare, render
 from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes
+from lightning_eplb.trace_formats import FORMATS
 
 HELP = "show a load, and what balancing makes of it, as a page for the browser"
 DESCRIPTION = """\
-Write one HTML file that shows the load that EPLBCallback(trace=...) recorded:
-over time by layer and by expert, how level the ranks are before and after
+Write one HTML file that shows a load that EPLBCallback(trace=...) or another
+program recorded: over time by layer and by expert, how level the ranks are before and after
 balancing, what it moves, and what other sizes of cluster would bring. The file
 is complete in itself; nothing is fetched when it is opened."""
-EPILOG = """\
+EPILOG = f"""\
+TRACE is one of these:
+{FORMATS}
 for example:
   %(prog)s trace.npy -o report.html --ep-size 8 --num-redundant-experts 8
 """
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="where to (report.html)"
     )
     add_load_arguments(parser)
+    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="all, if not given")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,29 +37,23 @@ def run(arguments: argparse.Namespace) -> int:
     steps, _, experts = load_WYL.shape
     sizes = sizes_to_try(experts, arguments.ep_size)
     others = len(sizes) + len({ranks for ranks, _ in sizes})
+    wanted = list(dict.fromkeys(arguments.policy))
     with progress(
-        steps * num_replays(arguments) + others * len(last_steps(load_WYL, arguments.step_interval)), "replaying"
+        steps * len({"static", *wanted}) + others * len(last_steps(load_WYL, arguments.step_interval)), "replaying"
     ) as bar:
-        static, replays = replay_policies(load_WYL, arguments, bar.update)
-        deciding = {"window_size": arguments.window_size, "step_interval": arguments.step_interval}
-        found = try_other_sizes(
-            load_WYL,
-            sizes,
-            num_ranks=arguments.ep_size,
-            num_nodes=arguments.num_nodes,
-            after_step=bar.update,
-            **deciding,
-        )
+        replays = replay_policies(load_WYL, arguments, wanted, bar.update)
+        found = try_other_sizes(load_WYL, sizes, setting_of(arguments), bar.update)
     content = prepare(
         load_WYL,
-        replays,
-        static,
+        [replays[name] for name in wanted],
+        replays["static"],
         source=Path(source).name,
         num_ranks=arguments.ep_size,
         other_sizes=found,
         num_redundant_experts=arguments.num_redundant_experts,
         num_nodes=arguments.num_nodes,
-        **deciding,
+        window_size=arguments.window_size,
+        step_interval=arguments.step_interval,
     )
     page = render(content)
     try:

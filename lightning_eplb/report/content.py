@@ -4,12 +4,12 @@ Shape suffixes: ``W`` steps, ``B`` bins of steps, ``Y`` MoE layers, ``L`` logica
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lightning_eplb.policies import BalancedPolicy, StaticPolicy
-from lightning_eplb.simulate import Replay, replay, speed_up
+from lightning_eplb.simulate import Replay, Setting, replay, speed_up
 
 MOST_BINS = 160
 """A screen has no room for more columns."""
@@ -42,7 +42,7 @@ class ReportContent:
 
     Attributes:
         source: Where the load is from.
-        settings: What it was replayed with, by name: the numbers of :func:`lightning_eplb.simulate.replay`.
+        settings: What it was replayed with, by name: the numbers of :class:`lightning_eplb.simulate.Setting`.
         edges: The first step of each bin, and the number of steps, ``[B + 1]`` int64.
         static: The replay that moved nothing.
         replays: Of the policies, in the order to show them.
@@ -133,11 +133,7 @@ def sizes_to_try(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
 def try_other_sizes(
     load_WYL: np.ndarray,
     sizes: Sequence[tuple[int, int]],
-    *,
-    num_ranks: int,
-    num_nodes: int,
-    window_size: int,
-    step_interval: int,
+    setting: Setting,
     after_step: Callable[[], object] | None = None,
 ) -> list[OtherSize]:
     """Replay the load's last steps with ``BalancedPolicy`` at each size.
@@ -145,26 +141,24 @@ def try_other_sizes(
     Args:
         load_WYL: The load, int64.
         sizes: As :func:`sizes_to_try` returns them.
-        num_ranks: What ``num_nodes`` is of: other numbers of ranks get nodes of the same size.
-        num_nodes: The ranks' nodes.
-        window_size: As of :func:`lightning_eplb.simulate.replay`.
-        step_interval: The same.
+        setting: Schedule, and the nodes' size: other numbers of ranks get nodes of the same size. Division of tokens
+            and costs are the default ones.
         after_step: Called after each step of each replay.
     """
-    last_WYL = last_steps(load_WYL, step_interval)
+    last_WYL = last_steps(load_WYL, setting.step_interval)
     found, first = [], {}
     for ranks, redundant in sizes:
-        nodes = max(1, ranks * num_nodes // num_ranks)
-        arguments = {
-            "num_ranks": ranks,
-            "num_nodes": nodes if ranks % nodes == 0 else 1,
-            "window_size": window_size,
-            "step_interval": step_interval,
-            "after_step": after_step,
-        }
+        nodes = max(1, ranks * setting.num_nodes // setting.num_ranks)
+        bare = Setting(
+            ranks,
+            num_nodes=nodes if ranks % nodes == 0 else 1,
+            window_size=setting.window_size,
+            step_interval=setting.step_interval,
+        )
         if ranks not in first:
-            first[ranks] = replay(last_WYL, StaticPolicy(), **arguments)
-        tried = replay(last_WYL, BalancedPolicy(), num_redundant_experts=redundant * ranks, **arguments)
+            first[ranks] = replay(last_WYL, StaticPolicy(), bare, after_step=after_step)
+        larger = replace(bare, num_redundant_experts=redundant * ranks)
+        tried = replay(last_WYL, BalancedPolicy(), larger, after_step=after_step)
         if len(tried.judged):
             level = float(tried.judged.mean())
             found.append(OtherSize(ranks, redundant, level, speed_up(tried, first[ranks])))

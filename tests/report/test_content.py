@@ -6,14 +6,14 @@ import pytest
 from lightning_eplb import BalancedPolicy, StaticPolicy
 from lightning_eplb.report import prepare
 from lightning_eplb.report.content import MOST_BINS, MOST_CELLS, sizes_to_try, time_bins, try_other_sizes
-from lightning_eplb.simulate import replay
+from lightning_eplb.simulate import Setting, replay
 
 LOAD_WYL = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8], [8] * 8]]), (400, 1, 1))
 
 
 def replayed(load_WYL: np.ndarray, **numbers: int):
-    static = replay(load_WYL, StaticPolicy(), num_ranks=2, name="static", **numbers)
-    balanced = replay(load_WYL, BalancedPolicy(), num_ranks=2, name="balanced", **numbers)
+    static = replay(load_WYL, StaticPolicy(), Setting(2, **numbers), name="static")
+    balanced = replay(load_WYL, BalancedPolicy(), Setting(2, **numbers), name="balanced")
     return prepare(load_WYL, [static, balanced], static, source="by hand", num_ranks=2, **numbers)
 
 
@@ -68,12 +68,12 @@ def test_other_sizes_are_those_that_fit() -> None:
 
 
 def test_more_copies_level_more_ranks() -> None:
-    numbers = {"num_ranks": 2, "num_nodes": 1, "window_size": 16, "step_interval": 16}
-    found = try_other_sizes(LOAD_WYL, [(2, 0), (4, 0), (4, 2)], **numbers)
+    setting = Setting(2, window_size=16, step_interval=16)
+    found = try_other_sizes(LOAD_WYL, [(2, 0), (4, 0), (4, 2)], setting)
     assert [(size.num_ranks, size.redundant_per_rank) for size in found] == [(2, 0), (4, 0), (4, 2)]
     assert found[2].balancedness > found[1].balancedness - 1e-9
     assert all(0 < size.balancedness <= 1 and size.speed_up >= 1 for size in found)
 
 
 def test_the_other_sizes_need_a_decision() -> None:
-    assert try_other_sizes(LOAD_WYL[:3], [(2, 0)], num_ranks=2, num_nodes=1, window_size=9, step_interval=90) == []
+    assert try_other_sizes(LOAD_WYL[:3], [(2, 0)], Setting(2, window_size=9, step_interval=90)) == []
