@@ -244,7 +244,8 @@ class EPLBCallback(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        assert self.balancer is not None and self._summary is not None
+        assert self.balancer is not None
+        assert self._summary is not None
         self.balancer.record(False)
         if trainer.global_step == self._last_global_step:
             return
