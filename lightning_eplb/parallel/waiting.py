@@ -8,7 +8,6 @@ from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store  # torch 2.8 has no method for it
 
 from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
 
@@ -42,7 +41,7 @@ def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
     control = groups.control
     if control is None:
         return
-    store, turns = _get_process_group_store(control), _TURNS.setdefault(control, Counter())
+    store, turns = control.get_group_store(), _TURNS.setdefault(control, Counter())
     turn = turns[what] + 1
     place = f"{turn} {what}"
 
