@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp.sharded_grad_scaler  # keeps the default group that there is when it is imported: none
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor, debug
+from torch.distributed.tensor import debug
 
 SECONDS_A_CALL = 60
 
@@ -103,11 +103,9 @@ def _work(pipe: Connection) -> None:
 
 
 def _forget_meshes() -> None:
-    """Clear the cache of DTensor, which holds meshes of the groups that are no more."""
-    if hasattr(debug, "_clear_sharding_prop_cache"):
-        debug._clear_sharding_prop_cache()
-    else:  # torch 2.8
-        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    """Clear the caches of DTensor, which hold meshes of destroyed groups."""
+    debug._clear_python_sharding_prop_cache()
+    debug._clear_fast_path_sharding_prop_cache()
 
 
 def _join(rank: int, world_size: int, port: int) -> None:
