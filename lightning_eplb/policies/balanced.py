@@ -19,14 +19,18 @@ from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
 
-EXPECTED_WEIGHT = 0.5
-"""Weight of the expected load among the scenarios."""
+EXPECTED_WEIGHT = 0.2
+"""Weight of the expected load among the scenarios. Real next loads ask for less than half: with 0.5, the excess over
+level on them was 0.69 of the published algorithm's, with 0.2 and 0.125 it was 0.67 (before ``HEDGE``)."""
 SEARCHED = 4
-"""Scenarios that the search looks at, the first. With all of them it took about twice as long; plans were no better."""
-LEVEL = 1.0 + 1.0 / 128
-"""Max/mean load of the expected load up to which a plan may be less level than the present one."""
+"""Scenarios that the search looks at, the first; the others judge what it found. With 2 the excess was 0.69 in place of
+0.68, with 8 it was 0.70: what the search has fitted to, a judge that knows no more takes for robust."""
 SLACK = 1.0 / 64
-"""Max/mean load of the expected load by which a plan may be worse than another that is less robust."""
+"""Max/mean load of the expected load by which a plan may be worse than the most level one. Without it plans of 2 ranks
+of 4 experts were up to 9 % above the optimum, with it up to 1.5 %."""
+HEDGE = 0.15
+"""Even load that is mixed into what one plan is packed for: in real changes popular experts lose. With that plan the
+excess is 0.64 of the published algorithm's in place of 0.67."""
 LEAST_GAIN = 1.0 / 2048
 """Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
@@ -43,12 +47,13 @@ LEAST_CAPACITY = 1.0 / 16
 """Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
 
 
-STAY, TREE, RING, SWAPPED_TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, BARE = range(9)
-"""Plans of a layer, in the order in which they are tried: of equal ones the first is taken."""
+TREE, RING, SWAPPED_TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, HEDGED, BARE = range(9)
+"""Plans of a layer beside the present one, in the order in which they are tried: of equal ones the first is taken."""
 TREE_DEPTH = 0.5
 """Most that a rank gives away below its level when replicas form a tree, in parts of it."""
 RESERVE = 1.0 / 16
-"""Least that it gives away when they form a ring. Ranks that are level are connected by it."""
+"""Least that it gives away when they form a ring. Ranks that are level are connected by it: without the ring the steps
+of an even router were 0.992 balanced in place of 1.000, 256 experts on 32 ranks."""
 
 
 class BalancedPolicy(Policy):
@@ -56,10 +61,10 @@ class BalancedPolicy(Policy):
 
     For each layer several plans are made: the present one; new replicas for the present primaries, and swaps of
     primaries between the fullest rank and others; and the published algorithm's, with its ranks relabelled so that few
-    primaries move. Each is improved by a local search. The plan with the lowest cost of the next interval wins: the
-    fullest rank under levelled quotas, averaged over scenarios (see :mod:`lightning_eplb.policies.scenarios`), plus the
-    travel of replicas and the moves of primaries, at what they cost. So nothing moves that does not pay. A layer
-    without tokens is left alone.
+    primaries move. Each is improved by a local search. Of those that are about as level as any for the expected load,
+    the plan with the lowest cost of the next interval wins: the fullest rank under levelled quotas, averaged over
+    scenarios (see :mod:`lightning_eplb.policies.scenarios`), plus the travel of replicas and the moves of primaries, at
+    what they cost. So nothing moves that does not pay. A layer without tokens is left alone.
 
     Where it is known what a replica's travel takes, a layer has as many replicas as save more time than they take: none
     where the router is even.
@@ -327,40 +332,42 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     best_RS, trial_RS = layer.before_RS.copy(), layer.before_RS.copy()
     stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT)
     limit, best_expected = stay - least_gain, expected_before
+    lowest_expected, slack = expected_before, max(SLACK, least_gain)
     scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     scenario_weight_C[0] = EXPECTED_WEIGHT
     level_R = np.ceil(layer.mean_C[0] / layer.weight_R).astype(np.int64)
+    hedged_L = layer.share_CL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / layer.home_L.size
     # Where the present plan is level for the expected load, only replicas are chosen anew.
     most_moved = layer.most_moved if expected_before > 1.0 + least_gain else 0
-    for plan in range(STAY, BARE + 1):
+    for plan in range(BARE + 1):
         if limit <= 1.0:
             break  # no plan is better
-        if num_redundant == 0 and STAY < plan < SWAPPED:
+        if num_redundant == 0 and plan <= SWAPPED_TREE:
             continue
+        is_fresh = plan in (FRESH, FRESH_ROBUST, HEDGED)
         trial_RS[:] = layer.before_RS
-        if plan in (BARE, SWAPPED_TREE):
-            trial_RS[:, n:] = -1
-            exchange(layer, trial_RS, scenario_weight_C[:1], most_moved)
-        if TREE <= plan <= SWAPPED_TREE:
-            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE if plan == RING else 0.0)
-            pack(layer, trial_RS, num_redundant)
-        elif SWAPPED <= plan < BARE:
-            is_fresh = plan in (FRESH, FRESH_ROBUST)
-            trial_RS[:, 0 if is_fresh else n :] = -1
-            pack(layer, trial_RS, num_redundant)
-            if is_fresh:
-                relabel_ranks(layer, trial_RS)
-            is_robust = plan in (SWAPPED_ROBUST, FRESH_ROBUST)
+        trial_RS[:, 0 if is_fresh else n :] = -1
+        if SWAPPED <= plan < BARE:
+            pack(layer, trial_RS, num_redundant, hedged_L if plan == HEDGED else layer.share_CL[0])
+        if is_fresh:
+            relabel_ranks(layer, trial_RS)
+        if plan >= SWAPPED_TREE:
+            is_robust = plan in (SWAPPED_ROBUST, FRESH_ROBUST, HEDGED)
             exchange(layer, trial_RS, scenario_weight_C if is_robust else scenario_weight_C[:1], most_moved)
+        if plan <= SWAPPED_TREE:
+            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE if plan == RING else 0.0)
+            pack(layer, trial_RS, num_redundant, layer.share_CL[0])
         if count_moved(layer, trial_RS) > most_moved:
             continue
         if layer.copy > 0.0:
             cost, expected = drop_replicas(layer, trial_RS, EXPECTED_WEIGHT)
         else:
             cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT)
-        # Robust, but not at any price: the expected load comes first.
-        is_better = cost < limit and expected <= max(best_expected + SLACK, LEVEL)
-        if is_better or (cost < stay - least_gain and expected < best_expected - SLACK):
+        # Robust, but not at any price: of plans that are about as level for the expected load.
+        lowest_expected = min(lowest_expected, expected)
+        if expected <= lowest_expected + slack and (cost < limit or best_expected > lowest_expected + slack):
+            if cost >= limit:
+                cost, _ = judge(layer, trial_RS, np.inf, EXPECTED_WEIGHT)
             limit, best_expected = cost, expected
             best_RS[:] = trial_RS
     keep_rows(layer.before_RS, best_RS, layer.num_primaries)

@@ -13,9 +13,8 @@ from lightning_eplb.policies.layer import Layer, heaviest_first
 
 
 @compiled
-def replicate(layer: Layer, num_redundant: int, count_L: np.ndarray) -> None:
+def replicate(load_L: np.ndarray, num_ranks: int, num_redundant: int, count_L: np.ndarray) -> None:
     """Add replicas in ``count_L``: one more, again and again, for the expert with most load a replica."""
-    num_ranks, load_L = layer.before_RS.shape[0], layer.share_CL[0]
     share_L = load_L / count_L
     for _ in range(num_redundant):
         best = np.int64(-1)
@@ -29,13 +28,14 @@ def replicate(layer: Layer, num_redundant: int, count_L: np.ndarray) -> None:
 
 
 @compiled
-def pack(layer: Layer, slots_RS: np.ndarray, num_redundant: int) -> None:
+def pack(layer: Layer, slots_RS: np.ndarray, num_redundant: int, load_L: np.ndarray) -> None:
     """Fill the empty slots: heaviest replica first, to the emptiest rank with room that does not hold its expert.
 
     Args:
-        layer: To plan, for the expected load.
+        layer: To plan.
         slots_RS: Plan; what it holds stays. Filled in place; a replica that finds no room is left out.
         num_redundant: Redundant replicas that it shall hold in all.
+        load_L: Load of each expert that is planned for, in parts of a mean rank's, float64.
     """
     num_ranks, num_slots = slots_RS.shape
     n, num_experts = layer.num_primaries, layer.home_L.size
@@ -56,8 +56,8 @@ def pack(layer: Layer, slots_RS: np.ndarray, num_redundant: int) -> None:
             else:
                 count_L[expert] += 1
                 num_redundant -= 1
-    replicate(layer, num_redundant, count_L)
-    share_L = layer.share_CL[0] / count_L
+    replicate(load_L, num_ranks, num_redundant, count_L)
+    share_L = load_L / count_L
     tokens_R = np.zeros(num_ranks)
     for rank in range(num_ranks):
         for slot in range(num_slots):

@@ -241,7 +241,7 @@ def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float) ->
                     sent_R[owner] += 1
                 else:
                     trial_RS[rank, slot] = -1
-        trial_cost, trial_expected = judge(layer, trial_RS, np.inf, expected_weight)
+        trial_cost, trial_expected = judge(layer, trial_RS, cost, expected_weight)
         if trial_cost < cost:
             cost, expected = trial_cost, trial_expected
             slots_RS[:] = trial_RS

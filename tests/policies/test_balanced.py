@@ -9,7 +9,7 @@ from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.balanced import LEVEL, plan_layer
+from lightning_eplb.policies.balanced import SLACK, plan_layer
 from lightning_eplb.policies.split import level_tokens
 from tests.policies.digest import printed_by, start
 
@@ -95,9 +95,9 @@ def test_no_layer_is_worse_than_before(situation):
     load_YL, before, topology = situation
     after = BalancedPolicy().rearrange(load_YL, before, topology)
     peak_before, peak_after = fullest_rank(load_YL, before), fullest_rank(load_YL, after)
-    # By levelled quotas, a level layer may get other copies that keep it level when loads change.
-    is_level = LEVEL * load_YL.astype(float).mean(axis=1) * before.primaries_per_rank
-    assert (peak_after <= np.maximum(peak_before, is_level) * (1 + 1e-6)).all()
+    # A plan that is more robust may be less level, by so much.
+    mean = load_YL.astype(float).sum(axis=1) / before.num_ranks
+    assert (peak_after <= peak_before + SLACK * mean + 1 + 1e-6 * peak_before).all()
     is_same = same_layers(before, after)
     assert (is_same | load_YL.any(axis=1)).all()
 
