@@ -109,7 +109,7 @@ def plain_mean(load_YL: np.ndarray, spread: float = UNKNOWN_SPREAD) -> Forecast:
 
 
 @compiled
-def _forecast(steps_WYL, load_YL, first_YL, spread_YL):
+def _forecast(steps_WYL: np.ndarray, load_YL: np.ndarray, first_YL: np.ndarray, spread_YL: np.ndarray) -> None:
     steps, layers, experts = steps_WYL.shape
     blocks = min(NUM_BLOCKS, steps)
     length = steps // blocks
@@ -172,7 +172,7 @@ def _forecast(steps_WYL, load_YL, first_YL, spread_YL):
 
 
 @compiled
-def scale_to(share_L, total, load_L):
+def scale_to(share_L: np.ndarray, total: float, load_L: np.ndarray) -> None:
     """Fill ``load_L`` with whole numbers in proportion to the shares, that sum to about ``total``."""
     rest = 0.0
     for share in share_L:
@@ -182,7 +182,7 @@ def scale_to(share_L, total, load_L):
 
 
 @compiled
-def straighten(share_BL, blocks, noise, is_straight_L):
+def straighten(share_BL: np.ndarray, blocks: int, noise: float, is_straight_L: np.ndarray) -> None:
     """Bring a block that is far above or below all others to the next one's share, where there are enough to tell.
 
     Where that would take half of all tokens or more, they are what there is, and nothing is out of line.
@@ -221,7 +221,7 @@ def straighten(share_BL, blocks, noise, is_straight_L):
 
 
 @compiled
-def estimate_changes(share_BL, blocks, noise):
+def estimate_changes(share_BL: np.ndarray, blocks: int, noise: float) -> tuple[float, float]:
     """The variances of a block's noise and of a change that lasts, both in units of the expert's mean share."""
     if blocks < 3:
         return noise, 0.0
@@ -249,7 +249,7 @@ def estimate_changes(share_BL, blocks, noise):
 
 
 @compiled
-def filter_level(share_BL, start, end, noise, lasting, level_L):
+def filter_level(share_BL: np.ndarray, start: int, end: int, noise: float, lasting: float, level_L: np.ndarray) -> None:
     """Kalman filter of the local level model, the same gains for all experts."""
     variance = noise
     for expert in range(share_BL.shape[1]):
@@ -263,7 +263,7 @@ def filter_level(share_BL, start, end, noise, lasting, level_L):
 
 
 @compiled
-def slope(share_BL, start, end, expert):
+def slope(share_BL: np.ndarray, start: int, end: int, expert: int) -> float:
     """The change of an expert's share from block to block, by least squares."""
     middle = (start + end - 1) / 2.0
     above = below = 0.0
@@ -274,7 +274,9 @@ def slope(share_BL, start, end, expert):
 
 
 @compiled
-def backtest(share_BL, half, blocks, level_L, noise, lasting):
+def backtest(
+    share_BL: np.ndarray, half: int, blocks: int, level_L: np.ndarray, noise: float, lasting: float
+) -> tuple[float, bool, float, float]:
     """Forecast the second half from the first: how much of the level was kept, of the trend, and how far it was off.
 
     Returns:

@@ -11,7 +11,7 @@ from lightning_eplb.policies.split import LEVEL_ENOUGH, SPLIT_SWEEPS, even_quota
 LEVEL = 1.0 + 1.0 / 128
 """A fullest rank that is so many times the mean is low enough."""
 DEPTHS = (0.7, 0.5, 1.0)
-"""How much a link of the tree may carry, see :func:`lightning_eplb.policies.spill.spill`: tried in this order."""
+"""How much a link of the tree may carry, see :func:`grow_tree`: tried in this order."""
 MOST_LINKS = 4
 """Further copies that are added to the best attempt at most, one at a time."""
 MOST_TRIES = 8
@@ -24,7 +24,7 @@ def choose_copies(
     """Level the ranks with copies that each take over enough tokens to pay for the travel of weights and gradient.
 
     The fullest rank's heaviest expert gets a copy on the emptiest rank, again and again. Where that does not level the
-    ranks, other orders are tried, then the tree of :func:`lightning_eplb.policies.spill.spill`, which needs more
+    ranks, other orders are tried, then the tree of :func:`grow_tree`, which needs more
     copies, and last the best of them is given further links. Where the ranks are level already there are no copies.
     Whole numbers and single IEEE operations, ties to the lower index: every rank that is given the same load finds the
     same copies.
@@ -47,7 +47,9 @@ def choose_copies(
 
 
 @compiled
-def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
+def _choose_copies(
+    load_L: np.ndarray, slots_RS: np.ndarray, num_primaries: int, weight_R: np.ndarray, least: int
+) -> None:
     num_ranks, num_slots = slots_RS.shape
     if num_slots == num_primaries:
         return
@@ -86,7 +88,16 @@ def _choose_copies(load_L, slots_RS, num_primaries, weight_R, least):
 
 
 @compiled
-def add_link(load_L, slots_RS, num_primaries, weight_R, least, enough, quota_RS, tokens_R):
+def add_link(
+    load_L: np.ndarray,
+    slots_RS: np.ndarray,
+    num_primaries: int,
+    weight_R: np.ndarray,
+    least: int,
+    enough: float,
+    quota_RS: np.ndarray,
+    tokens_R: np.ndarray,
+) -> float:
     """Relieve the fullest rank by one more copy of what it serves, in place.
 
     It goes where a slot is free: to a rank that in turn can leave as much to the emptiest, or to any other; or to the
@@ -100,7 +111,7 @@ def add_link(load_L, slots_RS, num_primaries, weight_R, least, enough, quota_RS,
     for rank in range(num_ranks):
         if tokens_R[rank] * weight_R[rank] < tokens_R[empty] * weight_R[empty]:
             empty = np.int64(rank)
-    before = tokens_R[full] * weight_R[full]
+    before = float(tokens_R[full] * weight_R[full])
     if tokens_R[full] - tokens_R[empty] < 2 * least:
         return before
     before_quota_RS, before_tokens_R = quota_RS.copy(), tokens_R.copy()
@@ -134,7 +145,7 @@ def add_link(load_L, slots_RS, num_primaries, weight_R, least, enough, quota_RS,
 
 
 @compiled
-def is_on(slots_RS, rank, expert):
+def is_on(slots_RS: np.ndarray, rank: int, expert: int) -> bool:
     found = False
     for held in slots_RS[rank]:
         found |= held == expert
@@ -142,7 +153,7 @@ def is_on(slots_RS, rank, expert):
 
 
 @compiled
-def has_to_leave(slots_RS, quota_RS, rank, other, least):
+def has_to_leave(slots_RS: np.ndarray, quota_RS: np.ndarray, rank: int, other: int, least: int) -> bool:
     """Whether ``rank`` serves at least so many tokens of an expert that ``other`` holds too."""
     for slot in range(slots_RS.shape[1]):
         if quota_RS[rank, slot] >= least and is_on(slots_RS, other, slots_RS[rank, slot]):
@@ -151,7 +162,15 @@ def has_to_leave(slots_RS, quota_RS, rank, other, least):
 
 
 @compiled
-def spill_greedily(load_L, slots_RS, num_primaries, level_R, least, small_first, low_first):
+def spill_greedily(
+    load_L: np.ndarray,
+    slots_RS: np.ndarray,
+    num_primaries: int,
+    level_R: np.ndarray,
+    least: int,
+    small_first: bool,
+    low_first: bool,
+) -> None:
     """Fill the redundant slots, in place, each with the expert that has most to give.
 
     Args:
@@ -207,7 +226,15 @@ def spill_greedily(load_L, slots_RS, num_primaries, level_R, least, small_first,
 
 
 @compiled
-def grow_tree(load_L, slots_RS, num_primaries, level_R, least, depth, reserve):
+def grow_tree(
+    load_L: np.ndarray,
+    slots_RS: np.ndarray,
+    num_primaries: int,
+    level_R: np.ndarray,
+    least: int,
+    depth: float,
+    reserve: float,
+) -> None:
     """Fill the redundant slots, in place, so that the replicas form a tree over the ranks.
 
     From the lowest to the fullest, a rank above its level fills up others by one replica each until it is at its level,
@@ -267,7 +294,9 @@ def grow_tree(load_L, slots_RS, num_primaries, level_R, least, depth, reserve):
 
 
 @compiled
-def heaviest_missing(left_L, slots_RS, giver, taker, num_primaries, num_held):
+def heaviest_missing(
+    left_L: np.ndarray, slots_RS: np.ndarray, giver: int, taker: int, num_primaries: int, num_held: int
+) -> tuple[np.int64, np.int64]:
     """Find the giver's primary with most tokens left that the taker does not hold, and these tokens; -1, 0 if none."""
     found, most = np.int64(-1), np.int64(0)
     for slot in range(num_primaries):
@@ -277,5 +306,5 @@ def heaviest_missing(left_L, slots_RS, giver, taker, num_primaries, num_held):
             for other in range(num_primaries, num_held):
                 is_there |= slots_RS[taker, other] == mine
             if not is_there:
-                found, most = mine, left_L[mine]
+                found, most = np.int64(mine), np.int64(left_L[mine])
     return found, most

@@ -40,7 +40,16 @@ def split_tokens(
 
 
 @compiled
-def _split_tokens(counts_RL, slots_RS, node_R, weight_R, rank, sent_RS, received_RS, tokens_R):
+def _split_tokens(
+    counts_RL: np.ndarray,
+    slots_RS: np.ndarray,
+    node_R: np.ndarray,
+    weight_R: np.ndarray,
+    rank: int,
+    sent_RS: np.ndarray,
+    received_RS: np.ndarray,
+    tokens_R: np.ndarray,
+) -> None:
     load_L = np.zeros(counts_RL.shape[1], dtype=np.int64)
     for source in range(counts_RL.shape[0]):
         for expert in range(load_L.size):
@@ -56,7 +65,15 @@ def _split_tokens(counts_RL, slots_RS, node_R, weight_R, rank, sent_RS, received
 
 
 @compiled
-def lay_to_quotas(counts_RL, slots_RS, node_R, quota_RS, rank, sent_RS, received_RS):
+def lay_to_quotas(
+    counts_RL: np.ndarray,
+    slots_RS: np.ndarray,
+    node_R: np.ndarray,
+    quota_RS: np.ndarray,
+    rank: int,
+    sent_RS: np.ndarray,
+    received_RS: np.ndarray,
+) -> None:
     """Fill in what ``rank`` sends and receives, near copies first. ``quota_RS`` is used up."""
     num_ranks, num_slots = slots_RS.shape
     experts = counts_RL.shape[1]
@@ -114,7 +131,7 @@ def rank_weights(capacity_R: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def even_quotas(load_L, slots_RS, quota_RS, tokens_R):
+def even_quotas(load_L: np.ndarray, slots_RS: np.ndarray, quota_RS: np.ndarray, tokens_R: np.ndarray) -> None:
     """Divide each expert's tokens evenly among its copies.
 
     Args:
@@ -148,7 +165,16 @@ def even_quotas(load_L, slots_RS, quota_RS, tokens_R):
 
 
 @compiled
-def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tokens_R):
+def level_quotas(
+    load_L: np.ndarray,
+    slots_RS: np.ndarray,
+    weight_R: np.ndarray,
+    sweeps: int,
+    enough: float,
+    slow: float,
+    quota_RS: np.ndarray,
+    tokens_R: np.ndarray,
+) -> float:
     """Divide each expert's tokens among its copies so that the ranks are as level as the copies allow.
 
     One expert after the other fills its ranks up to a common water line, given what the others leave there; that is
@@ -264,7 +290,7 @@ def level_quotas(load_L, slots_RS, weight_R, sweeps, enough, slow, quota_RS, tok
 
 
 @inlined
-def fullest(tokens_R, weight_R):
+def fullest(tokens_R: np.ndarray, weight_R: np.ndarray) -> float:
     """The weighted tokens of the fullest rank."""
     peak = 0.0
     for rank in range(tokens_R.size):
@@ -273,7 +299,7 @@ def fullest(tokens_R, weight_R):
 
 
 @inlined
-def fullest_rank(tokens_R, weight_R):
+def fullest_rank(tokens_R: np.ndarray, weight_R: np.ndarray) -> np.int64:
     """The rank with most weighted tokens; the lowest index where several have as many."""
     found = np.int64(0)
     for rank in range(tokens_R.size):
@@ -315,7 +341,9 @@ def level_tokens(
 
 
 @compiled
-def _level_layers(load_YL, slots_YRS, weight_R, sweeps, tokens_YR):
+def _level_layers(
+    load_YL: np.ndarray, slots_YRS: np.ndarray, weight_R: np.ndarray, sweeps: int, tokens_YR: np.ndarray
+) -> None:
     quota_RS = np.empty(slots_YRS.shape[1:], dtype=np.int64)
     for layer in range(load_YL.shape[0]):
         even_quotas(load_YL[layer], slots_YRS[layer], quota_RS, tokens_YR[layer])
