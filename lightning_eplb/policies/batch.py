@@ -275,7 +275,13 @@ def grow_tree(
             expert, taker, amount = np.int64(-1), np.int64(-1), least - 1
             for rank in range(num_ranks):
                 gap = -over_R[rank]
-                if not is_done_R[rank] or gap <= amount or next_R[rank] == num_slots or over_R[giver] - gap < lowest:
+                if (
+                    rank == giver
+                    or not is_done_R[rank]
+                    or gap <= amount
+                    or next_R[rank] == num_slots
+                    or over_R[giver] - gap < lowest
+                ):
                     continue
                 found, most = heaviest_missing(left_L, slots_RS, giver, rank, num_primaries, next_R[rank])
                 if most >= gap:  # one replica fills it

@@ -201,9 +201,10 @@ def test_of_equal_experts_the_lower_index_is_copied():
 
 
 def test_copies_alone_are_preferred_when_they_level_as_well():
-    # Half of expert 0 on rank 1 levels the ranks, and no primary needs to move. New primaries could do no better.
+    # Half of expert 0 on rank 1 levels the ranks, and no primary needs to move, which takes as long as 2,000 tokens.
     before = ExpertPlacement([[0, 1, -1, 2, 3, -1]], 4, 2)
-    after = BalancedPolicy().rearrange(np.array([[30, 10, 5, 5]]) * 1000, before, Topology.even(2))
+    look = outlook(np.array([[30, 10, 5, 5]]) * 1000, Costs(token=1.0, row_within_node=2000.0))
+    after = BalancedPolicy().look_ahead(look, before, Topology.even(2))
     assert after.physical_to_logical.tolist() == [[0, 1, -1, 2, 3, 0]]
 
 

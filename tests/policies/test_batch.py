@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.batch import choose_copies
+from lightning_eplb.policies.batch import choose_copies, grow_tree
 from lightning_eplb.policies.split import rank_weights, split_tokens
 from lightning_eplb.synthetic import synthetic_load
 
@@ -78,3 +78,10 @@ def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
         slots_RS = ExpertPlacement.initial(1, experts, ranks, 2 * ranks).by_rank[0]
         tokens_R = served(load_L, choose_copies(load_L, slots_RS, 8, np.ones(ranks), 1))
         assert tokens_R.max() <= 1.01 * tokens_R.mean()
+
+
+def test_no_rank_gets_a_copy_of_its_own_expert():
+    load_L = np.array([116, 42, 56, 113, 1, 44, 58, 81, 21, 88, 129, 121]) * 1000
+    slots_RS = np.array([[0, 1, 2, 3, -1], [4, 5, 6, 7, -1], [8, 9, 10, 11, -1]])
+    grow_tree(load_L, slots_RS, 4, np.full(3, load_L.sum() // 3 + 1), 1, 0.5, 1 / 16)
+    assert [len(set(of_rank)) for of_rank in slots_RS.tolist()] == [5, 5, 5]
