@@ -330,7 +330,8 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     num_ranks, num_slots = layer.before_RS.shape
     n, num_redundant = layer.num_primaries, num_ranks * (num_slots - layer.num_primaries)
     best_RS, trial_RS = layer.before_RS.copy(), layer.before_RS.copy()
-    stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT)
+    num_scenarios = layer.mean_C.size
+    stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT, num_scenarios)
     limit, best_expected = stay - least_gain, expected_before
     lowest_expected, slack = expected_before, max(SLACK, least_gain)
     scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
@@ -360,14 +361,13 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
         if count_moved(layer, trial_RS) > most_moved:
             continue
         if layer.copy > 0.0:
-            cost, expected = drop_replicas(layer, trial_RS, EXPECTED_WEIGHT)
-        else:
-            cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT)
+            drop_replicas(layer, trial_RS, EXPECTED_WEIGHT, min(SEARCHED, num_scenarios))
+        cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT, num_scenarios)
         # Robust, but not at any price: of plans that are about as level for the expected load.
         lowest_expected = min(lowest_expected, expected)
         if expected <= lowest_expected + slack and (cost < limit or best_expected > lowest_expected + slack):
             if cost >= limit:
-                cost, _ = judge(layer, trial_RS, np.inf, EXPECTED_WEIGHT)
+                cost, _ = judge(layer, trial_RS, np.inf, EXPECTED_WEIGHT, num_scenarios)
             limit, best_expected = cost, expected
             best_RS[:] = trial_RS
     keep_rows(layer.before_RS, best_RS, layer.num_primaries)

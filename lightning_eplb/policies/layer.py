@@ -116,14 +116,14 @@ def fullest_expected(layer: Layer, slots_RS: np.ndarray, quota_RS: np.ndarray, t
 
 
 @compiled
-def judge(layer: Layer, slots_RS: np.ndarray, limit: float, own_weight: float) -> tuple[float, float]:
+def judge(layer: Layer, slots_RS: np.ndarray, limit: float, own_weight: float, scenarios: int) -> tuple[float, float]:
     """Judge a plan: the cost of the interval in parts of a mean rank's load, and that if the expected load comes.
 
-    The fullest rank under levelled quotas is averaged over the scenarios, the expected load counting ``own_weight``.
+    The fullest rank under levelled quotas is averaged over the first ``scenarios``, the expected load counting
+    ``own_weight``.
     What exceeds ``limit`` is not judged to its end.
     """
     quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(slots_RS.shape[0], dtype=np.int64)
-    scenarios = layer.mean_C.size
     cost = fixed_cost(layer, slots_RS)
     full = fullest_expected(layer, slots_RS, quota_RS, tokens_R)
     expected = cost + full

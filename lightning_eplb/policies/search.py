@@ -209,8 +209,8 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
 
 
 @compiled
-def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float) -> tuple[float, float]:
-    """Drop the replicas whose travel costs more than they bring, in place. Returns as :func:`judge`, of what is left.
+def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float, scenarios: int) -> None:
+    """Drop the replicas whose travel costs more than they bring, in place, by the first ``scenarios``.
 
     The busiest ranks go without the replicas that serve least until they send and receive fewer, and so on. The plan
     that costs least is kept.
@@ -224,7 +224,7 @@ def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float) ->
     for rank in range(num_ranks):
         for slot in range(n):
             owner_L[slots_RS[rank, slot]] = rank
-    cost, expected = judge(layer, slots_RS, np.inf, expected_weight)
+    cost, _ = judge(layer, slots_RS, np.inf, expected_weight, scenarios)
     most = busiest(layer, slots_RS)
     while most > 0:
         most -= max(most // 4, 1)
@@ -241,8 +241,7 @@ def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float) ->
                     sent_R[owner] += 1
                 else:
                     trial_RS[rank, slot] = -1
-        trial_cost, trial_expected = judge(layer, trial_RS, cost, expected_weight)
+        trial_cost, _ = judge(layer, trial_RS, cost, expected_weight, scenarios)
         if trial_cost < cost:
-            cost, expected = trial_cost, trial_expected
+            cost = trial_cost
             slots_RS[:] = trial_RS
-    return cost, expected
