@@ -1,4 +1,4 @@
-"""What replays are compared with: the published algorithm as it is, and two upper bounds.
+"""Compare replays with the published algorithm as it is, and with two upper bounds.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``R`` ranks, ``S`` slots on a
 rank.
