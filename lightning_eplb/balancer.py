@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb._validation import check_redundancy, check_steps, check_switches
 from lightning_eplb.agreement import check_same_on_all_ranks
-from lightning_eplb.arguments import check_redundancy, check_steps, check_switches
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.fabric import clip_fabric_by_global_norm, optimizer_within

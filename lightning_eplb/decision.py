@@ -9,15 +9,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_eplb._compiled import will_be_kept
 from lightning_eplb.agreement import check_successor, decided_by_rank_zero
-from lightning_eplb.compiled import will_be_kept
-from lightning_eplb.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.balanced import plan_layer
 from lightning_eplb.policies.batch import choose_copies
+from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.split import level_tokens, rank_weights
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.steps import Rearrangement

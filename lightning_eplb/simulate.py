@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from lightning_eplb.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import Costs, Outlook, Policy, Topology
+from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.plan import plan_relocation
 from lightning_eplb.schedule import Schedule
@@ -115,7 +115,7 @@ class Replay:
         replicas: Redundant slots of all layers that held an expert in every step, ``[W]`` int64. 0 for a step without
             a token.
         decisions: In their order.
-        forecast_errors: Of every decision but the last, see :meth:`lightning_eplb.forecast.Forecast.error`.
+        forecast_errors: Of every decision but the last, see :meth:`lightning_eplb.policies.forecast.Forecast.error`.
         slots: The expert of each slot before the first decision and after each one, int64 ``[Y, R, S]``, -1 where a
             slot is empty. None for a bound that knows no slots.
         is_bound: Each step's load was known before it was served: a bound to compare policies with.

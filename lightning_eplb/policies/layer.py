@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 from lightning_eplb.policies.split import even_quotas, level_quotas
 
 SWEEPS = np.int64(12)  # as int64, or loops are compiled for each of these numbers

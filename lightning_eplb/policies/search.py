@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, heaviest_first, judge, price_of
 
 LEAST_GAIN = 1.0 / 16384

@@ -5,7 +5,7 @@ Shape suffixes: ``L`` logical experts, ``P`` physical experts (slots), ``R`` ran
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled, inlined
+from lightning_eplb._compiled import compiled, inlined
 
 SPLIT_SWEEPS = np.int64(24)  # as int64, or loops are compiled for each such number
 """Of the quotas, to divide a batch."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 
 NUM_BLOCKS = 8
 """Parts that the window is cut into, all of the same number of steps."""

@@ -8,11 +8,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lightning_eplb.forecast import Forecast, forecast, plain_mean
+from lightning_eplb.policies.forecast import Forecast, forecast, plain_mean
 from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.trace import read_trace
 
-TRACE = Path(__file__).parent / "benchmarks" / "pretrain_trace.npy"
+TRACE = Path(__file__).parents[1] / "benchmarks" / "pretrain_trace.npy"
 BEFORE, AFTER = np.array([10, 20, 30, 40]), np.array([9, 22, 27, 42])
 
 
