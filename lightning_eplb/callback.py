@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.consolidate import ReadsDistributedCheckpoints
+from lightning_eplb.checkpoint.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.evaluation import Evaluation
 from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook

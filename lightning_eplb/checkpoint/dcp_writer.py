@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
-from lightning_eplb.consolidate import REST, WRITE, rest_files
-from lightning_eplb.dcp_reader import leftovers, read_index
+from lightning_eplb.checkpoint.consolidate import REST, WRITE, rest_files
+from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index
 
 
 def save_distributed_checkpoint(

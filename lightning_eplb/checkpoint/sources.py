@@ -9,7 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_eplb.consolidate import check_complete, has_shards, is_distributed_checkpoint, is_inside, weights_key
+from lightning_eplb.checkpoint.consolidate import (
+    check_complete,
+    has_shards,
+    is_distributed_checkpoint,
+    is_inside,
+    weights_key,
+)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """What ``save_pretrained`` of Hugging Face's libraries writes: one file, or the index of several."""
@@ -215,7 +221,7 @@ class _PartsOf:
 def _distributed(folder: Path) -> dict[str, Source]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from lightning_eplb.dcp_reader import DistributedReader
+    from lightning_eplb.checkpoint.dcp_reader import DistributedReader
 
     reader = DistributedReader(folder)
     index = reader.read_metadata()

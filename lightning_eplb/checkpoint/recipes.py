@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_eplb.loading.sources import Source, listed
+from lightning_eplb.checkpoint.sources import Source, listed
 
 
 @dataclass

@@ -22,8 +22,8 @@ from lightning_eplb import (
     load_weights,
     parallelize_experts,
 )
-from lightning_eplb.loading import sources
-from lightning_eplb.loading.holdings import holdings
+from lightning_eplb.checkpoint import sources
+from lightning_eplb.checkpoint.holdings import holdings
 from tests.fidelity import SEQUENCES, TOLERANCE, Case, ShufflePolicy, reference, tokens_of, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_resume import save_halfway
@@ -254,7 +254,7 @@ def test_what_lightning_saved(kind: str, workers: Workers, tmp_path: Path) -> No
 
 
 def one_file(path: Path) -> dict[str, Tensor]:
-    from lightning_eplb.consolidate import read_distributed_checkpoint
+    from lightning_eplb.checkpoint.consolidate import read_distributed_checkpoint
 
     read = read_distributed_checkpoint(path) if path.is_dir() else torch.load(path, weights_only=True)
     return read["state_dict"]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_eplb.loading.recipes import Recipe
-from lightning_eplb.loading.sources import Box, Source, whole_box
+from lightning_eplb.checkpoint.recipes import Recipe
+from lightning_eplb.checkpoint.sources import Box, Source, whole_box
 
 Parts = dict[str, list[Box]]
 """By the pattern of a conversion: of each tensor that one expert is made from, the smallest box with all that is used.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import save
 
 from lightning_eplb import load_weights
-from lightning_eplb.loading.sources import Box, open_checkpoint, whole_box
+from lightning_eplb.checkpoint.sources import Box, open_checkpoint, whole_box
 
 TENSORS = {
     "model.a": torch.arange(60, dtype=torch.float64).view(5, 4, 3),

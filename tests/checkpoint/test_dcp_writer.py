@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from lightning_eplb.checkpoint.consolidate import read_distributed_checkpoint
+from lightning_eplb.checkpoint.dcp_writer import save_distributed_checkpoint
 from lightning_eplb.cli import main
-from lightning_eplb.consolidate import read_distributed_checkpoint
-from lightning_eplb.dcp_writer import save_distributed_checkpoint
+from tests.checkpoint.test_checkpoint import half_trained, largest_difference
 from tests.fidelity import TOLERANCE
-from tests.test_checkpoint import half_trained, largest_difference
 from tests.test_resume import run
 from tests.workers import WorkerError, Workers
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import core_model_loading as hf
 
-from lightning_eplb.loading import recipes
-from lightning_eplb.loading.parts import PartFinder
-from lightning_eplb.loading.recipes import Recipe
-from lightning_eplb.loading.sources import whole_box
+from lightning_eplb.checkpoint import recipes
+from lightning_eplb.checkpoint.parts import PartFinder
+from lightning_eplb.checkpoint.recipes import Recipe
+from lightning_eplb.checkpoint.sources import whole_box
 
 GATE, UP = "experts.*.gate.weight", "experts.*.up.weight"
 STACKED = "experts.gate_and_up"

@@ -101,7 +101,7 @@ def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = 
     # Here, as every process that imports the package would load much that few need.
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from lightning_eplb.dcp_reader import DistributedReader, load_data
+    from lightning_eplb.checkpoint.dcp_reader import DistributedReader, load_data
 
     check_complete(Path(folder))
     reader = DistributedReader(folder)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 from torch.optim import Optimizer
 
-from lightning_eplb.consolidate import check_complete, read_rest, weights_key
+from lightning_eplb.checkpoint.consolidate import check_complete, read_rest, weights_key
 
 
 def load_distributed_checkpoint(
@@ -40,7 +40,7 @@ def load_distributed_checkpoint(
     # Here, as every process that imports the package would load much that few need.
     from torch.distributed.checkpoint import state_dict as sharded
 
-    from lightning_eplb.dcp_reader import DistributedReader, load_data
+    from lightning_eplb.checkpoint.dcp_reader import DistributedReader, load_data
 
     check_complete(Path(folder))
     reader = DistributedReader(folder)
@@ -79,7 +79,7 @@ def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath
     Raises:
         CheckpointException: A rank could not write; what was there before can still be loaded.
     """
-    from lightning_eplb.dcp_writer import save_distributed_checkpoint
+    from lightning_eplb.checkpoint.dcp_writer import save_distributed_checkpoint
 
     if strategy.is_global_zero and Path(filepath).is_file():
         Path(filepath).unlink()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_eplb.loading.holdings import Holding, holdings
-from lightning_eplb.loading.parts import PartFinder
-from lightning_eplb.loading.recipes import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.loading.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
+from lightning_eplb.checkpoint.holdings import Holding, holdings
+from lightning_eplb.checkpoint.parts import PartFinder
+from lightning_eplb.checkpoint.recipes import Recipe, find_recipes, is_hugging_face
+from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
     initialize,

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_eplb import load_weights, parallelize_experts
+from lightning_eplb.checkpoint.consolidate import read_distributed_checkpoint
+from lightning_eplb.checkpoint.dcp_reader import read_index
+from lightning_eplb.checkpoint.sources import open_checkpoint, whole_box
 from lightning_eplb.cli import main
-from lightning_eplb.consolidate import read_distributed_checkpoint
-from lightning_eplb.dcp_reader import read_index
-from lightning_eplb.loading.sources import open_checkpoint, whole_box
 from tests.models import LanguageModel, hugging_face_model
 from tests.test_resume import run
 from tests.workers import Workers

@@ -17,10 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
 from lightning_eplb.parallel.shards import local_shard
-from tests.fidelity import TOLERANCE, ShufflePolicy, trainer_for
-from tests.fsdp1 import DoublePrecision, fsdp1, full_state, full_state_dicts
-from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
-from tests.test_checkpoint import (
+from tests.checkpoint.test_checkpoint import (
     HALF,
     STEPS,
     batches,
@@ -30,6 +27,9 @@ from tests.test_checkpoint import (
     mean_difference,
     uninterrupted,
 )
+from tests.fidelity import TOLERANCE, ShufflePolicy, trainer_for
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state, full_state_dicts
+from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
 from tests.workers import Workers
 
 SECONDS = 200

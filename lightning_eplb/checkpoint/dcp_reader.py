@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
 from typing_extensions import override
 
-from lightning_eplb.consolidate import INDEX, is_inside
+from lightning_eplb.checkpoint.consolidate import INDEX, is_inside
 
 _METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _CLASSES = {
