@@ -4,8 +4,8 @@ from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.callback import EPLBCallback
 from lightning_eplb.checkpoint import logical_parameters
 from lightning_eplb.checkpoint.weights import load_weights
-from lightning_eplb.ddp import leave_experts_out_of_ddp
 from lightning_eplb.functional import balancedness
+from lightning_eplb.integrations.ddp import leave_experts_out_of_ddp
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.convert import parallelize_experts

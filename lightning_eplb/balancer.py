@@ -17,8 +17,9 @@ from lightning_eplb._validation import check_redundancy, check_steps, check_swit
 from lightning_eplb.agreement import check_same_on_all_ranks
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
-from lightning_eplb.fabric import clip_fabric_by_global_norm, optimizer_within
 from lightning_eplb.functional import balancedness
+from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
+from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.pace import Pace
 from lightning_eplb.parallel import dispatch
@@ -30,7 +31,6 @@ from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
-from lightning_eplb.replicated import warn_of_drift
 from lightning_eplb.schedule import Schedule
 from lightning_eplb.served import take_load
 from lightning_eplb.steps import Rearrangement, StepLoad
