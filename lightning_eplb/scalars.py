@@ -1,8 +1,8 @@
 """The scalars of an optimizer step: their names, what they mean, and their values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
+from lightning_eplb.balancer.steps import StepLoad
 from lightning_eplb.functional import hottest_share, load_entropy
-from lightning_eplb.steps import StepLoad
 
 SCALARS: dict[str, tuple[str, str]] = {
     "eplb/balancedness": (

@@ -10,13 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
+from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.plan import plan_relocation
-from lightning_eplb.schedule import Schedule
 
 DEFAULT_COSTS = Costs(token=1.0, row_within_node=2_000.0, row_between_nodes=10_000.0)
 """In the time that one expert takes for a token.
@@ -248,7 +248,7 @@ def replay(
 
     Args:
         load_WYL: Tokens of each expert in each step, int64: a trace, or a synthetic load.
-        policy: Asked when :class:`~lightning_eplb.schedule.Schedule` says so.
+        policy: Asked when :class:`~lightning_eplb.balancer.schedule.Schedule` says so.
         setting: Cluster and schedule.
         name: Of the policy, for the result.
         after_step: Called after each step, to show progress.

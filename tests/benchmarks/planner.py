@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
+from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Outlook, Topology
@@ -35,7 +36,6 @@ from lightning_eplb.policies.base import order_slots
 from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
 from lightning_eplb.policies.forecast import forecast, plain_mean, sub_windows
 from lightning_eplb.policies.split import level_tokens
-from lightning_eplb.schedule import Schedule
 from lightning_eplb.simulate import DEFAULT_COSTS
 from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.trace import read_trace

@@ -23,11 +23,11 @@ from lightning_eplb import (
     StaticPolicy,
     parallelize_experts,
 )
+from lightning_eplb.balancer.speed import Speed
+from lightning_eplb.balancer.steps import StepLoad
 from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.speed import Speed
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.split import split_tokens
-from lightning_eplb.steps import StepLoad
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 

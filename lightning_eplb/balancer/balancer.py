@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eplb._validation import check_redundancy, check_steps, check_switches
-from lightning_eplb.agreement import check_same_on_all_ranks
+from lightning_eplb.balancer.pace import Pace
+from lightning_eplb.balancer.planner import Decision, DecisionMaker, Surroundings, extent
+from lightning_eplb.balancer.schedule import Schedule
+from lightning_eplb.balancer.served import take_load
+from lightning_eplb.balancer.steps import Rearrangement, StepLoad
 from lightning_eplb.checkpoint import install_optimizer_hooks
-from lightning_eplb.decision import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
-from lightning_eplb.pace import Pace
 from lightning_eplb.parallel import dispatch
+from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.waiting import wait_for_all_ranks
@@ -31,9 +34,6 @@ from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
-from lightning_eplb.schedule import Schedule
-from lightning_eplb.served import take_load
-from lightning_eplb.steps import Rearrangement, StepLoad
 
 
 class ExpertLoadBalancer:
@@ -88,7 +88,7 @@ class ExpertLoadBalancer:
         policy: Decides where experts go; ``None`` for ``BalancedPolicy()``.
         window_size: Optimizer steps that the decision looks back on.
         step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it, and one may come
-            early when the load drifts away, see :class:`~lightning_eplb.schedule.Schedule`.
+            early when the load drifts away, see :class:`~lightning_eplb.balancer.schedule.Schedule`.
         redundancy: When the redundant slots are filled: ``"window"`` with each rearrangement, by the policy;
             ``"batch"`` in each forward, for the very tokens that it routes.
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, Policy, StaticPolicy, Topology, parallelize_experts
-from lightning_eplb.agreement import check_same_on_all_ranks
 from lightning_eplb.parallel import waiting
+from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.waiting import ranks_in_words
 from tests.models import hugging_face_model, optimizer_of

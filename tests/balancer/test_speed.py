@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel import speed
+from lightning_eplb.balancer import speed
+from lightning_eplb.balancer.speed import Speed, measure_speed
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.speed import Speed, measure_speed
 from lightning_eplb.policies import Costs
 from tests.workers import Workers
 
@@ -158,7 +158,7 @@ def told_after_a_step() -> list[Costs | None]:
     parallelize_experts(model, num_redundant_experts=2)
     optimizer, policy = torch.optim.AdamW(model.parameters()), Listening()
     balancer = ExpertLoadBalancer(model, [optimizer], policy=policy, step_interval=4)
-    with patch("lightning_eplb.pace.measure_speed", lambda experts, groups: Speed(2.0**-10, 2.0**20, 2.0**10)):
+    with patch("lightning_eplb.balancer.pace.measure_speed", lambda experts, groups: Speed(2.0**-10, 2.0**20, 2.0**10)):
         model["experts"](torch.ones(6, 8), torch.arange(6)[:, None] + 2, torch.ones(6, 1)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from lightning_eplb.balancer.steps import StepLoad
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.steps import StepLoad
 
 
 def take_load(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> StepLoad:

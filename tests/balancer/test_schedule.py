@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_eplb.schedule import Schedule
+from lightning_eplb.balancer.schedule import Schedule
 
 
 def decisions(step_interval: int, values: Iterable[float]) -> list[int]:

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_eplb._compiled import will_be_kept
-from lightning_eplb.agreement import check_successor, decided_by_rank_zero
+from lightning_eplb.balancer.steps import Rearrangement
 from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.parallel.consensus import check_successor, decided_by_rank_zero
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
@@ -20,7 +21,6 @@ from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.split import level_tokens, rank_weights
 from lightning_eplb.relocation.plan import plan_relocation
-from lightning_eplb.steps import Rearrangement
 
 
 class Decision(NamedTuple):
@@ -175,7 +175,7 @@ class DecisionMaker:
 
 
 def extent(before: ExpertPlacement, after: ExpertPlacement) -> dict[str, Any]:
-    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.steps.Rearrangement`."""
+    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.balancer.steps.Rearrangement`."""
     plan, n = plan_relocation(before, after), before.primaries_per_rank
     return {
         "after": after,
