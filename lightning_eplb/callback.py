@@ -35,14 +35,14 @@ from lightning_eplb.integrations.requirements import (
 )
 from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
+from lightning_eplb.logging.scalars import scalars_of
+from lightning_eplb.logging.summary import FitSummary, print_table
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
 from lightning_eplb.parallel.flat_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
-from lightning_eplb.scalars import scalars_of
 from lightning_eplb.strategies import ExpertParallelStrategy
-from lightning_eplb.summary import FitSummary, print_table
 from lightning_eplb.trace import TraceWriter
 
 
@@ -61,7 +61,7 @@ class EPLBCallback(Callback):
     ``configure_model`` call :func:`~lightning_eplb.load_weights` or :func:`~lightning_eplb.materialize`.
 
     Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``);
-    :data:`lightning_eplb.scalars.SCALARS` says what each means.
+    :data:`lightning_eplb.logging.scalars.SCALARS` says what each means.
 
     The progress bar shows ``balancedness`` of every step, and a table at the end of ``fit`` what balancing did. A
     ``WandbLogger`` or ``TensorBoardLogger`` gets heatmaps of experts, of slots and of ranks, before and after each

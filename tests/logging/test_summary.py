@@ -18,7 +18,7 @@ from rich.progress import Progress
 from lightning_eplb import EPLBCallback, ExpertPlacement
 from lightning_eplb.balancer.steps import Rearrangement
 from lightning_eplb.logging.rearrangement import report_rearrangement
-from lightning_eplb.summary import print_table
+from lightning_eplb.logging.summary import print_table
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.workers import Workers

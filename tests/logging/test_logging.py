@@ -13,7 +13,7 @@ from PIL import Image
 
 from lightning_eplb import EPLBCallback, ExpertPlacement
 from lightning_eplb.logging.loggers import HISTOGRAM, PICTURES, TABLE
-from lightning_eplb.scalars import SCALARS
+from lightning_eplb.logging.scalars import SCALARS
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.logging.offline_run import image_paths, read_history, run_dirs
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
