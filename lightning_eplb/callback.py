@@ -42,8 +42,8 @@ from lightning_eplb.parallel.flat_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
 from lightning_eplb.policies import Policy
+from lightning_eplb.simulation.trace import TraceWriter
 from lightning_eplb.strategies import ExpertParallelStrategy
-from lightning_eplb.trace import TraceWriter
 
 
 class EPLBCallback(Callback):

@@ -36,9 +36,9 @@ from lightning_eplb.policies.base import order_slots
 from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
 from lightning_eplb.policies.forecast import forecast, plain_mean, sub_windows
 from lightning_eplb.policies.split import level_tokens
-from lightning_eplb.simulate import DEFAULT_COSTS
-from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.replay import DEFAULT_COSTS
+from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
+from lightning_eplb.simulation.trace import read_trace
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 
 SHAPES = [  # layers, experts, redundant, ranks, nodes, groups

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lightning_eplb.policies.forecast import Forecast, forecast, plain_mean
-from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
+from lightning_eplb.simulation.trace import read_trace
 
 TRACE = Path(__file__).parents[1] / "benchmarks" / "pretrain_trace.npy"
 BEFORE, AFTER = np.array([10, 20, 30, 40]), np.array([9, 22, 27, 42])

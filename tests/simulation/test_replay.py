@@ -8,9 +8,9 @@ import pytest
 
 from lightning_eplb import BalancedPolicy, ExpertPlacement, StaticPolicy
 from lightning_eplb.cli import main
-from lightning_eplb.simulate import Setting, describe, draw_over_time, replay, speed_up
-from lightning_eplb.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
-from lightning_eplb.trace import TraceWriter
+from lightning_eplb.simulation.replay import Setting, describe, draw_over_time, replay, speed_up
+from lightning_eplb.simulation.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
+from lightning_eplb.simulation.trace import TraceWriter
 
 SKEWED = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8]]]), (20, 1, 1))
 

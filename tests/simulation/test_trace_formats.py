@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lightning_eplb.cli import main
-from lightning_eplb.trace import TraceWriter
-from lightning_eplb.trace_formats import read_load
+from lightning_eplb.simulation.trace import TraceWriter
+from lightning_eplb.simulation.trace_formats import read_load
 
 LOAD = np.array([[[3, 0, 1, 4], [2, 2, 0, 4]], [[1, 5, 1, 1], [0, 0, 8, 0]], [[2, 2, 2, 2], [7, 1, 0, 0]]])
 """3 steps of 2 layers with 4 experts, 8 token-expert pairs each."""

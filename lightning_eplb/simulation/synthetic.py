@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.trace import read_trace
 
 RECORDED_LOADS = {path.stem: path for path in sorted((Path(__file__).parent / "data").glob("*.npy"))}
 """Loads of real trainings, traces by name. ``data/SOURCES.md`` says where they are from."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_eplb.trace import MAGIC, read_trace
+from lightning_eplb.simulation.trace import MAGIC, read_trace
 
 FORMATS = """\
   a trace that EPLBCallback(trace=...) wrote

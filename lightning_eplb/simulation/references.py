@@ -15,7 +15,7 @@ from lightning_eplb.policies import Outlook
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.deepseek import rebalance_experts
 from lightning_eplb.policies.split import level_tokens
-from lightning_eplb.simulate import Replay, Setting, count_replicas, run
+from lightning_eplb.simulation.replay import Replay, Setting, count_replicas, run
 
 
 class _PublishedPlanner:

@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import arrays
 
 from lightning_eplb import BalancedPolicy, DeepSeekPolicy, StaticPolicy
 from lightning_eplb.policies.deepseek import rebalance_experts
-from lightning_eplb.references import best_of_each_batch, perfect_level, replay_published
-from lightning_eplb.simulate import Setting, replay, speed_up
+from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
+from lightning_eplb.simulation.replay import Setting, replay, speed_up
 
 HOT = np.tile(np.array([[[1200, 200, 100, 100]]]), (12, 1, 1))
 """One layer, 1,600 tokens; decisions after steps 2 and 10 with an interval of 8."""

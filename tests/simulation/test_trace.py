@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_eplb import EPLBCallback
-from lightning_eplb.trace import TraceWriter, read_trace
+from lightning_eplb.simulation.trace import TraceWriter, read_trace
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.models import SEQUENCE, LanguageModel, hugging_face_model, loader, token_batches
 from tests.workers import Workers
