@@ -1,5 +1,5 @@
-"""The documented path of :mod:`lightning_eplb.balancer.steps`."""
+"""The documented path of :mod:`lightning_eplb.balancer.step_stats`."""
 
-from lightning_eplb.balancer.steps import Rearrangement, StepLoad
+from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
 
 __all__ = ["Rearrangement", "StepLoad"]

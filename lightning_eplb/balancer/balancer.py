@@ -18,7 +18,7 @@ from lightning_eplb.balancer.pace import Pace
 from lightning_eplb.balancer.planner import Decision, DecisionMaker, Surroundings, extent
 from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.balancer.served import take_load
-from lightning_eplb.balancer.steps import Rearrangement, StepLoad
+from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_eplb.balancer.speed import Speed, measure_speed
+from lightning_eplb.balancer.cost_model import Speed, measure_speed
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.policies import Costs
 from lightning_eplb.relocation.background import BACKGROUND_BYTES

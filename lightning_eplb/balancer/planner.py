@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_eplb._compiled import will_be_kept
-from lightning_eplb.balancer.steps import Rearrangement
+from lightning_eplb.balancer.step_stats import Rearrangement
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.parallel.consensus import check_successor, decided_by_rank_zero
 from lightning_eplb.parallel.experts import ExpertLayer
@@ -175,7 +175,7 @@ class DecisionMaker:
 
 
 def extent(before: ExpertPlacement, after: ExpertPlacement) -> dict[str, Any]:
-    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.balancer.steps.Rearrangement`."""
+    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.balancer.step_stats.Rearrangement`."""
     plan, n = plan_relocation(before, after), before.primaries_per_rank
     return {
         "after": after,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from lightning_eplb.balancer.steps import StepLoad
+from lightning_eplb.balancer.step_stats import StepLoad
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 

@@ -1,7 +1,7 @@
 """The scalars of an optimizer step: their names, what they mean, and their values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.balancer.steps import StepLoad
+from lightning_eplb.balancer.step_stats import StepLoad
 from lightning_eplb.functional import hottest_share, load_entropy
 
 SCALARS: dict[str, tuple[str, str]] = {

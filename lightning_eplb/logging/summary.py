@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.balancer.steps import StepLoad
+from lightning_eplb.balancer.step_stats import StepLoad
 
 
 class FitSummary:

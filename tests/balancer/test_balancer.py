@@ -23,8 +23,8 @@ from lightning_eplb import (
     StaticPolicy,
     parallelize_experts,
 )
-from lightning_eplb.balancer.speed import Speed
-from lightning_eplb.balancer.steps import StepLoad
+from lightning_eplb.balancer.cost_model import Speed
+from lightning_eplb.balancer.step_stats import StepLoad
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.split import split_tokens

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_eplb import EPLBCallback, ExpertPlacement
-from lightning_eplb.balancer.steps import Rearrangement
+from lightning_eplb.balancer.step_stats import Rearrangement
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.logging.summary import print_table
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for

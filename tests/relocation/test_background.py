@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
-from lightning_eplb.balancer.steps import Rearrangement, StepLoad
+from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
 from tests.workers import WorkerError, Workers

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, StaticPolicy, parallelize_experts
-from lightning_eplb.balancer import speed
-from lightning_eplb.balancer.speed import Speed, measure_speed
+from lightning_eplb.balancer import cost_model
+from lightning_eplb.balancer.cost_model import Speed, measure_speed
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.policies import Costs
@@ -59,7 +59,7 @@ def with_a_slow_rank() -> Speed:
     """Rank 1 needs 1.5 s for a product and its exchanges take 3 s for 4 MiB, the others a quarter of that."""
     slow = 4 if dist.get_rank() == 1 else 1
     seconds = iter([0.375 * slow, 0.75 * slow, 0.75 * slow])
-    with patch.object(speed, "_seconds", lambda action, device: next(seconds)):
+    with patch.object(cost_model, "_seconds", lambda action, device: next(seconds)):
         return measure_speed(*converted())
 
 
@@ -75,7 +75,7 @@ def seconds_of_small_and_large_experts() -> list[float]:
     found = []
     for hidden in (16, 64):
         operations = 2 * 512 * 8 * hidden
-        with patch.object(speed, "_seconds", lambda action, device: operations / 2**20):  # noqa: B023
+        with patch.object(cost_model, "_seconds", lambda action, device: operations / 2**20):  # noqa: B023
             found.append(measure_speed(*converted(hidden)).seconds_per_token)
     return found
 
@@ -108,8 +108,12 @@ def test_each_rank_sends_to_one_and_receives_from_one(nodes: tuple[int, ...], sh
         sent_to: list[int] = []
         groups = ExpertGroups(rank, size, node_of_rank=nodes)
         with (
-            patch.object(speed, "_seconds", lambda action, device: 1.0),
-            patch.object(speed, "_exchange_seconds", lambda partner, device, groups: sent_to.append(partner) or 1.0),  # noqa: B023
+            patch.object(cost_model, "_seconds", lambda action, device: 1.0),
+            patch.object(
+                cost_model,
+                "_exchange_seconds",
+                lambda partner, device, groups: sent_to.append(partner) or 1.0,  # noqa: B023
+            ),
         ):
             measure_speed(Experts(), groups)
         partners.append(sent_to)
@@ -124,7 +128,7 @@ def across_unequal_nodes() -> tuple[Speed, list[int]]:
     experts, groups = converted()
     groups = replace(groups, node_of_rank=(0, 0, 1))
     received: list[int] = []
-    original = speed._exchange
+    original = cost_model._exchange
 
     def exchange(into, sent, receive, send, groups):
         sent.fill_(1 + groups.rank)
@@ -132,7 +136,7 @@ def across_unequal_nodes() -> tuple[Speed, list[int]]:
         assert into.unique().numel() == 1
         received.append(int(into[0]) - 1)
 
-    with patch.object(speed, "_exchange", exchange):
+    with patch.object(cost_model, "_exchange", exchange):
         return measure_speed(experts, groups), received
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_eplb.balancer.steps import StepLoad
+from lightning_eplb.balancer.step_stats import StepLoad
 
 
 def test_balancedness_of_groups_of_layers() -> None:
