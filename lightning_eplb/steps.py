@@ -1,5 +1,8 @@
 """The documented path of :mod:`lightning_eplb.balancer.step_stats`."""
 
-from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
+from lightning_eplb.balancer.step_stats import RearrangementResult, StepStats
 
-__all__ = ["Rearrangement", "StepLoad"]
+Rearrangement = RearrangementResult
+StepLoad = StepStats
+
+__all__ = ["Rearrangement", "RearrangementResult", "StepLoad", "StepStats"]

@@ -1,7 +1,5 @@
-"""Record the load, decide, rearrange: load balancing for any training loop, without Lightning."""
+"""The balancer: records the load, asks for a plan when one is due, and rearranges the experts."""
 
-import hashlib
-import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,38 +7,33 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_eplb._validation import check_redundancy, check_steps, check_switches
-from lightning_eplb.balancer.pace import Pace
-from lightning_eplb.balancer.planner import Decision, DecisionMaker, Surroundings, extent
-from lightning_eplb.balancer.schedule import Schedule
-from lightning_eplb.balancer.served import take_load
-from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
-from lightning_eplb.checkpoint import install_optimizer_hooks
+from lightning_eplb.balancer.checks import check_arguments, check_saved_state, check_target
+from lightning_eplb.balancer.cost_model import CostModel
+from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
+from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
+from lightning_eplb.balancer.schedule import RearrangementState, Schedule
+from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
 from lightning_eplb.functional import balancedness
-from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
-from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.waiting import wait_for_all_ranks
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
-from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
+from lightning_eplb.relocation.optimizer_check import check_state
 
 
-class ExpertLoadBalancer:
-    """Counts the tokens of every expert and moves experts between ranks so that the ranks get equal work.
+class ExpertLoadBalancer(RunTotals):
+    """Counts the tokens of every expert and moves experts between ranks so that all ranks get equal work.
 
     ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
-    makes it, with the same arguments, and calls its methods together with the others.
+    makes one with the same arguments, and calls its methods together with the others.
 
     Example::
 
@@ -56,54 +49,45 @@ class ExpertLoadBalancer:
             balancer.step()
             optimizer.zero_grad()
 
-    From then on ``optimizer.state_dict()`` is that of the unmodified model, as ``model.state_dict()`` is: all experts,
-    in logical order. Every rank must call both, and may keep the result of one rank. ``load_state_dict()`` takes them,
-    on any number of ranks, before the first step or in the middle of a run. A run that goes on loads model, optimizer
-    and balancer; the placement is not saved, and :meth:`rearrange` levels the ranks by the window that was.
+    From then on ``model.state_dict()`` and ``optimizer.state_dict()`` are those of the unmodified model: all experts,
+    in logical order. Every rank must call both, and may keep the result of one rank. ``load_state_dict()`` takes them
+    on any number of ranks, before the first step or in the middle of a run. A resumed run loads model, optimizer and
+    balancer. The placement is not saved: :meth:`rearrange` balances the ranks by the saved window.
 
     With Lightning Fabric::
 
-        fabric = Fabric(strategy="ddp", devices=8)
-        fabric.launch()
-        parallelize_experts(model, num_redundant_experts=8)
-        leave_experts_out_of_ddp(model)
-        model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))
-        balancer = ExpertLoadBalancer(model, [optimizer])  # what fabric.setup returned: then clip_gradients is right
+        model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters()))  # after leave_experts_out_of_ddp
+        balancer = ExpertLoadBalancer(model, [optimizer])  # as fabric.setup returned them, for clip_gradients
         state = {"model": model, "optimizer": optimizer, "balancer": balancer}
         if resumes:
             fabric.load("last.ckpt", state)
             balancer.rearrange()
-        for batch in batches:
-            fabric.backward(model(batch).loss)
-            fabric.clip_gradients(model, optimizer, max_norm=1.0)
-            optimizer.step()
-            balancer.step()
-            optimizer.zero_grad()
+        ...  # the same loop, with fabric.backward and fabric.clip_gradients
         fabric.save("last.ckpt", state)
 
     Args:
-        model: Converted by ``parallelize_experts``.
-        optimizers: Those that hold expert parameters: their state moves with the experts. :attr:`optimizers` can be set
-            later.
-        policy: Decides where experts go; ``None`` for ``BalancedPolicy()``.
-        window_size: Optimizer steps that the decision looks back on.
-        step_interval: Optimizer steps between rearrangements; the first comes after a quarter of it, and one may come
-            early when the load drifts away, see :class:`~lightning_eplb.balancer.schedule.Schedule`.
-        redundancy: When the redundant slots are filled: ``"window"`` with each rearrangement, by the policy;
-            ``"batch"`` in each forward, for the very tokens that it routes.
-        min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
-            compute as its weights and its gradient to travel, as measured in the first step; 1 until then.
-        use_async: Rows move behind the steps that follow a decision, a few layers in each, see
-            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Then call
-            :meth:`before_optimizer_step`, too.
+        model: Model that ``parallelize_experts`` converted.
+        optimizers: Optimizers that hold expert parameters; their state moves with the experts. :attr:`optimizers` can
+            be set later.
+        policy: Policy that chooses placements. ``None`` for ``BalancedPolicy()``.
+        window_size: Optimizer steps whose load the policy looks at.
+        step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it, and one may come
+            early if the load drifts, see :class:`~lightning_eplb.balancer.schedule.Schedule`.
+        redundancy: When the redundant slots are filled. ``"window"``: with each rearrangement, by the policy.
+            ``"batch"``: in each forward pass, for the tokens that it routes.
+        min_tokens_per_copy: With ``"batch"``, tokens that a redundant expert must take over. ``None``: as many as take
+            as long to compute as its weights and gradient to transfer, as measured in the first step; 1 until then.
+        use_async: Overlap the transfer of rows with the training steps that follow, a few layers in each, see
+            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Requires a call of
+            :meth:`before_optimizer_step` before each optimizer step.
 
     Raises:
         ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer; an optimizer
-            mixes experts, or has state for them that can't move with them; or ranks were given different numbers. All
-            ranks raise the last.
+            mixes experts, or its state for them can't move with them; or ranks were given different numbers. All ranks
+            raise the last.
 
     Note:
-        With ranks of unequal speed, set :attr:`capacity`. What moves cost is measured in the first step; set
+        For ranks of unequal speed set :attr:`capacity`. Costs of moves are measured in the first step; set
         :attr:`costs` before to use other numbers.
     """
 
@@ -119,38 +103,25 @@ class ExpertLoadBalancer:
         min_tokens_per_copy: int | None = None,
         use_async: bool = False,
     ) -> None:
-        check_steps(window_size=window_size, step_interval=step_interval)
-        check_redundancy(redundancy, min_tokens_per_copy)
-        check_switches(use_async=use_async)
         self._modules = list(expert_layers(model))
-        if not self._modules:
-            raise ValueError("model has no converted MoE layer; call parallelize_experts(model) before")
-        _warn_of_idle_arguments(redundancy, min_tokens_per_copy, self._modules[0][0])
+        check_arguments(self._modules, window_size, step_interval, redundancy, min_tokens_per_copy, use_async)
         first_layer, first_module = self._modules[0]
         self.groups = first_layer.groups
-        arguments = {
-            "window_size": window_size,
-            "step_interval": step_interval,
-            "redundancy": redundancy,
-            "min_tokens_per_copy": min_tokens_per_copy,
-            "use_async": use_async,
-        }
-        check_same_on_all_ranks(arguments, "ExpertLoadBalancer() compares its arguments", self.groups)
         self._use_async = use_async
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
-        self._copies_by_batch = redundancy == "batch"
         for layer, _ in self._modules:
-            layer.copies_by_batch = self._copies_by_batch
+            layer.copies_by_batch = redundancy == "batch"
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
-        self._maker = DecisionMaker(
+        self._planner = RearrangementPlanner(
             policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
         )
         self._mover = ExpertMover(self._modules, (), use_async)
         self.optimizers = optimizers
-        self._pace = Pace(self._modules, self._mover)
-        if self._copies_by_batch:
+        self._cost_model = CostModel(self._modules, self._mover)
+        self._schedule = Schedule(step_interval)
+        if redundancy == "batch":
             self._mover.placement = self._mover.placement.without_copies()
         self.load = ExpertLoad(
             len(self._modules),
@@ -159,260 +130,239 @@ class ExpertLoadBalancer:
             self.placement if self.groups.size > 1 else None,
             sync_on_compute=False,  # every rank is given the sum over all
         )
-        self.num_steps = 0
-        """Optimizer steps in which the experts got a token."""
-        self.num_rearrangements = 0
-        """Decisions that changed the placement."""
-        self.rearranged_rows = 0
-        """Primaries that changed ranks in all rearrangements, in one EP group."""
-        self.rearrange_seconds = 0.0
-        """What all decisions took on this rank, those that moved nothing included."""
-        self.rearranged_bytes = 0
-        """Bytes that crossed ranks in all rearrangements, over all ranks."""
-        self.last_rearrangement: Rearrangement | None = None
-        """The latest that changed the placement."""
-        self.last_step: StepLoad | None = None
-        """The latest optimizer step in which the experts got a token."""
+        """Load of the window."""
         self.capacity: tuple[float, ...] | None = None
-        """How much work each EP rank should get from the next decision on, in any unit; rank 0 reads it. 0 for a rank
-        that is to be drained. ``None``: all the same."""
+        """Share of the work that each EP rank should get from the next plan on, in any unit. 0 drains a rank, ``None``
+        gives all ranks the same. Rank 0's counts."""
         self.costs: Costs | None = None
-        """What the policy is told that moves cost; rank 0 reads it. ``None``: what was measured in the first step."""
-        self.predicted_balancedness: float | None = None
-        """What the latest decision expects of the steps that follow it; ``None`` before the first."""
-        self._under_way: Rearrangement | None = None
-        self._untold: Rearrangement | None = None
-        self._is_due = False
-        self._decision: Decision | None = None
-        self._schedule = Schedule(step_interval)
+        """Costs that the policy is told; ``None`` for those measured in the first step. Rank 0's count."""
+        self._state = RearrangementState.IDLE
+        self._current: RearrangementPlan | None = None  # planned or in flight
+        self._unreported: RearrangementResult | None = None  # finished in a step without tokens
         self._first_step_is_done = False
         self._has_warned = False
-        if use_async:  # rows in flight would overwrite weights that were loaded meanwhile
-            abandon = weakref.WeakMethod(self.abandon_rearrangement)
-            first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := abandon()) else None)
+        if use_async:  # rows in flight would overwrite weights that are loaded meanwhile
+            cancel = weakref.WeakMethod(self.cancel_rearrangement)
+            first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := cancel()) else None)
         dispatch.warm_up()
-        self._maker.warm_up(self.placement)
+        self._planner.warm_up(self.placement)
         self.record(True)
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Where experts are."""
+        """Current placement."""
         return self._mover.placement
 
     @property
     def policy(self) -> Policy:
-        """Who decides where experts go."""
-        return self._maker.policy
+        """Policy that chooses placements."""
+        return self._planner.policy
 
     @property
     def forecast_error(self) -> float | None:
-        """How far off the forecast of the last whole interval was; 0 is exact."""
-        return self._maker.forecast_error
+        """Relative error of the forecast of the last complete interval; 0 is exact."""
+        return self._planner.forecast_error
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Those whose state moves with the experts, and whose state dicts are the unmodified model's; without Fabric's
-        wrappers."""
+        """Optimizers whose state moves with the experts, without Fabric's wrappers. Their state dicts are those of the
+        unmodified model."""
         return self._mover.optimizers
 
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        given = list(optimizers)
-        watched = self._checked(optimizer_within(optimizer) for optimizer in given)
-        clip_fabric_by_global_norm([self.model, *given])
-        for optimizer in watched:
-            install_optimizer_hooks(optimizer, self.model)
-        self._mover.watch(watched)
+        self._mover.watch(prepare_optimizers(optimizers, self.model, self._modules, self._use_async))
 
     def record(self, on: bool) -> None:
-        """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
+        """Start or stop counting the tokens of forward passes. Those of validation are no training load."""
         for layer, _ in self._modules:
             layer.records_load = on
 
-    def step(self, *, with_gradients: bool = True) -> StepLoad | None:
-        """Close an optimizer step: add its load to the window, and rearrange when it is time. Every rank must call it.
+    def step(self, *, with_gradients: bool = True) -> StepStats | None:
+        """End an optimizer step: add its load to the window, and rearrange if that is due. Every rank must call it.
 
-        Micro-batches since the last call count as one step. A step in which no expert got a token is none.
+        Micro-batches since the last call count as one step. A step in which no expert got a token does not count.
 
         Args:
-            with_gradients: Gradients move with their experts, should a rearrangement be due. ``False`` saves that
-                where they are zeroed before they are used again.
+            with_gradients: Move gradients with their experts. ``False`` saves time if gradients are zeroed before they
+                are used again.
 
         Returns:
-            The step's load on the placement that served it; ``None`` for a step without a token.
+            Statistics of the step under the placement that it ran with; ``None`` for a step without tokens.
 
         Raises:
-            ValueError: After the first step, if an optimizer's state can't move with experts; or whenever the policy
-                raises one or returns what is not a placement. All ranks raise it, and nothing was moved.
-            RuntimeError: A decision is due and some ranks did not come within ten minutes, of which a warning tells
-                after ten seconds; or on the other ranks, where the policy raised anything else, which rank 0 raises
-                itself.
+            ValueError: After the first step, on all ranks, if an optimizer's state can't move with the experts.
+            ValueError, RuntimeError: If a rearrangement is due, as in :meth:`rearrange`.
         """
-        with self._pace.between_steps():
-            return self._close_step(with_gradients)
-
-    def _close_step(self, with_gradients: bool) -> StepLoad | None:
-        if not self._first_step_is_done and self.groups.size > 1:
-            check_state(self.optimizers, self._named_parameters())
-            self._pace.measure()
-            if self.min_tokens_per_copy is None:
-                floor = self._pace.tokens_worth_a_copy()
-                for layer, _ in self._modules:
-                    layer.min_tokens_per_copy = floor
-            self._warn_of_drift()
-        self._first_step_is_done = True
-        self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
-        served = take_load([layer for layer, _ in self._modules], self.groups)
-        self._mover.go_on()
-        done = self._close_rearrangement() or self._untold
-        self._untold = done if not served.load.any() else None
-        if not served.load.any():
-            return None
-        self.load.update(served.load)
-        self.num_steps += 1
-        self._maker.note(served.load)
-        was_due = self._is_due
-        self._is_due |= self._schedule.step(served.balancedness) and self.groups.size > 1
-        waits_for_decision = self._mover.goes_behind and not was_due  # made before the next step, behind the backward
-        if self._is_due and not waits_for_decision and self._under_way is None and done is None:
-            decision = self._decision or self._decide(None, with_gradients)
-            done = self._carry_out(decision, with_gradients, self._mover.goes_behind)
-        self.last_step = replace(served, rearrangement=done)
-        return self.last_step
+        with self._cost_model.between_steps():
+            if not self._first_step_is_done and self.groups.size > 1:
+                self._finish_first_step()
+            self._first_step_is_done = True
+            self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
+            stats = collect_step_stats([layer for layer, _ in self._modules], self.groups)
+            self._mover.go_on()
+            result = self._finish_if_committed() or self._unreported
+            if not stats.load.any():
+                self._unreported = result
+                return None
+            self._unreported = None
+            is_ready = self._record_step(stats)
+            if is_ready and result is None:
+                plan = self._current or self._plan(None, with_gradients)
+                result = self._rearrange(plan, with_gradients, overlap=self._overlaps)
+            self.last_step = replace(stats, rearrangement=result)
+            return self.last_step
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
-        """Put in place what moved behind this step, or decide. Every rank must call it, right before the step.
+        """Commit the rows in flight, or plan a rearrangement that is due. Every rank calls it right before a step.
 
-        Only with ``use_async`` there is something to do: gradients move, those of the experts that arrive; or, when it
-        is time, what moves from this step on is decided while the device is still busy with the backward pass.
+        It does nothing without ``use_async``. Otherwise the rows in flight, which transferred since the last optimizer
+        step, are committed together with their gradients. A rearrangement that is due is planned here while the device
+        still computes the backward pass.
 
         Args:
-            optimizer: That is about to step; nothing happens before the step of one that holds no experts where
-                another does. ``None``: it holds some.
+            optimizer: Optimizer that is about to step. Nothing is done if it holds no experts but another one does.
+                ``None``: it holds experts.
 
         Raises:
-            RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
-            ValueError: The policy raises one, see :meth:`step`.
+            RuntimeError: Ranks have gradients for different parameters. All raise it, and nothing was committed.
+            ValueError: As in :meth:`step`, if the policy raises one.
         """
-        if not self._mover.goes_behind or (optimizer is not None and not self._is_awaited(optimizer)):
+        if not self._overlaps or (
+            optimizer is not None and not updates_experts(optimizer, self.optimizers, self._modules)
+        ):
             return
-        if self._mover.is_moving:
+        if self._state.is_in_flight:
             self._mover.put_in_place()
             self.load.placement = self.placement
-        elif self._is_due and self._decision is None:
-            self._decision = self._decide(None, with_gradients=False)
+        elif self._state is RearrangementState.DUE:
+            self._current = self._plan(None, with_gradients=False)
+            self._state = RearrangementState.PLANNED
 
-    def finish_rearrangement(self) -> Rearrangement | None:
-        """Put in place what is under way, and leave it at that. Every rank must call it, after an optimizer step.
+    def finish_rearrangement(self) -> RearrangementResult | None:
+        """Commit in-flight transfers and stop the rearrangement. Every rank must call it, after an optimizer step.
 
-        At the end of training; a rearrangement that was told does it, too.
+        Call it at the end of training. :meth:`rearrange` does it, too.
 
         Returns:
-            What was done of the rearrangement that was under way; ``None`` if none was.
+            Result of the part that was done; ``None`` if nothing was in flight.
         """
-        if not self._mover.is_moving:
+        if not self._state.is_in_flight:
             return None
         self._mover.stop()
         self.load.placement = self.placement
-        assert self._under_way is not None
-        self._under_way = replace(self._under_way, **extent(self._under_way.before, self.placement))
-        return self._close_rearrangement()
+        return self._finish_if_committed()
 
-    def abandon_rearrangement(self) -> None:
-        """Forget what is under way: experts stay where they are. Before weights change otherwise than by a step.
+    def cancel_rearrangement(self) -> None:
+        """Cancel the planned or in-flight rearrangement. Experts whose rows are in flight stay on their ranks.
 
-        It communicates with nobody, so that it will do after a failure, too.
+        Call it before weights change by anything but an optimizer step. Performs no communication, so it is safe after
+        a failure.
         """
         self._mover.abandon()
-        self._under_way, self._decision = None, None
+        self._current = None
+        self._state = self._state.without_plan()
+
+    abandon_rearrangement = cancel_rearrangement
+    """Earlier name of :meth:`cancel_rearrangement`."""
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
-    ) -> Rearrangement | None:
-        """Move experts, with their optimizer state, between two optimizer steps. Every rank must call it.
+    ) -> RearrangementResult | None:
+        """Move experts with their optimizer state between two optimizer steps. Every rank must call it.
 
-        Rank 0 asks the policy and tells the others. Before the first row moves, all ranks compare what they are about
-        to do.
+        Rank 0 asks the policy and broadcasts its plan. All ranks verify that they agree before the first row moves.
 
         Args:
-            placement: Go there, the same on all ranks; ``None`` on all ranks to ask the policy.
-            with_gradients: As in :meth:`step`.
+            placement: Placement to rearrange to, the same on all ranks; ``None`` on all ranks to ask the policy.
+            with_gradients: Move gradients with their experts, see :meth:`step`.
 
         Returns:
-            What was done; ``None`` where one rank holds all experts and there is nothing to move.
+            Result of the rearrangement; ``None`` if one rank holds all experts, so that nothing can move.
 
         Raises:
-            ValueError: Ranks were given different placements, or some of them none; or what was given, or the policy
-                returned, is not a placement of the same shape; or the policy raised it.
-            RuntimeError: Ranks disagree about what is to be moved; some did not come within ten minutes, of which a
-                warning tells after ten seconds; or on the other ranks, where the policy raised anything else, which
-                rank 0 raises itself. In each case all ranks raise, and nothing was moved.
+            ValueError: On all ranks, before anything is moved: the placements of the ranks differ, or the given or
+                planned one does not have the shape of the current one, or the policy raised it.
+            RuntimeError: On all ranks, before anything is moved: ranks would move different rows, or some did not call
+                ``rearrange()`` within ten minutes, which a warning tells after ten seconds. Also on the other ranks,
+                if the policy raises anything else, which rank 0 raises itself.
         """
         if self.groups.size == 1:
             return None
-        what = "rearrange() moves experts between ranks"
-        check_same_on_all_ranks({"placement": _in_words(placement)}, what, self.groups)
-        if placement is not None:
-            self._maker.agree(self.placement, placement, None, self._surroundings(with_gradients))  # or raise
+        check_target(placement, self.placement, self.groups)
         self.finish_rearrangement()
-        return self._carry_out(self._decide(placement, with_gradients), with_gradients, in_background=False)
-
-    def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
-        """What the policy decides, or to go to ``placement``."""
-        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
-        if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
-            self._warn_of_drift()
-        begun_at = time.perf_counter()
-        steps_WYL = self.load.steps().cpu().numpy()
-        load_YL = steps_WYL.sum(axis=0)
-        steps_WYL = steps_WYL[-self._schedule.look_back(len(steps_WYL)) :]
-        if not len(steps_WYL):
-            steps_WYL = np.zeros_like(self.load.ring[:1].cpu().numpy())
-        surroundings = self._surroundings(with_gradients)
-        return self._maker.decide(self.placement, placement, steps_WYL, load_YL, surroundings, begun_at)
-
-    def _carry_out(self, decision: Decision, with_gradients: bool, in_background: bool) -> Rearrangement | None:
-        """Do what is decided, or begin with it and return ``None``."""
-        self._is_due, self._decision = False, None
-        if in_background:
-            self._mover.begin(decision.rearrangement.after, decision.capacity, decision.most_bytes)
-        else:
-            self._mover.move(decision.rearrangement.after, decision.capacity, with_gradients)
-        self.load.placement = self.placement
-        self._under_way = decision.rearrangement
-        return self._close_rearrangement()
-
-    def _close_rearrangement(self) -> Rearrangement | None:
-        """What was done, once all experts have arrived."""
-        if self._under_way is None or self._mover.is_moving:
-            return None
-        done = replace(
-            self._under_way,
-            num_bytes=self._mover.num_bytes,
-            exchange_seconds=self._mover.seconds,
-            seconds=self._under_way.plan_seconds + self._mover.seconds,
-        )
-        self._under_way = None
-        self.predicted_balancedness = done.predicted_balancedness
-        self.rearrange_seconds += done.seconds
-        if done.before != done.after:
-            self.num_rearrangements += 1
-            self.rearranged_rows += done.num_rows
-            self.rearranged_bytes += done.num_bytes
-            self.last_rearrangement = done
-        return done
+        plan = self._plan(placement, with_gradients)
+        return self._rearrange(plan, with_gradients, overlap=False)
 
     def reset(self) -> None:
-        """Move experts back to the placement that training starts from. Every rank must call it."""
-        num_redundant = self.placement.physical_to_logical.shape[1] - self.placement.num_logical_experts
-        self.rearrange(
-            ExpertPlacement.initial(
-                self.placement.num_layers, self.placement.num_logical_experts, self.placement.num_ranks, num_redundant
-            )
-        )
+        """Move experts back to the initial placement. Every rank must call it."""
+        now = self.placement
+        sizes = (now.num_layers, now.num_logical_experts, now.num_ranks, now.num_redundant_experts)
+        self.rearrange(ExpertPlacement.initial(*sizes))
+
+    def _record_step(self, stats: StepStats) -> bool:
+        """Add a step to the window and return whether a rearrangement is to start now."""
+        self.load.update(stats.load)
+        self.num_steps += 1
+        self._planner.observe(stats.load)
+        is_ready = self._state in (RearrangementState.DUE, RearrangementState.PLANNED)
+        if self._schedule.step(stats.balancedness) and self.groups.size > 1:
+            self._state = self._state.when_due()
+            is_ready = is_ready or not self._overlaps  # with overlap it is planned during the next backward pass
+        return is_ready
+
+    def _plan(self, target: ExpertPlacement | None, with_gradients: bool) -> RearrangementPlan:
+        """Return the policy's plan, or a plan that leads to ``target``, on every rank."""
+        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
+        if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
+            self._warn_if_out_of_sync()
+        costs = self.costs if self.costs is not None else self._cost_model.costs(with_gradients)
+        context = PlanningContext(self.capacity, costs, self._cost_model.overlap_bytes())
+        num_steps = self._schedule.look_back(self.load.num_steps)
+        return self._planner.plan(self.placement, self.load, num_steps, context, target)
+
+    def _rearrange(self, plan: RearrangementPlan, with_gradients: bool, overlap: bool) -> RearrangementResult | None:
+        """Carry out a plan and return its result, or with ``overlap`` start it and return ``None``."""
+        self._state, self._current = RearrangementState.IDLE, None
+        if overlap:
+            self._mover.begin(plan.after, plan.capacity, plan.overlap_bytes)
+        else:
+            self._mover.move(plan.after, plan.capacity, with_gradients)
+        self.load.placement = self.placement
+        self._state, self._current = RearrangementState.IN_FLIGHT, plan
+        return self._finish_if_committed()
+
+    def _finish_if_committed(self) -> RearrangementResult | None:
+        """Return the result of the rearrangement in flight once all its rows are committed."""
+        plan = self._current
+        if plan is None or not self._state.is_in_flight or self._mover.is_moving:
+            return None
+        self._state, self._current = self._state.without_plan(), None
+        result = plan.result(self.placement, self._mover.num_bytes, self._mover.seconds)
+        self._add(result)
+        return result
+
+    @property
+    def _overlaps(self) -> bool:
+        return self._mover.goes_behind
+
+    def _finish_first_step(self) -> None:
+        """Check what only exists after a step, and measure the hardware."""
+        check_state(self.optimizers, expert_parameters(self._modules))
+        self._cost_model.measure()
+        if self.min_tokens_per_copy is None:
+            floor = self._cost_model.min_tokens_per_copy()
+            for layer, _ in self._modules:
+                layer.min_tokens_per_copy = floor
+        self._warn_if_out_of_sync()
+
+    def _warn_if_out_of_sync(self) -> None:
+        ddp = self._modules[0][0].ddp
+        if ddp is not None and not self._has_warned:
+            self._has_warned = warn_of_drift(ddp, self.groups)
 
     def window_balancedness(self) -> float:
-        """Of the window's load, had the present placement served it at once; 1 before the first step."""
+        """Return the balancedness of the window's load under the current placement; 1 before the first step."""
         if not self.load.num_steps:
             return 1.0
         values = self.load.compute()
@@ -420,28 +370,20 @@ class ExpertLoadBalancer:
             return float(values["balancedness"])
         return balancedness(level_tokens(values["load"].cpu().numpy(), self.placement.by_rank))
 
-    def seconds_saved(self, step: StepLoad) -> float | None:
-        """Estimate of what the experts' part of a step took less than under plain expert parallelism.
+    def seconds_saved(self, step: StepStats) -> float | None:
+        """Estimate how much less time the experts took in a step than under plain expert parallelism.
 
-        Plain is: the experts where training starts with them, without copies. The estimate is the tokens that the
-        fullest ranks served less, times the seconds that a token takes as measured in the first step, which is rounded
-        to a power of two. It is too low where gradients are accumulated or there are several EP groups, as the plain
-        ranks are looked at over all of these together.
+        See :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`.
 
-        Returns:
-            Seconds, below zero where plain were better; ``None`` where one rank holds all experts, or before the first
-            step.
+        Args:
+            step: Statistics as :meth:`step` returns them.
         """
-        if self._pace.speed is None:
-            return None
-        per_group_YR = step.load.view(len(step.load), self.groups.size, -1).sum(dim=2)
-        plain = float(per_group_YR.max(dim=1).values.sum())
-        return (plain - step.max_tokens) / self.groups.num_replicas * self._pace.speed.seconds_per_token
+        return self._cost_model.seconds_saved(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Window and counters, as tensors and numbers, the same on every rank.
+        """Return window and counters as tensors and numbers, the same on every rank.
 
-        The placement is there to be looked at: a resumed run plans its own, by the window.
+        The placement is for inspection only: a resumed run plans its own from the window.
         """
         return {
             "window": self.load.steps().cpu(),
@@ -450,94 +392,32 @@ class ExpertLoadBalancer:
             "num_rearrangements": self.num_rearrangements,
             "rearranged_rows": self.rearranged_rows,
             "rearranged_bytes": self.rearranged_bytes,
-            "is_rearranging": self._mover.is_moving or self._is_due,
+            "is_rearranging": self._state is not RearrangementState.IDLE,
             "num_ranks": self.groups.size,
             "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over window and counters, also into a window of another size. Every rank must call it.
+        """Load window and counters, also into a window of another size. Every rank must call it.
 
-        Experts stay where they are: :meth:`rearrange` levels the ranks by the window. What is in flight with
-        ``use_async`` is abandoned.
+        Experts stay on their ranks: call :meth:`rearrange` to balance the ranks by the window. A rearrangement in
+        flight is cancelled.
 
         Args:
-            state: From :meth:`state_dict`, on any number of ranks; the same on all.
+            state: State as :meth:`state_dict` returns it, on any number of ranks; the same on all.
 
         Raises:
             ValueError: The saved window has other layers or experts, or ranks were given different states. All ranks
-                raise it, and nothing was taken over.
+                raise it, and nothing was loaded.
         """
-        window_WYL = state["window"]
-        numbers = {key: state[key] for key in ("num_steps", "steps_to_go", "num_rearrangements")}
-        digest = hashlib.sha256(window_WYL.cpu().numpy().tobytes()).hexdigest()[:16]
-        what = "load_state_dict() of the balancer compares what ranks were given"
-        check_same_on_all_ranks(numbers | {"window": f"{list(window_WYL.shape)} {digest}"}, what, self.groups)
-        if tuple(window_WYL.shape[1:]) != tuple(self.load.ring.shape[1:]):
-            raise ValueError(
-                f"the saved window has {list(window_WYL.shape[1:])} layers and experts, the model has"
-                f" {list(self.load.ring.shape[1:])}; resume with the model that was saved"
-            )
-        self.abandon_rearrangement()
+        check_saved_state(state, self.load.ring.shape[1:], self.groups)
+        self.cancel_rearrangement()
+        self._state = RearrangementState.IDLE
         self.load.reset()
-        for load_YL in window_WYL:
+        for load_YL in state["window"]:
             self.load.update(load_YL)
         self.num_steps = state["num_steps"]
         self.num_rearrangements = state["num_rearrangements"]
         self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it
         self.rearranged_bytes = state["rearranged_bytes"]
         self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)
-        self._is_due, self._decision = False, None
-
-    def _warn_of_drift(self) -> None:
-        ddp = self._modules[0][0].ddp
-        if ddp is not None and not self._has_warned:
-            self._has_warned = warn_of_drift(ddp, self.groups)
-
-    def _is_awaited(self, optimizer: Optimizer) -> bool:
-        """Whether rows arrive before its step: experts change in it, or, all of them frozen, in no step."""
-        return self._holds_experts(optimizer) or not any(self._holds_experts(each) for each in self.optimizers)
-
-    def _holds_experts(self, optimizer: Optimizer) -> bool:
-        experts = {id(parameter) for parameter in self._named_parameters().values()}
-        return any(id(parameter) in experts for group in optimizer.param_groups for parameter in group["params"])
-
-    def _checked(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-        """These, or a ``ValueError`` on all ranks, see :func:`check_optimizers`."""
-        optimizers = list(optimizers)
-        if self._modules[0][0].groups.size > 1:
-            check_optimizers(optimizers, self._named_parameters(), self._use_async)
-        return optimizers
-
-    def _named_parameters(self) -> dict[str, Tensor]:
-        return {
-            f"{layer.name}.{name}": parameter
-            for layer, module in self._modules
-            for name, parameter in module.named_parameters(recurse=False)
-        }
-
-    def _surroundings(self, with_gradients: bool) -> Surroundings:
-        costs = self.costs if self.costs is not None else self._pace.costs(with_gradients)
-        return Surroundings(self.capacity, costs, self._pace.bytes_behind_a_step())
-
-
-def _in_words(placement: object) -> str:
-    """Description of a placement, or of what was given for one, that tells it from others."""
-    if isinstance(placement, ExpertPlacement):
-        return f"{placement!r} {placement.digest().hex()[:16]}"
-    return "None" if placement is None else f"a {type(placement).__name__}"
-
-
-def _warn_of_idle_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:
-    """They harm nothing, and whoever compares settings may leave them; but nobody should believe that they act."""
-    num_redundant = len(layer.physical_to_logical) - layer.num_logical_experts
-    if redundancy == "batch" and num_redundant == 0:
-        rank_zero_warn(
-            "redundancy='batch' has no effect with num_redundant_experts=0: there is no slot to fill in each forward;"
-            f" num_redundant_experts={layer.groups.size} would be one a rank"
-        )
-    if redundancy == "window" and min_tokens_per_copy is not None:
-        rank_zero_warn(
-            f"min_tokens_per_copy={min_tokens_per_copy} has no effect with redundancy='window', where the policy"
-            " decides about copies; redundancy='batch' would use it"
-        )

@@ -1,31 +1,39 @@
-"""How fast experts compute and how fast rows travel here: what a move costs, and what it is worth."""
+"""Cost model: seconds that a token, a row and a redundant expert take on these ranks, measured in the first step."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb.balancer.step_stats import StepStats
+from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.policies import Costs
+from lightning_eplb.relocation.background import BACKGROUND_BYTES
+from lightning_eplb.relocation.mover import ExpertMover
 
 REPEATS = 3
+"""Timed runs of each measurement; the fastest counts."""
 PROBE_BYTES = 4 << 20
+"""Bytes that each rank sends in a timed exchange."""
 PROBE_TOKENS = 512
+"""Rows of the timed matrix product."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What was measured, rounded to a power of two so that runs on like machines decide alike.
+class HardwareProfile:
+    """Measured speed of compute and exchange, rounded to powers of two: like machines then make the same decisions.
 
     Attributes:
-        seconds_per_token: To compute one token on one expert, forward and backward.
-        bytes_per_second_within_node: From one rank to another of its node while all ranks send.
-        bytes_per_second_between_nodes: The same to another node.
+        seconds_per_token: Time to compute one token on one expert, forward and backward.
+        bytes_per_second_within_node: Bandwidth from one rank to another of its node while all ranks send.
+        bytes_per_second_between_nodes: Bandwidth from one rank to a rank of another node while all ranks send.
     """
 
     seconds_per_token: float
@@ -33,16 +41,16 @@ class Speed:
     bytes_per_second_between_nodes: float
 
     def bytes_per_second(self, node_of_rank: Sequence[int]) -> float:
-        """Where the slowest of the ranks' exchanges is that between nodes, if they are on several."""
+        """Return the bandwidth of an exchange among all ranks: that between nodes if there are several nodes."""
         return self.bytes_per_second_between_nodes if len(set(node_of_rank)) > 1 else self.bytes_per_second_within_node
 
     def costs(self, row_bytes: int, weight_bytes: int, node_of_rank: Sequence[int]) -> Costs:
-        """What a policy is told, in seconds.
+        """Return the costs in seconds, as a policy takes them.
 
         Args:
-            row_bytes: Of one primary, with all that moves with it.
-            weight_bytes: Of its weights alone.
-            node_of_rank: The node of each EP rank.
+            row_bytes: Bytes of one primary with everything that moves with it.
+            weight_bytes: Bytes of its weights alone.
+            node_of_rank: Node of each EP rank.
         """
         return Costs(
             token=self.seconds_per_token,
@@ -52,15 +60,87 @@ class Speed:
         )
 
 
-def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:
-    """Time a product with an expert's weights, and exchanges of 4 MiB. All ranks of the default group must call it.
+class CostModel:
+    """Derives costs and limits for plans from the hardware profile. All ranks use it alike.
 
     Args:
-        experts: A converted module: dimension 0 of its parameters is this rank's primaries.
-        groups: Of the module.
+        modules: Converted modules with their expert layers, in the order of layers.
+        mover: Relocation of the experts; tells which tensors move with a primary.
+    """
+
+    def __init__(self, modules: Sequence[tuple[ExpertLayer, nn.Module]], mover: ExpertMover) -> None:
+        self._modules, self._mover, self._groups = modules, mover, mover.groups
+        self.profile: HardwareProfile | None = None
+        """``None`` until :meth:`measure` was called."""
+        self._step_start: float | None = None
+        self._step_seconds: float | None = None
+
+    def measure(self) -> None:
+        """Measure the hardware profile. All ranks of the default group must call it, after a forward and backward."""
+        _, first_module = self._modules[0]
+        self.profile = profile_hardware(first_module, self._groups)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Exclude the time spent in this context from the measured duration of a step."""
+        if self._step_start is not None:
+            self._step_seconds = time.perf_counter() - self._step_start
+        try:
+            yield
+        finally:
+            self._step_start = time.perf_counter()
+
+    def costs(self, with_gradients: bool) -> Costs | None:
+        """Return the costs of moves and redundant experts, ``None`` before anything is measured.
+
+        Args:
+            with_gradients: Gradients move with their experts.
+        """
+        if self.profile is None:
+            return None
+        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._mover.tensors(0, with_gradients))
+        _, first_module = self._modules[0]
+        weights = [math.prod(p.shape[1:]) * p.element_size() for p in first_module.parameters(recurse=False)]
+        return self.profile.costs(row_bytes, sum(weights), self._groups.node_of_rank)
+
+    def min_tokens_per_copy(self) -> int:
+        """Return the tokens whose compute time equals a redundant expert's transfer time; 1 before it is measured."""
+        costs = self.costs(with_gradients=False)
+        return 1 if costs is None else max(1, math.ceil(costs.copy / costs.token))
+
+    def overlap_bytes(self) -> int:
+        """Return the bytes that transfer in half a step's time, as far as the staging buffers hold them."""
+        if self.profile is None or self._step_seconds is None:
+            return BACKGROUND_BYTES
+        per_second = self.profile.bytes_per_second(self._groups.node_of_rank)
+        return max(1, min(int(self._step_seconds / 2 * per_second), BACKGROUND_BYTES))
+
+    def seconds_saved(self, stats: StepStats) -> float | None:
+        """Estimate how much less time the experts took in a step than under plain expert parallelism.
+
+        Plain means the initial placement without redundant experts. The estimate is the difference in tokens of the
+        most loaded ranks times ``seconds_per_token``. It is too low with gradient accumulation or several EP groups,
+        since the plain load is summed over these.
+
+        Returns:
+            Seconds, negative if plain is faster; ``None`` if one rank holds all experts, or before the first step.
+        """
+        if self.profile is None:
+            return None
+        plain_YR = stats.load.view(len(stats.load), self._groups.size, -1).sum(dim=2)
+        plain_max_tokens = float(plain_YR.max(dim=1).values.sum())
+        return (plain_max_tokens - stats.max_tokens) / self._groups.num_replicas * self.profile.seconds_per_token
+
+
+def profile_hardware(experts: nn.Module, groups: ExpertGroups) -> HardwareProfile:
+    """Time a product with an expert's weights and exchanges of 4 MiB. All ranks of the default group must call it.
+
+    Args:
+        experts: Converted module; dimension 0 of its parameters is this rank's primaries.
+        groups: Process groups of the module.
 
     Returns:
-        The same on all ranks: the slowest rank's.
+        The slowest rank's profile, the same on all ranks.
     """
     per_expert = sum(math.prod(parameter.shape[1:]) for parameter in experts.parameters(recurse=False))
     parameters = [local_shard(parameter).detach() for parameter in experts.parameters(recurse=False)]
@@ -70,22 +150,22 @@ def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:
     tokens = torch.zeros(PROBE_TOKENS, weight.shape[0], dtype=weight.dtype, device=weight.device)
     # A token takes two operations for each parameter forward and four backward; the product takes two for each.
     product = _seconds(lambda: tokens @ weight, weight.device) / (2 * PROBE_TOKENS * weight.numel())
-    found = [6 * per_expert * product]
+    durations = [6 * per_expert * product]
     for partner in _partners(groups):
         seconds = _exchange_seconds(partner, weight.device, groups)
-        found.append(seconds / PROBE_BYTES)
-    slowest = torch.tensor(found, dtype=torch.float64)
+        durations.append(seconds / PROBE_BYTES)
+    slowest = torch.tensor(durations, dtype=torch.float64)
     if groups.control is not None:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.control)
     token, within, between = (2.0 ** round(math.log2(max(value, 1e-15))) for value in slowest.tolist())
-    return Speed(token, 1 / within, 1 / between)
+    return HardwareProfile(token, 1 / within, 1 / between)
 
 
 def _partners(groups: ExpertGroups) -> tuple[int, int]:
-    """The rank to send to within the node, and on another: shifts by a fixed number, so that each rank gets one.
+    """Return the ranks to send to within the node and between nodes.
 
-    The shift that crosses nodes for most ranks serves for the one between nodes, the one that does for fewest for the
-    other: nodes may be of any size.
+    Each is a shift by a fixed number, so that every rank receives from one rank. Within the node it is the shift that
+    crosses nodes for the fewest ranks, between nodes the one that does for the most. Nodes may have any size.
     """
     nodes = groups.node_of_rank
     crossing = [
@@ -111,7 +191,7 @@ def _exchange(received: Tensor, sent: Tensor, receive: list[int], send: list[int
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few times, after one to warm up."""
+    """Return the shortest duration of ``REPEATS`` runs, after one warm-up run."""
     fastest = math.inf
     for _ in range(1 + REPEATS):
         _synchronize(device)

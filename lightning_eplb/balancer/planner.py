@@ -1,8 +1,8 @@
-"""What to do next: the policy is asked on rank 0; all ranks hear what it decided, and what is to be expected of it."""
+"""The planner: asks the policy on rank 0 and broadcasts its plan, with a forecast of what the plan will achieve."""
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_eplb._compiled import will_be_kept
-from lightning_eplb.balancer.step_stats import Rearrangement
+from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.functional import balancedness, rank_tokens
+from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.consensus import check_successor, decided_by_rank_zero
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
@@ -20,44 +21,70 @@ from lightning_eplb.policies.balanced import plan_layer
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.split import level_tokens, rank_weights
-from lightning_eplb.relocation.plan import plan_relocation
 
 
-class Decision(NamedTuple):
-    """What all ranks have agreed to do.
+class RearrangementPlan(NamedTuple):
+    """Planned rearrangement, the same on all ranks but for ``seconds``.
 
     Attributes:
-        rearrangement: As far as it is known beforehand.
-        capacity: How much work each EP rank gets from then on.
-        most_bytes: That may travel behind a step.
+        before: Placement that the plan starts from.
+        after: Placement that it leads to.
+        load: Load of the window, ``[Y, L]`` int64.
+        capacity: Share of the work that each EP rank gets from then on; ``None``: equal shares.
+        overlap_bytes: Bytes that a rank may send or receive during one step if the transfer overlaps training.
+        predicted_balancedness: Balancedness of the steps that follow, according to the forecast; ``None`` without one.
+        seconds: Time until this rank knew the plan.
     """
 
-    rearrangement: Rearrangement
+    before: ExpertPlacement
+    after: ExpertPlacement
+    load: np.ndarray
     capacity: tuple[float, ...] | None
-    most_bytes: int
+    overlap_bytes: int
+    predicted_balancedness: float | None
+    seconds: float
+
+    def result(self, after: ExpertPlacement, num_bytes: int, seconds: float) -> RearrangementResult:
+        """Return the result of the plan.
+
+        Args:
+            after: Placement that was reached; another than the plan's if the rearrangement was stopped.
+            num_bytes: Bytes that crossed ranks, over all ranks.
+            seconds: Time that training waited for the transfer on this rank.
+        """
+        return RearrangementResult(
+            before=self.before,
+            after=after,
+            load=self.load,
+            num_bytes=num_bytes,
+            seconds=self.seconds + seconds,
+            plan_seconds=self.seconds,
+            exchange_seconds=seconds,
+            predicted_balancedness=self.predicted_balancedness,
+        )
 
 
-class Surroundings(NamedTuple):
-    """What a decision depends on, beside the load. Rank 0's counts.
+class PlanningContext(NamedTuple):
+    """Inputs of a plan beside the load. Those of rank 0 count.
 
     Attributes:
-        capacity: How much work each EP rank should get; ``None``: all the same.
-        costs: What moves cost, as far as it is known.
-        most_bytes: That can travel behind a step.
+        capacity: Share of the work that each EP rank should get; ``None``: equal shares.
+        costs: Costs of moves and redundant experts; ``None`` if unknown.
+        overlap_bytes: Bytes that a rank can send or receive during one step.
     """
 
     capacity: tuple[float, ...] | None
     costs: Costs | None
-    most_bytes: int
+    overlap_bytes: int
 
 
-class DecisionMaker:
-    """Asks the policy, and keeps account of its forecasts. All ranks use it alike.
+class RearrangementPlanner:
+    """Plans rearrangements and measures how good their forecasts were. All ranks use it alike.
 
     Args:
-        policy: Who is asked.
-        layers: Of the model.
-        step_interval: Optimizer steps that a decision is made for.
+        policy: Policy that chooses placements.
+        layers: Expert layers of the model.
+        step_interval: Optimizer steps that a plan is made for.
     """
 
     def __init__(self, policy: Policy, layers: Sequence[ExpertLayer], step_interval: int) -> None:
@@ -69,13 +96,13 @@ class DecisionMaker:
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)
         self.forecast_error: float | None = None
-        """How far off the forecast of the last whole interval was; 0 is exact."""
+        """Relative error of the forecast of the last complete interval; 0 is exact."""
 
     def warm_up(self, placement: ExpertPlacement) -> None:
-        """Compile now what would otherwise be compiled in the first decision. On every rank; no rank waits for another.
+        """Compile everything that the first plan would compile. Every rank calls it; no rank waits for another.
 
         Args:
-            placement: Where experts are.
+            placement: Current placement.
         """
         forecast(np.ones((8, 1, 2), dtype=np.int64))
         choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
@@ -84,76 +111,62 @@ class DecisionMaker:
         balancedness(level_tokens(load_YL, placement.by_rank))
         if self._groups.size > 1:
             if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layer):
-                rank_zero_info("the planner is compiled now, in about half a minute; the next run finds it compiled")
+                rank_zero_info("compiling the planner, which takes about half a minute; later runs find it compiled")
             self.policy.warm_up(placement)
 
-    def note(self, load_YL: Tensor) -> None:
-        """Compare the latest forecast with this load of a step, too."""
+    def observe(self, load_YL: Tensor) -> None:
+        """Add the load of a step to the load that the latest forecast is compared with."""
         self._load_since_forecast += load_YL
 
-    def decide(
+    def plan(
         self,
         before: ExpertPlacement,
-        goal: ExpertPlacement | None,
-        steps_WYL: np.ndarray,
-        load_YL: np.ndarray,
-        surroundings: Surroundings,
-        begun_at: float,
-    ) -> Decision:
-        """Ask the policy. Every rank of the default group must call it.
+        window: ExpertLoad,
+        num_steps: int,
+        context: PlanningContext,
+        target: ExpertPlacement | None = None,
+    ) -> RearrangementPlan:
+        """Ask the policy on rank 0 and return its plan on every rank. Every rank of the default group must call it.
 
         Args:
-            before: Where experts are.
-            goal: Where they are to go without asking; ``None`` to ask.
-            steps_WYL: The load of each step that the policy is to look back on, at least one.
-            load_YL: That of the whole window.
-            surroundings: Of this rank.
-            begun_at: When the window began to be read, by ``time.perf_counter()``.
+            before: Current placement.
+            window: Load of the latest steps.
+            num_steps: Steps of the window, counted from its end, that the policy looks at.
+            context: Further inputs on this rank.
+            target: Placement to plan for instead of the policy's; ``None`` to ask the policy.
 
         Raises:
-            ValueError, RuntimeError: As :meth:`agree` does.
-        """
-        if self._forecast is not None:
-            self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
-        outlook = self._look_ahead(steps_WYL, surroundings.costs) if goal is None else None
-        after, capacity, most_bytes = self.agree(before, goal, outlook, surroundings)
-        begun = Rearrangement(
-            before=before,
-            load=load_YL,
-            **extent(before, after),
-            plan_seconds=time.perf_counter() - begun_at,
-            predicted_balancedness=self._predict(outlook, after, capacity) if outlook is not None else None,
-        )
-        return Decision(begun, capacity, most_bytes)
-
-    def agree(
-        self,
-        before: ExpertPlacement,
-        goal: ExpertPlacement | None,
-        outlook: Outlook | None,
-        surroundings: Surroundings,
-    ) -> tuple[ExpertPlacement, tuple[float, ...] | None, int]:
-        """Rank 0's ``goal`` or its policy's, its capacities and the bytes that may travel behind a step, on every rank.
-
-        Raises:
-            ValueError: On every rank, if the policy raised one or no placement came out that can follow.
+            ValueError: On every rank, if the policy raised one or returned no placement of the same shape.
             RuntimeError: On the other ranks, if the policy raised anything else, which rank 0 raises itself.
         """
+        start = time.perf_counter()
+        steps_WYL = window.steps().cpu().numpy()
+        load_YL = steps_WYL.sum(axis=0)
+        if self._forecast is not None:
+            self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
+        outlook = None
+        if target is None:
+            steps_WYL = steps_WYL[-num_steps:] if len(steps_WYL) else np.zeros_like(load_YL)[None]
+            outlook = self._look_ahead(steps_WYL, context.costs)
 
-        def decide() -> tuple[np.ndarray, tuple[float, ...] | None, int]:
-            topology = Topology(self._groups.node_of_rank, surroundings.capacity)
-            decided = self.policy.look_ahead(outlook, before, topology) if outlook is not None else goal
-            decided = check_successor(decided, before)
+        def plan_on_rank_zero() -> tuple[np.ndarray, tuple[float, ...] | None, int]:
+            topology = Topology(self._groups.node_of_rank, context.capacity)
+            chosen = target if outlook is None else self.policy.look_ahead(outlook, before, topology)
+            after = check_successor(chosen, before)
             if self._copies_by_batch:
-                decided = decided.without_copies()  # a plan's are those of a mean batch
-            return decided.physical_to_logical, topology.capacity, surroundings.most_bytes
+                after = after.without_copies()  # redundant experts are chosen for each batch
+            return after.physical_to_logical, topology.capacity, context.overlap_bytes
 
         source = "rearrange()" if outlook is None else f"{type(self.policy).__name__}.rearrange()"
-        slots_YP, capacity, most_bytes = decided_by_rank_zero(decide, source, self._groups)
-        return ExpertPlacement(slots_YP, before.num_logical_experts, before.num_ranks), capacity, most_bytes
+        slots_YP, capacity, overlap_bytes = decided_by_rank_zero(plan_on_rank_zero, source, self._groups)
+        after = ExpertPlacement(slots_YP, before.num_logical_experts, before.num_ranks)
+        predicted = self._predict(outlook, after, capacity) if outlook is not None else None
+        return RearrangementPlan(
+            before, after, load_YL, capacity, overlap_bytes, predicted, time.perf_counter() - start
+        )
 
     def _look_ahead(self, steps_WYL: np.ndarray, costs: Costs | None) -> Outlook:
-        """What the policy is told. Every rank forecasts, so that each can tell later how good the forecast was."""
+        """Forecast the load on every rank, so that each rank can measure the error later."""
         self._forecast = forecast(steps_WYL)
         self._load_since_forecast.zero_()
         return Outlook(
@@ -161,7 +174,7 @@ class DecisionMaker:
         )
 
     def _predict(self, outlook: Outlook, after: ExpertPlacement, capacity: tuple[float, ...] | None) -> float:
-        """Balancedness of a step that gets what is forecast."""
+        """Return the balancedness of a step that gets the forecast load."""
         load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
         weight_R = rank_weights(np.ones(after.num_ranks) if capacity is None else np.array(capacity))
         if self._copies_by_batch:
@@ -172,14 +185,3 @@ class DecisionMaker:
                 ]
             )
         return balancedness(level_tokens(load_YL, slots_YRS, 1.0 / weight_R))
-
-
-def extent(before: ExpertPlacement, after: ExpertPlacement) -> dict[str, Any]:
-    """How far a rearrangement goes, by the names of :class:`~lightning_eplb.balancer.step_stats.Rearrangement`."""
-    plan, n = plan_relocation(before, after), before.primaries_per_rank
-    return {
-        "after": after,
-        "num_layers": len(plan),
-        "num_rows": sum(moves.num_rows_between_ranks for moves in plan),
-        "num_copies": int((before.by_rank[:, :, n:] != after.by_rank[:, :, n:]).sum()),
-    }

@@ -1,23 +1,57 @@
-"""When it is time to decide, and which steps to decide on."""
+"""Schedule of rearrangements: when one is due, and the states it goes through."""
 
 from collections import deque
+from enum import Enum, auto
+
+
+class RearrangementState(Enum):
+    """State of the next or current rearrangement, the same on all ranks whenever a method of the balancer returns.
+
+    A rearrangement that is due is planned and done in one ``step()``: ``IDLE -> DUE -> IDLE``. With ``use_async`` it is
+    planned before the next optimizer step, and rows move during the steps that follow:
+    ``IDLE -> DUE -> PLANNED -> IN_FLIGHT -> IDLE``. The next one may become due meanwhile:
+    ``IN_FLIGHT -> IN_FLIGHT_AND_DUE -> DUE``.
+    """
+
+    IDLE = auto()
+    DUE = auto()
+    PLANNED = auto()
+    IN_FLIGHT = auto()
+    IN_FLIGHT_AND_DUE = auto()
+
+    @property
+    def is_in_flight(self) -> bool:
+        return self in (RearrangementState.IN_FLIGHT, RearrangementState.IN_FLIGHT_AND_DUE)
+
+    def when_due(self) -> "RearrangementState":
+        """Return the state after the schedule asked for a rearrangement."""
+        if self is RearrangementState.IDLE:
+            return RearrangementState.DUE
+        return RearrangementState.IN_FLIGHT_AND_DUE if self.is_in_flight else self
+
+    def without_plan(self) -> "RearrangementState":
+        """Return the state after the plan was carried out or cancelled."""
+        if self in (RearrangementState.IDLE, RearrangementState.IN_FLIGHT):
+            return RearrangementState.IDLE
+        return RearrangementState.DUE
 
 
 class Schedule:
-    """Counts optimizer steps and says after which of them the policy is asked.
+    """Counts optimizer steps and tells after which of them a rearrangement is due.
 
-    That is after a quarter of ``step_interval``, then every ``step_interval`` steps, and early when the load drifts
-    away from the placement: when each step of the latest tenth of an interval was less balanced, by ``EARLY_DROP``,
-    than those that followed the last decision. Not before a quarter of the interval has passed, though, and never
-    where a tenth of it is less than two steps, as a single step may be a burst.
+    The first is due after a quarter of ``step_interval``, the others every ``step_interval`` steps, or early if the
+    load drifts. It has drifted if every step of the latest tenth of an interval was less balanced, by ``EARLY_DROP``,
+    than the mean of those right after the last rearrangement was due. An early one comes after a quarter of the
+    interval at the soonest, and never if a tenth of it is less than two steps, as a single step may be a burst.
 
-    All ranks that are given the same numbers come to the same answer: only single IEEE operations are used.
+    All ranks that are given the same numbers return the same: only single IEEE operations are used.
 
     Args:
-        step_interval: Optimizer steps between decisions, at least 1.
+        step_interval: Optimizer steps between rearrangements, at least 1.
     """
 
     EARLY_DROP = 0.1
+    """Drop in balancedness that counts as drift of the load."""
 
     def __init__(self, step_interval: int) -> None:
         if step_interval < 1:
@@ -27,14 +61,14 @@ class Schedule:
         self._few = step_interval // 10
         self._first: list[float] = []
         self._latest: deque[float] = deque(maxlen=max(self._few, 1))
-        self._since_decision = 0
-        self._has_decided = False
+        self._steps_since_due = 0
+        self._was_due = False
         self._is_early = False
 
     def step(self, balancedness: float) -> bool:
-        """Close a step that was served with this balancedness. True if the policy is to be asked now."""
+        """Count a step that had this balancedness, and return whether a rearrangement is due now."""
         self.steps_to_go -= 1
-        self._since_decision += 1
+        self._steps_since_due += 1
         if len(self._first) < self._few:
             self._first.append(balancedness)
         self._latest.append(balancedness)
@@ -42,17 +76,17 @@ class Schedule:
         if self.steps_to_go > 0 and not self._is_early:
             return False
         self.steps_to_go = self.step_interval
-        self._since_decision = 0
-        self._has_decided = True
+        self._steps_since_due = 0
+        self._was_due = True
         self._first.clear()
         self._latest.clear()
         return True
 
-    def look_back(self, in_window: int) -> int:
-        """How many of the ``in_window`` steps to look back on: after a drift, not far beyond its start."""
-        return min(in_window, 2 * self._few) if self._is_early else in_window
+    def look_back(self, num_steps: int) -> int:
+        """Return how many of the window's ``num_steps`` to plan with: after a drift, those since about its start."""
+        return min(num_steps, 2 * self._few) if self._is_early else num_steps
 
     def _has_drifted(self) -> bool:
-        if not self._has_decided or self._few < 2 or self._since_decision < max(self.step_interval // 4, 2 * self._few):
+        if not self._was_due or self._few < 2 or self._steps_since_due < max(self.step_interval // 4, 2 * self._few):
             return False
         return max(self._latest) < sum(self._first) / self._few - self.EARLY_DROP

@@ -1,29 +1,92 @@
-"""What an optimizer step brought, and what a decision between two steps changed."""
+"""Step statistics: result types of optimizer steps and rearrangements, and their collection over all EP groups."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.functional import balancedness
+from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 
 @dataclass(frozen=True)
-class StepLoad:
-    """One optimizer step's load, as the ranks served it. Tokens are summed over layers.
+class RearrangementResult:
+    """Result of a rearrangement. ``before == after`` if no change was worth its cost.
 
-    Where one rank holds all experts, each expert counts as if it were alone on a rank.
+    Attributes:
+        before: Placement at the decision.
+        after: Placement that was reached.
+        load: Load of the window that the decision was based on, ``[Y, L]`` int64.
+        num_bytes: Bytes of weights and optimizer state that crossed ranks, over all ranks.
+        seconds: Time that training waited on this rank. Transfers that overlapped training are not counted.
+        plan_seconds: Part of ``seconds`` until all ranks knew the plan. With ``use_async`` it is time of the host
+            only, while the device computes a backward pass.
+        exchange_seconds: Part of ``seconds`` in which plans were compared, rows sent or waited for, and maps switched.
+        predicted_balancedness: Balancedness of the steps that follow, according to the forecast; ``None`` without one.
+    """
+
+    before: ExpertPlacement
+    after: ExpertPlacement
+    load: np.ndarray
+    num_bytes: int = 0
+    seconds: float = 0.0
+    plan_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    predicted_balancedness: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in which a primary changed its slot."""
+        return len(self._moves)
+
+    @property
+    def num_rows(self) -> int:
+        """Primaries that changed ranks, in one EP group."""
+        return sum(moves.num_rows_between_ranks for moves in self._moves)
+
+    @property
+    def num_copies(self) -> int:
+        """Redundant slots whose expert changed or was removed."""
+        n = self.before.primaries_per_rank
+        return int((self.before.by_rank[:, :, n:] != self.after.by_rank[:, :, n:]).sum())
+
+    @property
+    def balancedness_before(self) -> float:
+        """Balancedness of the window's load under the placement before."""
+        return balancedness(level_tokens(self.load, self.before.by_rank))
+
+    @property
+    def balancedness_after(self) -> float:
+        """Balancedness of the window's load under the placement after."""
+        return balancedness(level_tokens(self.load, self.after.by_rank))
+
+    @cached_property
+    def _moves(self) -> list[LayerMoves]:
+        return plan_relocation(self.before, self.after)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Load of one optimizer step and its distribution over the ranks. Tokens are summed over layers.
+
+    If one rank holds all experts, each expert counts as a rank of its own.
 
     Attributes:
         load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
         avg_tokens_by_layer: Mean over ranks, ``[Y]`` float64.
-        max_tokens_by_layer: The fullest rank of each layer in each forward, ``[Y]`` int64.
-        num_copies: Redundant slots that held an expert, in each forward.
-        copy_bytes: Their weights out and gradients home, over all ranks; not those that recomputation sends again.
-        plan_seconds: What this rank's host took to choose copies and to divide the tokens among them.
-        rearrangement: What was decided after it, if that was due.
+        max_tokens_by_layer: Tokens of the most loaded rank of each forward, ``[Y]`` int64.
+        num_copies: Redundant slots that held an expert, summed over forward passes.
+        copy_bytes: Bytes of their weights and gradients over all ranks, without those of recomputation.
+        plan_seconds: Time in which this rank's host chose redundant experts and split tokens among replicas.
+        rearrangement: Result of the rearrangement that ended with this step, if there was one.
     """
 
     load: Tensor
@@ -32,7 +95,7 @@ class StepLoad:
     num_copies: int = 0
     copy_bytes: int = 0
     plan_seconds: float = 0.0
-    rearrangement: "Rearrangement | None" = None
+    rearrangement: RearrangementResult | None = None
 
     @property
     def avg_tokens(self) -> float:
@@ -41,7 +104,7 @@ class StepLoad:
 
     @property
     def max_tokens(self) -> float:
-        """The fullest rank of each layer in each forward."""
+        """Tokens of the most loaded rank, looked up in each layer and forward."""
         return float(self.max_tokens_by_layer.sum())
 
     @property
@@ -50,7 +113,11 @@ class StepLoad:
         return self.avg_tokens / self.max_tokens
 
     def balancedness_by_group(self, most: int = 4) -> dict[tuple[int, int], float]:
-        """Of groups of successive layers, by the first and the last of each; ``most`` groups at most."""
+        """Return the balancedness of groups of successive layers, by first and last layer of each.
+
+        Args:
+            most: Maximum number of groups.
+        """
         size = -(-len(self.load) // most)
         bounds = [(first, min(first + size, len(self.load)) - 1) for first in range(0, len(self.load), size)]
         sums = {
@@ -60,44 +127,49 @@ class StepLoad:
         return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
 
 
-@dataclass(frozen=True)
-class Rearrangement:
-    """What was decided between two steps, and done. Where ``before == after``, nothing was worth a change.
+class RunTotals:
+    """Totals of the steps and rearrangements of a run. Base class of ``ExpertLoadBalancer``."""
 
-    Attributes:
-        before: The placement that it found.
-        after: The placement that it left.
-        load: The window that it was decided on, ``[Y, L]`` int64.
-        num_layers: Layers in which a primary changed its place.
-        num_rows: Primaries that changed ranks, in one EP group.
-        num_copies: Redundant slots that hold another expert than before, or none any more.
-        num_bytes: Weights and optimizer state that crossed ranks, over all ranks.
-        seconds: What training waited for it, on this rank: all of it, or what was not behind the steps that followed.
-        plan_seconds: What of these went by until all ranks knew the decision; behind steps it is the host's time,
-            while the device has a backward pass to do.
-        exchange_seconds: What of these went by while rows were compared, sent or waited for, and maps switched.
-        predicted_balancedness: What the steps that follow should have, as the load was forecast; ``None`` where
-            nothing was.
-    """
-
-    before: ExpertPlacement
-    after: ExpertPlacement
-    load: np.ndarray
-    num_layers: int
-    num_rows: int
-    num_copies: int
-    num_bytes: int = 0
-    seconds: float = 0.0
-    plan_seconds: float = 0.0
-    exchange_seconds: float = 0.0
+    num_steps: int = 0
+    """Optimizer steps in which experts got tokens."""
+    last_step: StepStats | None = None
+    """Statistics of the latest optimizer step in which experts got tokens."""
+    num_rearrangements: int = 0
+    """Rearrangements that changed the placement."""
+    rearranged_rows: int = 0
+    """Primaries that changed ranks in all rearrangements, in one EP group."""
+    rearranged_bytes: int = 0
+    """Bytes that crossed ranks in all rearrangements, over all ranks."""
+    rearrange_seconds: float = 0.0
+    """Time that training waited for all rearrangements on this rank, including those that changed nothing."""
+    last_rearrangement: RearrangementResult | None = None
+    """The latest rearrangement that changed the placement."""
     predicted_balancedness: float | None = None
+    """Balancedness that the latest rearrangement should bring; ``None`` before the first."""
 
-    @property
-    def balancedness_before(self) -> float:
-        """Of the window, had the old placement served it at once."""
-        return balancedness(level_tokens(self.load, self.before.by_rank))
+    def _add(self, result: RearrangementResult) -> None:
+        """Add the result of a rearrangement."""
+        self.predicted_balancedness = result.predicted_balancedness
+        self.rearrange_seconds += result.seconds
+        if result.before != result.after:
+            self.num_rearrangements += 1
+            self.rearranged_rows += result.num_rows
+            self.rearranged_bytes += result.num_bytes
+            self.last_rearrangement = result
 
-    @property
-    def balancedness_after(self) -> float:
-        """Of the window, had the new placement served it at once."""
-        return balancedness(level_tokens(self.load, self.after.by_rank))
+
+def collect_step_stats(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> StepStats:
+    """Collect and reset the statistics of all layers. All ranks of the default group must call it."""
+    taken = [layer.take_load() for layer in layers]
+    counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
+    loads = torch.stack([part.load for part in taken]).cpu()  # one wait for the device, if the loads are on one
+    summed = torch.cat([loads, counts], dim=1)
+    if groups.num_replicas > 1:
+        dist.all_reduce(summed, group=groups.control)
+        summed //= groups.size  # each rank of an EP group contributed that group's counts
+    load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
+    if groups.size == 1:
+        max_Y = load_YL.max(dim=1).values
+    avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
+    seconds = sum(part.plan_seconds for part in taken)
+    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), int(copies_Y.sum()), int(bytes_Y.sum()), seconds)

@@ -7,13 +7,13 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_eplb.balancer.step_stats import Rearrangement
+from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import EXPERT_LOAD, RANK_LOAD, SLOT_LOAD, log_heatmaps, takes_pictures
 
 
-def report_rearrangement(trainer: "pl.Trainer", done: Rearrangement, layers: Sequence[str]) -> None:
+def report_rearrangement(trainer: "pl.Trainer", done: RearrangementResult, layers: Sequence[str]) -> None:
     """A line in the log of rank 0, and the pictures of those loggers that take any. All ranks may call it.
 
     Args:
@@ -44,7 +44,7 @@ def _tell(trainer: "pl.Trainer", line: str) -> None:
         bar.print(line)
 
 
-def _in_words(done: Rearrangement) -> str:
+def _in_words(done: RearrangementResult) -> str:
     moved = "no expert changed ranks"
     if done.num_rows:
         moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"

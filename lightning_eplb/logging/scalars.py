@@ -1,7 +1,7 @@
 """The scalars of an optimizer step: their names, what they mean, and their values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.balancer.step_stats import StepLoad
+from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.functional import hottest_share, load_entropy
 
 SCALARS: dict[str, tuple[str, str]] = {
@@ -58,7 +58,7 @@ SCALARS: dict[str, tuple[str, str]] = {
 """Unit and meaning of each. Tokens are summed over layers; where nothing else is said it is that optimizer step's."""
 
 
-def scalars_of(balancer: ExpertLoadBalancer, step: StepLoad) -> dict[str, float]:
+def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float]:
     """What is known after a step, by the names of :data:`SCALARS`.
 
     It communicates with nobody. On ranks above 0 the seconds are their own.

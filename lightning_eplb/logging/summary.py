@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.balancer.step_stats import StepLoad
+from lightning_eplb.balancer.step_stats import StepStats
 
 
 class FitSummary:
@@ -25,7 +25,7 @@ class FitSummary:
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=num_steps)
 
-    def add(self, step: StepLoad) -> None:
+    def add(self, step: StepStats) -> None:
         level = step.balancedness
         self.total += 1
         if len(self.first) < self.num_steps:

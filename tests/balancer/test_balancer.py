@@ -23,8 +23,8 @@ from lightning_eplb import (
     StaticPolicy,
     parallelize_experts,
 )
-from lightning_eplb.balancer.cost_model import Speed
-from lightning_eplb.balancer.step_stats import StepLoad
+from lightning_eplb.balancer.cost_model import HardwareProfile
+from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.split import split_tokens
@@ -162,10 +162,10 @@ def test_state_is_saved_and_restored(window_size: int, workers: Workers) -> None
 def saved_by_seconds() -> list[float]:
     """Of a step's tokens on ranks that hold two experts each, and of the same had the placement levelled them."""
     balancer, _, _ = loop(1, {})
-    balancer._pace.speed = Speed(0.5, 1.0, 1.0)
+    balancer._cost_model.profile = HardwareProfile(0.5, 1.0, 1.0)
     load = torch.tensor([[30, 10, 4, 4]])
-    step = StepLoad(load, torch.tensor([24.0]), torch.tensor([40]))
-    levelled = StepLoad(load, torch.tensor([24.0]), torch.tensor([26]))
+    step = StepStats(load, torch.tensor([24.0]), torch.tensor([40]))
+    levelled = StepStats(load, torch.tensor([24.0]), torch.tensor([26]))
     return [balancer.seconds_saved(each) for each in (step, levelled)]  # type: ignore[misc]
 
 
@@ -281,7 +281,7 @@ def errors_after_each_step() -> list[float | None]:
     errors: list[float | None] = []
 
     class Watched(ExpertLoadBalancer):
-        def step(self, **kwargs: Any) -> StepLoad | None:
+        def step(self, **kwargs: Any) -> StepStats | None:
             served = super().step(**kwargs)
             errors.append(self.forecast_error)
             return served
@@ -300,7 +300,7 @@ def test_the_forecast_is_judged_by_the_interval_that_followed(workers: Workers) 
         assert errors[8:] == pytest.approx([off] * 2)
 
 
-def served_with_capacity(capacity: tuple[float, ...] | None) -> tuple[StepLoad | None, list[float]]:
+def served_with_capacity(capacity: tuple[float, ...] | None) -> tuple[StepStats | None, list[float]]:
     loads = [[16, 12, 8, 4]] * 8
     balancer, _ = steered(loads, {"step_interval": 4}, costs=FREE, capacity=capacity if dist.get_rank() == 0 else None)
     layer, _ = next(expert_layers(balancer.model))
@@ -427,7 +427,7 @@ def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, 
     seen: list[tuple[int, float]] = []
 
     class Watched(ExpertLoadBalancer):
-        def step(self, **kwargs: Any) -> StepLoad | None:
+        def step(self, **kwargs: Any) -> StepStats | None:
             served = super().step(**kwargs)
             assert served is not None
             seen.append((served.num_copies, served.balancedness))
@@ -459,7 +459,7 @@ def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
     found: list[tuple[float | None, list[float]]] = []
 
     class Watched(ExpertLoadBalancer):
-        def step(self, **kwargs: Any) -> StepLoad | None:
+        def step(self, **kwargs: Any) -> StepStats | None:
             served = super().step(**kwargs)
             assert served is not None
             if found:

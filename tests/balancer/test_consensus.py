@@ -82,7 +82,7 @@ def a_list() -> list[list[int]]:
         ([nothing, here], r"placement=None on rank 0 is not the same on rank 1 \(ExpertPlacement"),
         ([here, of_another_shape], r"is not the same on rank 1 \(ExpertPlacement\(layers=1"),
         ([here, a_list], r"is not the same on rank 1 \(a list on rank 1\)"),
-        ([a_list, a_list], r"rearrange\(\) failed on rank 0: ValueError: it returned a list, not an ExpertPlacement"),
+        ([a_list, a_list], r"placement=a list must be an ExpertPlacement"),
     ],
 )
 def test_rearrange_with_other_placements_on_ranks_is_refused_on_all(

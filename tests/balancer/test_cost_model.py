@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, StaticPolicy, parallelize_experts
 from lightning_eplb.balancer import cost_model
-from lightning_eplb.balancer.cost_model import Speed, measure_speed
+from lightning_eplb.balancer.cost_model import HardwareProfile, profile_hardware
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.policies import Costs
@@ -40,7 +40,7 @@ def converted(hidden: int = 16) -> tuple[nn.Module, ExpertGroups]:
 
 
 def measured() -> tuple[float, ...]:
-    return astuple(measure_speed(*converted()))
+    return astuple(profile_hardware(*converted()))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -55,19 +55,19 @@ def test_powers_of_two_and_the_same_on_all_ranks(ranks: int, workers: Workers) -
     assert min(bytes_per_second) > 2**20
 
 
-def with_a_slow_rank() -> Speed:
+def with_a_slow_rank() -> HardwareProfile:
     """Rank 1 needs 1.5 s for a product and its exchanges take 3 s for 4 MiB, the others a quarter of that."""
     slow = 4 if dist.get_rank() == 1 else 1
     seconds = iter([0.375 * slow, 0.75 * slow, 0.75 * slow])
     with patch.object(cost_model, "_seconds", lambda action, device: next(seconds)):
-        return measure_speed(*converted())
+        return profile_hardware(*converted())
 
 
 def test_the_slowest_rank_counts(workers: Workers) -> None:
     found = workers.run(3, with_a_slow_rank)
     assert found == [found[0]] * 3
     # 6 x 256 parameters of 1.5 s / (2 x 512 tokens x 128 numbers) is 0.0176 s; 4 MiB in 3 s are 1.33 MiB/s.
-    assert found[0] == Speed(2.0**-6, 2.0**20, 2.0**20)
+    assert found[0] == HardwareProfile(2.0**-6, 2.0**20, 2.0**20)
 
 
 def seconds_of_small_and_large_experts() -> list[float]:
@@ -76,7 +76,7 @@ def seconds_of_small_and_large_experts() -> list[float]:
     for hidden in (16, 64):
         operations = 2 * 512 * 8 * hidden
         with patch.object(cost_model, "_seconds", lambda action, device: operations / 2**20):  # noqa: B023
-            found.append(measure_speed(*converted(hidden)).seconds_per_token)
+            found.append(profile_hardware(*converted(hidden)).seconds_per_token)
     return found
 
 
@@ -115,7 +115,7 @@ def test_each_rank_sends_to_one_and_receives_from_one(nodes: tuple[int, ...], sh
                 lambda partner, device, groups: sent_to.append(partner) or 1.0,  # noqa: B023
             ),
         ):
-            measure_speed(Experts(), groups)
+            profile_hardware(Experts(), groups)
         partners.append(sent_to)
     for within_or_between in zip(*partners, strict=True):
         assert sorted(within_or_between) == list(range(size))
@@ -123,7 +123,7 @@ def test_each_rank_sends_to_one_and_receives_from_one(nodes: tuple[int, ...], sh
     assert found == {shifts}
 
 
-def across_unequal_nodes() -> tuple[Speed, list[int]]:
+def across_unequal_nodes() -> tuple[HardwareProfile, list[int]]:
     """Two ranks on one node and one on another: all bytes arrive, none wait for each other."""
     experts, groups = converted()
     groups = replace(groups, node_of_rank=(0, 0, 1))
@@ -137,7 +137,7 @@ def across_unequal_nodes() -> tuple[Speed, list[int]]:
         received.append(int(into[0]) - 1)
 
     with patch.object(cost_model, "_exchange", exchange):
-        return measure_speed(experts, groups), received
+        return profile_hardware(experts, groups), received
 
 
 def test_unequal_nodes_exchange_in_a_ring(workers: Workers) -> None:
@@ -162,7 +162,10 @@ def told_after_a_step() -> list[Costs | None]:
     parallelize_experts(model, num_redundant_experts=2)
     optimizer, policy = torch.optim.AdamW(model.parameters()), Listening()
     balancer = ExpertLoadBalancer(model, [optimizer], policy=policy, step_interval=4)
-    with patch("lightning_eplb.balancer.pace.measure_speed", lambda experts, groups: Speed(2.0**-10, 2.0**20, 2.0**10)):
+    with patch(
+        "lightning_eplb.balancer.cost_model.profile_hardware",
+        lambda experts, groups: HardwareProfile(2.0**-10, 2.0**20, 2.0**10),
+    ):
         model["experts"](torch.ones(6, 8), torch.arange(6)[:, None] + 2, torch.ones(6, 1)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_eplb import EPLBCallback, ExpertPlacement
-from lightning_eplb.balancer.step_stats import Rearrangement
+from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.logging.summary import print_table
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
@@ -68,7 +68,7 @@ def test_a_rearrangement_is_told_above_a_bar_that_is_drawn_over_the_log(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: in_terminal, raising=False)
     placement = ExpertPlacement.initial(1, 4, 2)
     with caplog.at_level(logging.INFO):
-        report_rearrangement(trainer, Rearrangement(placement, placement, np.ones((1, 4)), 0, 0, 0), ["experts"])
+        report_rearrangement(trainer, RearrangementResult(placement, placement, np.ones((1, 4))), ["experts"])
     line = "step 4: no expert moved, in no layer would it pay"
     assert told == [line] * in_terminal
     assert caplog.messages == [line] * (not in_terminal)

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
-from lightning_eplb.balancer.step_stats import Rearrangement, StepLoad
+from lightning_eplb.balancer.step_stats import RearrangementResult, StepStats
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
 from tests.workers import WorkerError, Workers
 
 LAYERS, STEPS, SEQUENCES = 3, 10, 2
 
-Seen = tuple[dict[str, Tensor], ExpertPlacement, Rearrangement | None]
+Seen = tuple[dict[str, Tensor], ExpertPlacement, RearrangementResult | None]
 
 
 def train(
@@ -30,7 +30,7 @@ def train(
     parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
     optimizer = optimizer_of("adamw", model)
     seen: list[Seen] = []
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", most_bytes):
+    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", most_bytes):
         balancer = ExpertLoadBalancer(
             model, [optimizer], policy=ShufflePolicy(), step_interval=step_interval, use_async=use_async
         )
@@ -49,7 +49,7 @@ def train(
 
 def train_step(
     balancer: ExpertLoadBalancer, optimizer: torch.optim.Optimizer, batch: Tensor, calls_before: bool = True
-) -> StepLoad:
+) -> StepStats:
     model = balancer.model
     language_loss(model, batch[dist.get_rank() :: 2]).backward()
     experts = {id(parameter) for module in experts_of(model) for parameter in module.parameters(recurse=False)}
@@ -135,7 +135,7 @@ def test_what_is_under_way_at_the_end_is_put_in_place(workers: Workers, expected
             assert float((seen[-1][0][name] - tensor).abs().max()) < TOLERANCE, name
 
 
-def train_both() -> tuple[Rearrangement, Rearrangement]:
+def train_both() -> tuple[RearrangementResult, RearrangementResult]:
     sync, behind = (train(use_async, 9, 2**30) for use_async in (False, True))
     return sync[1][2], behind[3][2]  # type: ignore[return-value]
 
@@ -188,7 +188,7 @@ def train_two(other_is_moving: bool) -> list[Trained]:
     """Two models on the same ranks; what moves in the first fails."""
     batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
     before = 2 if other_is_moving else 0
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
         (balancer, optimizer), (other, its_optimizer) = training(), training(seed=1)
         for batch in batches[:2]:
             train_step(balancer, optimizer, batch)
@@ -206,7 +206,7 @@ def train_two(other_is_moving: bool) -> list[Trained]:
 def train_after_a_failure(is_same_model: bool) -> Trained:
     """The balancer under which training failed is told nothing; another one goes on, or starts with another model."""
     batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
         balancer, optimizer = training()
         for batch in batches[:2]:
             train_step(balancer, optimizer, batch)
