@@ -41,13 +41,13 @@ from tests.workers import Workers
     [
         ({"window_size": 0}, "window_size=0 must be at least 1"),
         ({"step_interval": 0}, "step_interval=0 must be at least 1"),
-        ({"ep_size": 0}, "ep_size=0 must be at least 1; None takes every"),
-        ({"num_redundant_experts": -2}, "num_redundant_experts=-2 must not be negative; 0 is none"),
+        ({"ep_size": 0}, "ep_size=0 must be at least 1. Use None for all"),
+        ({"num_redundant_experts": -2}, "num_redundant_experts=-2 must not be negative. Use 0 for none"),
         ({"num_redundant_experts": "8"}, "num_redundant_experts='8' must be a whole number"),
         ({"ep_size": 2.0}, r"ep_size=2\.0 must be a whole number"),
         ({"window_size": True}, "window_size=True must be a whole number"),
         ({"step_interval": float("inf")}, "step_interval=inf must be a whole number"),
-        ({"trace": "."}, r"trace='\.' is a folder; name a file, such as './trace\.npy'"),
+        ({"trace": "."}, r"trace='\.' is a folder\. Name a file, such as './trace\.npy'"),
         ({"use_async": "no"}, "use_async='no' must be True or False"),
         ({"policy": "balanced"}, "policy='balanced' must be a lightning_eplb.Policy"),
     ],
@@ -131,7 +131,7 @@ def averaging(name: str) -> str:
 def test_weight_averaging(name: str, workers: Workers) -> None:
     (message,) = set(workers.run(2, averaging, name))
     assert message.startswith(
-        f"{name} is not supported with EPLBCallback: it averages the rows of experts by the place"
+        f"{name} is not supported with EPLBCallback: it averages the rows of experts by their position"
     )
 
 
@@ -268,7 +268,7 @@ def only_experts_trained() -> str:
 
 def test_a_model_that_trains_only_experts(workers: Workers) -> None:
     (message,) = set(workers.run(2, only_experts_trained))
-    assert message.startswith("LanguageModel trains no parameter outside of experts, and DDP refuses such a model")
+    assert message.startswith("LanguageModel trains no parameter outside of experts, and DDP does not support such")
 
 
 def test_another_strategy() -> None:

@@ -1,4 +1,7 @@
-"""What a trainer, its callbacks and a converted model must be for ``EPLBCallback``; said before any communication."""
+"""Requirements of ``EPLBCallback`` on the trainer, its callbacks and the model, checked before any communication.
+
+All checks raise ``ValueError``, on all ranks alike.
+"""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
@@ -15,8 +18,8 @@ from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 
-def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-    """Experts that were spread over some ranks can only be called on all of these."""
+def check_world_size(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Check that the trainer has as many ranks as a model that was converted before is spread over."""
     for layer, _ in expert_layers(pl_module):
         ranks = layer.groups.world_size
         if layer.groups.size > 1 and ranks != trainer.world_size:
@@ -26,9 +29,14 @@ def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None
             )
 
 
-def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
-    """The size of an EP group, once it is sure that the trainer and the callback's arguments go together."""
-    ep_size = ep_size_in(trainer, ep_size)
+def check_trainer(trainer: "pl.Trainer", ep_size: int, num_redundant_experts: int) -> None:
+    """Check the number of ranks, the strategy, its communication hook and the other callbacks of the trainer.
+
+    Args:
+        trainer: Trainer with its strategy.
+        ep_size: Ranks of an EP group, as :func:`resolve_ep_size` returns it.
+        num_redundant_experts: Redundant experts of each layer.
+    """
     if trainer.world_size % ep_size:
         sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
         raise ValueError(
@@ -63,13 +71,12 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
         if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise ValueError(
                 f"{type(callback).__name__} is not supported with EPLBCallback: it averages the rows of experts by"
-                " the place where they are, and they move; remove one of the two callbacks"
+                " their position, and experts change positions. Remove one of the two callbacks."
             )
-    return ep_size
 
 
-def check_found(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) -> None:
-    """Raise ``ValueError`` for a model that may be built too late: ``setup`` runs behind that of callbacks."""
+def check_found_experts(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) -> None:
+    """Check that experts were found in a model that builds itself in ``setup``, which runs after that of callbacks."""
     has_any = any(type(getattr(module, "num_experts", None)) is int for module in pl_module.modules())
     if not found and not has_any and is_overridden("setup", pl_module):
         name = type(pl_module).__name__
@@ -79,8 +86,23 @@ def check_found(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) ->
         )
 
 
+def check_other_parameters(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) -> None:
+    """Check that the model trains a parameter outside of experts, which DDP requires.
+
+    Args:
+        pl_module: Model that is not converted yet.
+        found: Its expert modules by name.
+    """
+    experts = {id(parameter) for module in found.values() for parameter in module.parameters(recurse=False)}
+    if not any(p.requires_grad and id(p) not in experts for p in pl_module.parameters()):
+        raise ValueError(
+            f"{type(pl_module).__name__} trains no parameter outside of experts, and DDP does not support such a model."
+            " Let one other parameter require gradients, such as a norm's."
+        )
+
+
 def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int) -> None:
-    """Raise ``ValueError`` where Lightning's callback is to prune experts, of which each rank has other ones."""
+    """Check that Lightning's ``ModelPruning`` does not prune experts, which differ by rank."""
     if ep_size == 1:
         return
     experts = {id(module) for _, module in (*expert_layers(pl_module), *find_experts(pl_module))}
@@ -99,8 +121,8 @@ def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_siz
                 )
 
 
-def ep_size_in(trainer: "pl.Trainer", ep_size: int | None) -> int:
-    """The size of an EP group: the argument, or what the strategy says."""
+def resolve_ep_size(trainer: "pl.Trainer", ep_size: int | None) -> int:
+    """Return the ranks of an EP group: the argument, or else the strategy's, or all ranks."""
     if not isinstance(trainer.strategy, ExpertParallelStrategy):
         return trainer.world_size if ep_size is None else ep_size
     theirs = trainer.strategy.ep_size
@@ -111,10 +133,17 @@ def ep_size_in(trainer: "pl.Trainer", ep_size: int | None) -> int:
     return theirs
 
 
-def check_adopted(
+def check_converted_model(
     trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int, num_redundant_experts: int
 ) -> None:
-    """A model that ``configure_model`` built and converted must be what the arguments say."""
+    """Check that a model that ``configure_model`` converted fits the arguments and the strategy.
+
+    Args:
+        trainer: Trainer with its strategy.
+        pl_module: Model after ``configure_model``.
+        ep_size: Ranks of an EP group, as :func:`resolve_ep_size` returns it.
+        num_redundant_experts: Redundant experts of each layer.
+    """
     layers = [layer for layer, _ in expert_layers(pl_module)]
     is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
     if not layers:
@@ -148,7 +177,7 @@ def check_adopted(
 
 
 def _check_sharded(module: nn.Module) -> None:
-    """The strategy itself averages nothing: what ``fully_shard`` was not called for would differ from rank to rank."""
+    """Check that ``fully_shard`` was called for all parameters, as the strategy averages no gradients itself."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise ValueError(
