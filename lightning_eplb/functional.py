@@ -1,4 +1,4 @@
-"""How even the work of the ranks is, as pure functions of counted tokens.
+"""Balancedness and other pure functions of counted tokens.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks.
 """
@@ -13,14 +13,14 @@ from lightning_eplb.placement import ExpertPlacement
 
 
 def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
-    """Tokens that each rank serves when every copy of an expert serves an equal part of them.
+    """Return the tokens of each rank if all replicas of an expert get equal shares.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
-        placement: Where the experts are.
+        placement: Placement of the experts.
 
     Returns:
-        float64 ``[Y, R]``. Fractions are kept: an expert of 3 tokens and 2 copies is 1.5 tokens on each.
+        float64 ``[Y, R]``. Fractions are kept: an expert with 3 tokens and 2 replicas is 1.5 tokens on each.
 
     Raises:
         ValueError: The load has another number of layers or experts than the placement.
@@ -42,11 +42,11 @@ def rank_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
 
 
 def slot_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
-    """Tokens that each slot serves when every copy of an expert serves an equal part of them.
+    """Return the tokens of each slot if all replicas of an expert get equal shares.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
-        placement: Where the experts are.
+        placement: Placement of the experts.
 
     Returns:
         float64 ``[Y, P]``, 0 for an empty slot.
@@ -62,14 +62,14 @@ def slot_tokens(load_YL: Any, placement: ExpertPlacement) -> np.ndarray:
 
 
 def balancedness(tokens_YR: Any) -> float:
-    """How level the ranks are: ``sum over layers of mean rank tokens / sum over layers of max rank tokens``.
+    """Return ``sum over layers of mean rank tokens / sum over layers of max rank tokens``.
 
-    1 is perfect, ``1 / R`` is all work on one rank. In each layer the ranks wait for the fullest one, and layers come
-    one after the other: so this is the part of the expert time in which an average rank has something to do.
+    1 is perfect, ``1 / R`` means all work on one rank. In each layer the ranks wait for the most loaded one, and layers
+    run one after the other. So this is the share of the experts' time in which an average rank computes.
 
     Args:
-        tokens_YR: Tokens that each rank serves in each layer, ``[Y, R]``, or ``[R]`` for one layer: a numpy array or
-            a torch tensor on any device.
+        tokens_YR: Tokens of each rank in each layer, ``[Y, R]``, or ``[R]`` for one layer: a numpy array or a torch
+            tensor on any device.
 
     Returns:
         The ratio, in ``[1 / R, 1]``; 1.0 when there are no tokens at all.
@@ -90,7 +90,7 @@ def balancedness(tokens_YR: Any) -> float:
 
 
 def hottest_share(load_YL: Any) -> float:
-    """Tokens of the hottest expert over the mean of its layer's experts, in the layer where that is most.
+    """Return the tokens of the hottest expert over the mean of its layer's experts, the maximum over layers.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
@@ -108,14 +108,14 @@ def hottest_share(load_YL: Any) -> float:
 
 
 def load_entropy(load_YL: Any) -> float:
-    """How evenly tokens are spread over experts: entropy of the experts' shares over that of even ones.
+    """Return the entropy of the experts' shares of the tokens, relative to that of equal shares.
 
     Args:
         load_YL: Tokens of each logical expert, ``[Y, L]``: a numpy array or a torch tensor on any device.
 
     Returns:
-        ``-sum(p log p) / log L``, the mean over the layers that have tokens: 1 is even, 0 is all tokens to one expert
-        of each layer; 1.0 when there are no tokens at all, or only one expert.
+        ``-sum(p log p) / log L``, the mean over the layers that have tokens. 1 is even, 0 means all tokens to one
+        expert of each layer; 1.0 when there are no tokens at all, or only one expert.
 
     Example:
         >>> load_entropy([[3, 3, 3, 3], [8, 0, 0, 0]])
@@ -140,7 +140,7 @@ def _add_shares(share_YL, slots_YRS, tokens_YR):
 
 @compiled
 def _balancedness(tokens_YR):
-    """One addition after the other, so that all machines get the same bits: ranks decide by it."""
+    """Add in a fixed order, so that all machines get the same bits: ranks decide by the result."""
     layers, ranks = tokens_YR.shape
     total = fullest = 0.0
     for layer in range(layers):

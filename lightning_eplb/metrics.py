@@ -1,4 +1,4 @@
-"""How many tokens each expert got lately, and how unevenly that falls on the ranks.
+"""Metric of the experts' load over a window of optimizer steps, and of the balancedness of the ranks.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``W`` steps in the window.
 """
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 class ExpertLoad(Metric):
-    """The load of every logical expert over the last optimizer steps, and the balancedness that it gives.
+    """Load of every logical expert over the latest optimizer steps, and the balancedness that results from it.
 
-    Each call of :meth:`update` is one optimizer step: it takes that step's tokens by *logical* expert, the
-    micro-batches already summed, and drops the oldest step once the window is full. As nothing is kept by slot, a
-    rearrangement leaves the window valid: set :attr:`placement` to the new one and the whole window is read through it.
+    Each call of :meth:`update` is one optimizer step: it takes the step's tokens by *logical* expert, summed over
+    micro-batches, and drops the oldest step once the window is full. Nothing is stored by slot, so the window stays
+    valid in a rearrangement: set :attr:`placement` to the new one, and it applies to the whole window.
 
-    :meth:`compute` reads the window, calling the metric (``values = metric(load_YL)``) updates it once and returns the
-    values of that single step. Both return a dictionary:
+    :meth:`compute` returns the values of the window. Calling the metric (``values = metric(load_YL)``) updates it and
+    returns the values of that single step. Both return a dictionary:
 
     - ``load``: int64 ``[Y, L]``, the tokens of each logical expert, summed over the steps.
-    - ``avg_tokens``, ``max_tokens``: tokens that the mean rank and the fullest rank serve, summed over layers,
-      averaged over steps; float64 scalars. Each copy of an expert counts with an equal share of its tokens.
+    - ``avg_tokens``, ``max_tokens``: tokens of the mean rank and of the most loaded rank, summed over layers and
+      averaged over steps; float64 scalars. All replicas of an expert get equal shares of its tokens.
     - ``balancedness``: ``avg_tokens / max_tokens``; 1 is perfect, and 1 when there was no token; a float64 scalar.
 
-    A window's ``max_tokens`` is that of its summed load: hot spots that move from step to step level out in it. The
-    values of single steps show those.
+    A window's ``max_tokens`` is that of its summed load: hot spots that change from step to step cancel out in it. The
+    values of single steps show them.
 
     Example::
 
@@ -46,7 +46,7 @@ class ExpertLoad(Metric):
         >>> from lightning_eplb.placement import ExpertPlacement
         >>> placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2)
         >>> metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2, placement=placement)
-        >>> step = metric(torch.tensor([[6, 2, 1, 1]]))  # rank 0 serves 8 tokens, rank 1 serves 2
+        >>> step = metric(torch.tensor([[6, 2, 1, 1]]))  # rank 0 gets 8 tokens, rank 1 gets 2
         >>> step["balancedness"]
         tensor(0.6250, dtype=torch.float64)
         >>> metric.update(torch.tensor([[4, 4, 1, 1]]))
@@ -62,9 +62,9 @@ class ExpertLoad(Metric):
     Args:
         num_layers: MoE layers, ``Y``.
         num_logical_experts: Experts of the model in each layer, ``L``.
-        window_size: Optimizer steps that the window holds.
-        placement: The placement in force. ``None``: each expert counts as if it were alone on a rank, so that
-            ``balancedness`` is that of the experts.
+        window_size: Optimizer steps in the window.
+        placement: Current placement. ``None``: each expert counts as a rank of its own, so that ``balancedness`` is
+            that of the experts.
         **kwargs: Arguments of :class:`torchmetrics.Metric`, such as ``process_group`` and ``sync_on_compute``. With
             ``dist_sync_on_step=True`` the values of a single step are summed over the ranks, too.
 
@@ -72,14 +72,14 @@ class ExpertLoad(Metric):
         ValueError: A number is below 1, or the placement has other layers or experts.
 
     Note:
-        Counts stay local until they are synced, and then those of all ranks add up. So :meth:`compute` is collective
-        when ``torch.distributed`` is initialized: every rank of the group must call it, after the same number of
-        updates. It gathers the whole window. Pass ``sync_on_compute=False`` where each rank is already given the sum
-        over ranks, or where it should see its own tokens only.
+        Counts are local until a sync sums them over ranks. So :meth:`compute` is collective when ``torch.distributed``
+        is initialized: every rank of the group must call it, after the same number of updates. It gathers the whole
+        window. Pass ``sync_on_compute=False`` if each rank is already given the sum over ranks, or should see its own
+        tokens only.
 
         Log the values, not the metric object: Lightning resets a logged metric every epoch, and the window with it.
 
-        A window that was saved with another ``window_size`` is loaded with its latest steps.
+        Of a window that was saved with a larger ``window_size`` the latest steps are loaded.
     """
 
     is_differentiable = False
@@ -120,7 +120,7 @@ class ExpertLoad(Metric):
 
     @property
     def placement(self) -> ExpertPlacement | None:
-        """The placement through which the load is read. Setting it leaves the window as it is."""
+        """Placement by which the load of ranks is computed. Setting it does not change the window."""
         return self._placement
 
     @placement.setter
@@ -136,11 +136,11 @@ class ExpertLoad(Metric):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps that are in the window now, at most ``window_size``."""
+        """Optimizer steps in the window, at most ``window_size``."""
         return min(int(self.total_steps), self.window_size)
 
     def steps(self) -> Tensor:
-        """The steps in the window, ``[num_steps, Y, L]`` int64, oldest first. A copy; this rank's counts only."""
+        """Return the steps in the window, ``[num_steps, Y, L]`` int64, oldest first. A copy of this rank's counts."""
         last = int(self.total_steps)
         rows = torch.arange(last - self.num_steps, last, device=self.ring.device) % self.window_size
         return self.ring[rows]
@@ -153,7 +153,7 @@ class ExpertLoad(Metric):
 
         Raises:
             ValueError: The shape or the dtype does not fit, or a count is negative. Counts on an accelerator are not
-                looked at, since that would wait for the device.
+                checked, since that would wait for the device.
         """
         load_YL = self._check(load_YL)
         if self.ring.is_inference() and not torch.is_inference_mode_enabled():
@@ -164,9 +164,9 @@ class ExpertLoad(Metric):
         self.total_steps = self.total_steps + 1
 
     def forward(self, load_YL: Tensor | np.ndarray) -> dict[str, Tensor]:
-        """Update once, and return the values of this single step.
+        """Update the window and return the values of this single step.
 
-        Torchmetrics' own ``forward`` would update a scratch state and merge it, or update twice: neither fits a ring.
+        The ``forward`` of torchmetrics would update a scratch state and merge it, or update twice. Neither fits a ring.
         """
         if self._is_synced:
             raise TorchMetricsUserError("ExpertLoad is synced with the other ranks; call unsync() before it is updated")
@@ -179,7 +179,7 @@ class ExpertLoad(Metric):
         return self._forward_cache
 
     def compute(self) -> dict[str, Tensor]:
-        """The values of the window: ``load``, ``avg_tokens``, ``max_tokens``, ``balancedness``. See the class."""
+        """Return the values of the window: ``load``, ``avg_tokens``, ``max_tokens`` and ``balancedness``."""
         return self._values(self.ring.sum(dim=0), num_steps=self.num_steps)
 
     def plot(
@@ -188,9 +188,9 @@ class ExpertLoad(Metric):
         """Draw the load of the experts as a heatmap, or the balancedness of several steps as a line.
 
         Args:
-            val: What :meth:`compute` or calling the metric returned, or a list of these; ``None`` to compute now, which
-                is collective where :meth:`compute` is.
-            ax: Axes of matplotlib to draw on; ``None`` for a new figure.
+            val: Values as returned by :meth:`compute` or by calling the metric, or a list of these. ``None`` to compute
+                them, which is collective if :meth:`compute` is.
+            ax: Axes of matplotlib to draw on. ``None`` for a new figure.
 
         Returns:
             The figure and its axes. ``figure.savefig("load.png")`` writes it.
@@ -198,7 +198,7 @@ class ExpertLoad(Metric):
         Example::
 
             figure, axes = metric.plot()  # which experts are hot in the window
-            figure, axes = metric.plot([metric(load_YL) for load_YL in steps])  # how level was each step
+            figure, axes = metric.plot([metric(load_YL) for load_YL in steps])  # how balanced each step was
         """
         from lightning_eplb.logging.heatmap import draw_balancedness, draw_expert_load
 
@@ -240,8 +240,8 @@ class ExpertLoad(Metric):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         device = self.ring.device
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # Torchmetrics keeps the very tensors of the dictionary, on their device, whatever their shape.
-        # They are laid anew, from row 0 on, so that a window of any size takes them.
+        # Torchmetrics keeps the tensors of the dictionary themselves, on their device, whatever their shape.
+        # The steps are copied into a new ring from row 0 on, so that a window of any size takes them.
         saved, last = self.ring.to(device), int(self.total_steps)
         self.ring = torch.zeros(self.window_size, *self._shape_of_step(saved), dtype=torch.int64, device=device)
         kept = min(last, len(saved), self.window_size)

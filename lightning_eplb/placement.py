@@ -1,7 +1,7 @@
-"""Where experts live: the maps between logical experts and the slots of the ranks.
+"""Placement of experts: the maps between logical experts and the slots of the ranks.
 
-Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``C`` most copies of an
-expert, ``R`` ranks, ``S`` slots on a rank.
+Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``C`` maximum number of
+replicas of an expert, ``R`` ranks, ``S`` slots on a rank.
 """
 
 import hashlib
@@ -15,22 +15,22 @@ from lightning_eplb._compiled import compiled
 from lightning_eplb._validation import check_whole_numbers
 
 EMPTY = -1
-"""What a redundant slot that holds no expert has in ``physical_to_logical``."""
+"""Entry of an empty redundant slot in ``physical_to_logical``."""
 
 
 class ExpertPlacement:
-    """For every MoE layer, which logical expert each slot holds. Checked when built, then never changed.
+    """Logical expert of each slot in every MoE layer. Immutable, and checked when it is built.
 
     Rank ``r`` holds slots ``r*S ... (r+1)*S - 1``. The first ``primaries_per_rank`` of them are the primaries, which
-    own the parameter, its gradient and its optimizer state; the rest are redundant and hold weights only.
+    own the parameter, its gradient and its optimizer state. The others are redundant and hold weights only.
 
     Example::
 
         placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2, num_redundant_experts=2)
-        placement.physical_to_logical  # [[0, 1, 2, 2, 3, 1]]: rank 0 holds 0, 1 and a copy of 2
+        placement.physical_to_logical  # [[0, 1, 2, 2, 3, 1]]: rank 0 holds 0, 1 and a replica of 2
 
     Args:
-        physical_to_logical: The logical expert of each slot, ``[Y, P]``; ``-1`` is an empty redundant slot.
+        physical_to_logical: Logical expert of each slot, ``[Y, P]``; ``-1`` is an empty redundant slot.
         num_logical_experts: Experts of the model in each layer, ``L``; a multiple of ``num_ranks``.
         num_ranks: Ranks of the expert-parallel group, ``R``.
 
@@ -42,7 +42,7 @@ class ExpertPlacement:
     physical_to_logical: np.ndarray
     """``[Y, P]`` int64, ``-1`` where a slot is empty."""
     replica_count: np.ndarray
-    """``[Y, L]`` int64, the primary included: never below 1."""
+    """Replicas of each expert, ``[Y, L]`` int64, at least 1 as the primary is one."""
 
     def __init__(self, physical_to_logical: Any, num_logical_experts: int, num_ranks: int) -> None:
         check_whole_numbers(num_logical_experts=num_logical_experts, num_ranks=num_ranks)
@@ -73,10 +73,10 @@ class ExpertPlacement:
     def initial(
         cls, num_layers: int, num_logical_experts: int, num_ranks: int, num_redundant_experts: int = 0
     ) -> "ExpertPlacement":
-        """The placement that training starts from.
+        """Return the placement that training starts with.
 
-        Rank ``r`` starts with primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, takes
-        expert ``i mod L``, or the next one that its rank does not hold; it stays empty if the rank holds them all.
+        Rank ``r`` holds primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, gets expert
+        ``i mod L``, or the next one that its rank does not hold. It stays empty if the rank holds all experts.
         """
         numbers = {
             "num_layers": num_layers,
@@ -136,12 +136,12 @@ class ExpertPlacement:
 
     @property
     def primaries(self) -> np.ndarray:
-        """The primaries in the order of ranks and of rows on a rank, ``[Y, L]``: logical ids, each one once."""
+        """Logical ids of the primaries in the order of ranks and of rows on a rank, ``[Y, L]``. Each occurs once."""
         return self.by_rank[:, :, : self.primaries_per_rank].reshape(self.num_layers, self.num_logical_experts)
 
     @cached_property
     def logical_to_physical(self) -> np.ndarray:
-        """``[Y, L, C]`` int64, the primary first, then copies by slot; padded with ``-1``."""
+        """Slots of each expert, ``[Y, L, C]`` int64: the primary, then the others in order, padded with ``-1``."""
         most = int(self.replica_count.max(initial=1))
         l2p_YLC = np.empty((self.num_layers, self.num_logical_experts, most), dtype=np.int64)
         _list_slots(self.by_rank, self.primaries_per_rank, l2p_YLC)
@@ -150,7 +150,7 @@ class ExpertPlacement:
 
     @property
     def primary_slot(self) -> np.ndarray:
-        """The slot of each expert's primary, ``[Y, L]``: ``logical_to_physical[:, :, 0]``."""
+        """Slot of each expert's primary, ``[Y, L]``: ``logical_to_physical[:, :, 0]``."""
         slot_L = np.arange(self.num_physical_experts).reshape(self.num_ranks, -1)[:, : self.primaries_per_rank].ravel()
         slot_YL = np.empty_like(self.replica_count)
         np.put_along_axis(slot_YL, self.primaries, np.broadcast_to(slot_L, slot_YL.shape), axis=1)
@@ -158,14 +158,14 @@ class ExpertPlacement:
 
     @property
     def primary_rank(self) -> np.ndarray:
-        """The rank that holds each expert's primary, ``[Y, L]``."""
+        """Rank that holds each expert's primary, ``[Y, L]``."""
         return self.primary_slot // self.slots_per_rank
 
     def with_slots(self, slots_YRS: np.ndarray) -> "ExpertPlacement":
-        """The same ranks and experts with other slots; this placement itself where they are the same.
+        """Return a placement of the same ranks and experts with these slots; this placement if they are its own.
 
-        Nothing is checked, so this is for planners that are tested to make placements only: to check them would take as
-        long as a tenth of a plan. ``slots_YRS`` is taken over: whoever made it must not write to it any more.
+        Performs no checks, which would take a tenth of a plan's time: call it with valid slots only. The placement
+        keeps ``slots_YRS``, which must not be written to any more.
         """
         count_YL = np.empty_like(self.replica_count)
         if not _recount(slots_YRS, self.by_rank, self.primaries_per_rank, count_YL):
@@ -179,14 +179,14 @@ class ExpertPlacement:
         return after
 
     def without_copies(self) -> "ExpertPlacement":
-        """The same primaries, and all redundant slots empty."""
+        """Return the placement with the same primaries and with all redundant slots empty."""
         slots_YRS = self.by_rank.copy()
         slots_YRS[:, :, self.primaries_per_rank :] = EMPTY
         slots_YP = slots_YRS.reshape(self.physical_to_logical.shape)
         return ExpertPlacement(slots_YP, self.num_logical_experts, self.num_ranks)
 
     def digest(self) -> bytes:
-        """32 bytes that are equal where the placement is, on every machine; ranks compare them before rows move."""
+        """Return 32 bytes that identify the placement on every machine. Ranks compare them before rows move."""
         shape = np.array([self.num_ranks, self.num_logical_experts, *self.physical_to_logical.shape], dtype="<i8")
         return hashlib.sha256(shape.tobytes() + self.physical_to_logical.astype("<i8").tobytes()).digest()
 
@@ -203,7 +203,7 @@ class ExpertPlacement:
         )
 
     def _explain_fault(self) -> ValueError:
-        """The sentence for the first layer that is not a placement."""
+        """Return the error for the first layer that is no placement."""
         p2l_YP, experts = self.physical_to_logical, self.num_logical_experts
         if p2l_YP.min() < EMPTY or p2l_YP.max() >= experts:
             return ValueError(
@@ -227,21 +227,19 @@ class ExpertPlacement:
         is_double_YRS = (held_YRS[:, :, 1:] == held_YRS[:, :, :-1]) & (held_YRS[:, :, 1:] != EMPTY)
         layer, rank, slot = np.argwhere(is_double_YRS)[0]
         return ValueError(
-            f"layer {layer}: rank {rank} holds expert {held_YRS[layer, rank, slot]} twice; a second copy on one"
-            " rank serves nobody, leave the slot empty (-1)"
+            f"layer {layer}: rank {rank} holds expert {held_YRS[layer, rank, slot]} twice, but a second"
+            " replica on one rank has no use. Leave the slot empty (-1)."
         )
 
 
 def _checked_slots(physical_to_logical: Any) -> np.ndarray:
-    """Copy the slots to int64. Raises ``ValueError`` where they are not whole numbers that int64 holds."""
+    """Copy the slots to int64. Raise ``ValueError`` if they are not whole numbers that int64 holds."""
     try:
         slots = np.array(physical_to_logical, order="C")
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"physical_to_logical must be [layers, slots]: {error}") from None
     if slots.size and slots.dtype.kind not in "iu":
-        raise ValueError(
-            f"physical_to_logical has dtype {slots.dtype}; it must hold experts as whole numbers, int64 would do"
-        )
+        raise ValueError(f"physical_to_logical has dtype {slots.dtype}; it must hold whole numbers, such as int64")
     if slots.dtype.kind == "u" and slots.max(initial=0) > np.iinfo(np.int64).max:
         raise ValueError(f"physical_to_logical holds expert {slots.max()}, which int64 does not hold")
     return slots.astype(np.int64, copy=False)
@@ -249,7 +247,7 @@ def _checked_slots(physical_to_logical: Any) -> np.ndarray:
 
 @compiled
 def _count_copies(slots_YRS, num_primaries, count_YL):
-    """Fill in the copies of each expert. Returns whether the slots are a placement; the copies are, where it is one."""
+    """Count the replicas of each expert. Return whether the slots are a placement; if not, the counts are undefined."""
     layers, ranks, num_slots = slots_YRS.shape
     experts = count_YL.shape[1]
     seen_at_L = np.full(experts, -1)
@@ -278,7 +276,7 @@ def _count_copies(slots_YRS, num_primaries, count_YL):
 
 @compiled
 def _recount(slots_YRS, before_YRS, num_primaries, count_YL):
-    """Fill in the copies of each expert, as long as the slots are a placement. Returns whether they are new."""
+    """Count the replicas of each expert, given that the slots are a placement. Return whether the slots are new."""
     slots_P, before_P, count_L = slots_YRS.ravel(), before_YRS.ravel(), count_YL.ravel()
     layers, ranks, num_slots = slots_YRS.shape
     changed = np.int64(0)
@@ -296,7 +294,7 @@ def _recount(slots_YRS, before_YRS, num_primaries, count_YL):
 
 @compiled
 def _list_slots(slots_YRS, num_primaries, l2p_YLC):
-    """Fill in the slots of each expert, the primary first."""
+    """List the slots of each expert, the primary first."""
     layers, ranks, num_slots = slots_YRS.shape
     l2p_YLC[:] = EMPTY
     next_L = np.empty(l2p_YLC.shape[1], dtype=np.int64)

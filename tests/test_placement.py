@@ -131,7 +131,7 @@ def test_repr_tells_the_numbers():
         ([[0, 1, 2, 3], [0, 1, 2, -1]], 4, 2, "layer 1: a primary slot of rank 1 is empty"),
         ([[0, 1, 2, 2]], 4, 2, "layer 0: expert 3 is missing among the primaries and expert 2 is there 2 times"),
         ([[0, 1, -1, 2, 3, -1], [0, 1, -1, 2, 3, 3]], 4, 2, "layer 1: rank 1 holds expert 3 twice"),
-        ([[0.5, 1.5]], 2, 2, "physical_to_logical has dtype float64; it must hold experts as whole numbers"),
+        ([[0.5, 1.5]], 2, 2, "physical_to_logical has dtype float64; it must hold whole numbers"),
         ([[0.0, 1.0]], 2, 2, "has dtype float64"),
         ([[0.0, float("nan")]], 2, 2, "has dtype float64"),
         ([[False, True]], 2, 2, "has dtype bool"),

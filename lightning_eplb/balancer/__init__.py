@@ -1,4 +1,4 @@
-"""The balancer: from the tokens of optimizer steps to decisions, and to the moves of experts."""
+"""The balancer: records the load of optimizer steps, plans rearrangements and carries them out."""
 
 from lightning_eplb.balancer.balancer import ExpertLoadBalancer
 

@@ -1,4 +1,4 @@
-"""Evaluation by the trainer where ranks have unequal numbers of batches."""
+"""Validation, testing and prediction in which ranks have different numbers of batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,17 +19,18 @@ _HAS_BATCH, _PAUSES, _IS_DONE = 0, 1, 2
 
 
 class Evaluation:
-    """One run of validation, testing or prediction, in which ranks may run out of batches before others do.
+    """One run of validation, testing or prediction in which some ranks may run out of batches before others.
 
-    Under DDP a rank that has run out takes part in the expert layers of the others. FSDP gathers its parameters on all
-    ranks for each batch: there all ranks raise an error at the first batch that some rank does not have. Ranks meet
-    when one has run out of a dataloader, before Lightning reduces metrics over ranks.
+    Under DDP a rank without further batches takes part in the expert layers of the others. FSDP gathers its parameters
+    on all ranks for each batch: there all ranks raise an error at the first batch that some rank does not have. Ranks
+    synchronize at the end of a dataloader, before Lightning reduces metrics over ranks.
 
-    Every rank makes one when its evaluation starts. It ends by itself; :meth:`stop` ends it after an exception.
+    Every rank makes one when its evaluation starts. It ends with the trainer's loop, or by :meth:`stop` after an
+    exception.
 
     Args:
-        trainer: In evaluation.
-        module: Its converted model.
+        trainer: Trainer that is about to evaluate.
+        module: Converted model.
     """
 
     def __init__(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
@@ -53,13 +54,17 @@ class Evaluation:
         _call_before(self._loop, "on_run_end", self._finish)
 
     def start_batch(self, dataloader_idx: int) -> None:
-        """Raise ``ValueError`` on all ranks if one has no batch, under FSDP. Every rank calls it before a batch."""
+        """Synchronize with the other ranks under FSDP. Every rank calls it before a batch.
+
+        Raises:
+            ValueError: On all ranks, if one has no batch.
+        """
         self._meet(_HAS_BATCH)
         self._num_batches = self._num_batches + 1 if dataloader_idx == self._dataloader else 1
         self._dataloader = dataloader_idx
 
     def stop(self) -> None:
-        """Leave the layers and the trainer's loop as they were. Performs no communication."""
+        """Restore the layers and the trainer's loop. Performs no communication."""
         for layer, _ in self._layers:
             layer.uneven = None
         self._layers, self._uneven, self._control, self._counted = [], None, None, []
@@ -94,7 +99,7 @@ class Evaluation:
         self.stop()
 
     def _meet(self, mine: int) -> None:
-        """Exchange what each rank is about to do, under FSDP, and raise unless all do the same."""
+        """Exchange under FSDP what each rank is about to do, and raise unless all ranks do the same."""
         if self._control is None:
             return
         gathered = [torch.empty(2, dtype=torch.int64) for _ in range(dist.get_world_size(self._control))]
@@ -111,7 +116,7 @@ class Evaluation:
         raise ValueError(
             f"{name}_dataloader has unequal numbers of batches: ranks {behind} have none left after {counts}, and"
             f" {type(self._trainer.strategy).__name__} gathers parameters on all ranks for each batch. Use a sampler"
-            f" that gives all ranks as many batches, such as DistributedSampler{remedy}"
+            f" that gives all ranks the same number of batches, such as DistributedSampler{remedy}."
         )
 
 
@@ -125,7 +130,7 @@ def _loop_of(trainer: "pl.Trainer") -> Any:
 
 
 def _call_before(owner: Any, name: str, function: Callable[[], None]) -> None:
-    """Have the method ``name`` of ``owner`` call ``function`` first, if there is such a method."""
+    """Make the method ``name`` of ``owner`` call ``function`` first, if there is such a method."""
     method = getattr(owner, name, None)
     if method is None:  # the prediction loop reduces no metrics
         return

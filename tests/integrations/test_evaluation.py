@@ -301,6 +301,6 @@ def test_fsdp_with_unequal_numbers_of_batches_is_refused_on_all_ranks(
     for message in workers.run(2, refused, strategy, what, 4, 2):
         assert message == (
             f"{name}_dataloader has unequal numbers of batches: ranks [1] have none left after [2], and {full_name}"
-            " gathers parameters on all ranks for each batch. Use a sampler that gives all ranks as many batches, such"
-            f" as DistributedSampler, or Trainer(limit_{name}_batches=2)"
+            " gathers parameters on all ranks for each batch. Use a sampler that gives all ranks the same number of"
+            f" batches, such as DistributedSampler, or Trainer(limit_{name}_batches=2)."
         )
