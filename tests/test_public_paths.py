@@ -59,6 +59,7 @@ DOCUMENTED = [
     "lightning_eplb.simulate.Setting",
     "lightning_eplb.simulate.replay",
     "lightning_eplb.steps.Rearrangement",
+    "lightning_eplb.steps.StepLoad",
     "lightning_eplb.strategies.ExpertParallelStrategy",
 ]
 

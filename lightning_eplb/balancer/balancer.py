@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -82,13 +81,8 @@ class ExpertLoadBalancer(RunTotals):
             :meth:`before_optimizer_step` before each optimizer step.
 
     Raises:
-        ValueError: A number is below 1, ``redundancy`` is neither, or ``model`` has no converted layer; an optimizer
-            mixes experts, or its state for them can't move with them; or ranks were given different numbers. All ranks
-            raise the last.
-
-    Note:
-        For ranks of unequal speed set :attr:`capacity`. Costs of moves are measured in the first step; set
-        :attr:`costs` before to use other numbers.
+        ValueError: An argument is not valid, or ranks were given different ones; ``model`` has no converted layer; or
+            an optimizer mixes experts, or its state for them can't move with them.
     """
 
     def __init__(
@@ -107,16 +101,15 @@ class ExpertLoadBalancer(RunTotals):
         check_arguments(self._modules, window_size, step_interval, redundancy, min_tokens_per_copy, use_async)
         first_layer, first_module = self._modules[0]
         self.groups = first_layer.groups
-        self._use_async = use_async
+        self._overlaps = use_async and self.groups.size > 1
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
         for layer, _ in self._modules:
             layer.copies_by_batch = redundancy == "batch"
             layer.min_tokens_per_copy = min_tokens_per_copy or 1
-        self._planner = RearrangementPlanner(
-            policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
-        )
+        policy = policy if policy is not None else BalancedPolicy()
+        self._planner = RearrangementPlanner(policy, [layer for layer, _ in self._modules], step_interval)
         self._mover = ExpertMover(self._modules, (), use_async)
         self.optimizers = optimizers
         self._cost_model = CostModel(self._modules, self._mover)
@@ -130,12 +123,11 @@ class ExpertLoadBalancer(RunTotals):
             self.placement if self.groups.size > 1 else None,
             sync_on_compute=False,  # every rank is given the sum over all
         )
-        """Load of the window."""
         self.capacity: tuple[float, ...] | None = None
-        """Share of the work that each EP rank should get from the next plan on, in any unit. 0 drains a rank, ``None``
-        gives all ranks the same. Rank 0's counts."""
+        """Share of the work for each EP rank from the next plan on, in any unit, such as its speed. 0 drains a rank,
+        ``None`` gives all ranks the same. Rank 0's counts."""
         self.costs: Costs | None = None
-        """Costs that the policy is told; ``None`` for those measured in the first step. Rank 0's count."""
+        """Costs that the policy is told instead of those measured in the first step. Rank 0's count."""
         self._state = RearrangementState.IDLE
         self._current: RearrangementPlan | None = None  # planned or in flight
         self._unreported: RearrangementResult | None = None  # finished in a step without tokens
@@ -165,16 +157,15 @@ class ExpertLoadBalancer(RunTotals):
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Optimizers whose state moves with the experts, without Fabric's wrappers. Their state dicts are those of the
-        unmodified model."""
+        """Optimizers whose state moves with the experts, without Fabric's wrappers."""
         return self._mover.optimizers
 
     @optimizers.setter
     def optimizers(self, optimizers: Iterable[Optimizer]) -> None:
-        self._mover.watch(prepare_optimizers(optimizers, self.model, self._modules, self._use_async))
+        self._mover.watch(prepare_optimizers(optimizers, self.model, self._modules, self._overlaps))
 
     def record(self, on: bool) -> None:
-        """Start or stop counting the tokens of forward passes. Those of validation are no training load."""
+        """Start or stop counting the tokens of forward passes: those of validation are no training load."""
         for layer, _ in self._modules:
             layer.records_load = on
 
@@ -216,9 +207,8 @@ class ExpertLoadBalancer(RunTotals):
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
         """Commit the rows in flight, or plan a rearrangement that is due. Every rank calls it right before a step.
 
-        It does nothing without ``use_async``. Otherwise the rows in flight, which transferred since the last optimizer
-        step, are committed together with their gradients. A rearrangement that is due is planned here while the device
-        still computes the backward pass.
+        Has an effect only with ``use_async``. Rows that transferred since the last optimizer step are committed with
+        their gradients. A rearrangement that is due is planned while the device still computes the backward pass.
 
         Args:
             optimizer: Optimizer that is about to step. Nothing is done if it holds no experts but another one does.
@@ -256,15 +246,13 @@ class ExpertLoadBalancer(RunTotals):
     def cancel_rearrangement(self) -> None:
         """Cancel the planned or in-flight rearrangement. Experts whose rows are in flight stay on their ranks.
 
-        Call it before weights change by anything but an optimizer step. Performs no communication, so it is safe after
-        a failure.
+        Call it before weights change outside of optimizer steps. Performs no communication: it is safe after a failure.
         """
         self._mover.abandon()
         self._current = None
         self._state = self._state.without_plan()
 
-    abandon_rearrangement = cancel_rearrangement
-    """Earlier name of :meth:`cancel_rearrangement`."""
+    abandon_rearrangement = cancel_rearrangement  # the earlier name
 
     def rearrange(
         self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
@@ -281,11 +269,11 @@ class ExpertLoadBalancer(RunTotals):
             Result of the rearrangement; ``None`` if one rank holds all experts, so that nothing can move.
 
         Raises:
-            ValueError: On all ranks, before anything is moved: the placements of the ranks differ, or the given or
-                planned one does not have the shape of the current one, or the policy raised it.
-            RuntimeError: On all ranks, before anything is moved: ranks would move different rows, or some did not call
-                ``rearrange()`` within ten minutes, which a warning tells after ten seconds. Also on the other ranks,
-                if the policy raises anything else, which rank 0 raises itself.
+            ValueError: The placements of the ranks differ, or the given or planned one does not have the shape of the
+                current one, or the policy raised it. All ranks raise it, and nothing was moved.
+            RuntimeError: Ranks would move different rows, or some did not call this within ten minutes; a warning names
+                them after ten seconds. All ranks raise it, and nothing was moved. If the policy raises anything else,
+                rank 0 raises that, and the others a ``RuntimeError``.
         """
         if self.groups.size == 1:
             return None
@@ -342,18 +330,13 @@ class ExpertLoadBalancer(RunTotals):
         self._add(result)
         return result
 
-    @property
-    def _overlaps(self) -> bool:
-        return self._mover.goes_behind
-
     def _finish_first_step(self) -> None:
         """Check what only exists after a step, and measure the hardware."""
         check_state(self.optimizers, expert_parameters(self._modules))
         self._cost_model.measure()
-        if self.min_tokens_per_copy is None:
-            floor = self._cost_model.min_tokens_per_copy()
-            for layer, _ in self._modules:
-                layer.min_tokens_per_copy = floor
+        floor = self.min_tokens_per_copy or self._cost_model.min_tokens_per_copy()
+        for layer, _ in self._modules:
+            layer.min_tokens_per_copy = floor
         self._warn_if_out_of_sync()
 
     def _warn_if_out_of_sync(self) -> None:
@@ -371,13 +354,7 @@ class ExpertLoadBalancer(RunTotals):
         return balancedness(level_tokens(values["load"].cpu().numpy(), self.placement.by_rank))
 
     def seconds_saved(self, step: StepStats) -> float | None:
-        """Estimate how much less time the experts took in a step than under plain expert parallelism.
-
-        See :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`.
-
-        Args:
-            step: Statistics as :meth:`step` returns them.
-        """
+        """Estimate the seconds saved, see :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`."""
         return self._cost_model.seconds_saved(step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -394,7 +371,7 @@ class ExpertLoadBalancer(RunTotals):
             "rearranged_bytes": self.rearranged_bytes,
             "is_rearranging": self._state is not RearrangementState.IDLE,
             "num_ranks": self.groups.size,
-            "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
+            "physical_to_logical": torch.tensor(self.placement.physical_to_logical, dtype=torch.int32),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

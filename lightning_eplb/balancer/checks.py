@@ -23,11 +23,7 @@ def check_arguments(
     min_tokens_per_copy: int | None,
     use_async: bool,
 ) -> None:
-    """Check the arguments of the balancer and warn of ineffective ones. Every rank of the default group must call it.
-
-    Args:
-        modules: Expert layers of the model with their modules.
-        window_size, step_interval, redundancy, min_tokens_per_copy, use_async: Arguments of ``ExpertLoadBalancer``.
+    """Check the arguments of ``ExpertLoadBalancer`` and warn of ineffective ones. Every rank must call it.
 
     Raises:
         ValueError: An argument is not valid, or ranks were given different ones.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_eplb.balancer.schedule import Schedule
+from lightning_eplb.balancer.schedule import RearrangementState, Schedule
 
 
 def decisions(step_interval: int, values: Iterable[float]) -> list[int]:
@@ -111,3 +111,23 @@ def test_steps_to_go_are_counted_down_and_may_be_set() -> None:
     schedule.steps_to_go = 1
     assert schedule.step(1.0)
     assert schedule.steps_to_go == 40
+
+
+IDLE, DUE, PLANNED, IN_FLIGHT, IN_FLIGHT_AND_DUE = RearrangementState
+
+
+@pytest.mark.parametrize(
+    ("state", "when_due", "without_plan"),
+    [
+        (IDLE, DUE, IDLE),
+        (DUE, DUE, DUE),
+        (PLANNED, PLANNED, DUE),
+        (IN_FLIGHT, IN_FLIGHT_AND_DUE, IDLE),
+        (IN_FLIGHT_AND_DUE, IN_FLIGHT_AND_DUE, DUE),
+    ],
+)
+def test_state_remembers_a_rearrangement_that_is_due(
+    state: RearrangementState, when_due: RearrangementState, without_plan: RearrangementState
+) -> None:
+    assert state.when_due() is when_due
+    assert state.without_plan() is without_plan
