@@ -9,7 +9,8 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.layer import Layer, heaviest_first
+from lightning_eplb.policies.layer import Layer
+from lightning_eplb.policies.split import heaviest_first
 
 
 @compiled
@@ -90,7 +91,10 @@ def relabel_ranks(layer: Layer, slots_RS: np.ndarray) -> None:
     Greedy: the pair of ranks with most experts in common first. Ranks of unequal cost keep their names.
     """
     num_ranks, num_slots = slots_RS.shape
-    if layer.weight_R.min() == layer.weight_R.max():
+    is_even = True
+    for weight in layer.weight_R:
+        is_even &= weight == layer.weight_R[0]
+    if is_even:
         common_RR = np.zeros((num_ranks, num_ranks), dtype=np.int16)
         for rank in range(num_ranks):
             for slot in range(num_slots):
@@ -113,7 +117,8 @@ def relabel_ranks(layer: Layer, slots_RS: np.ndarray) -> None:
                 to_R[rank], is_taken_R[target] = target, True
         packed_RS = slots_RS.copy()
         for rank in range(num_ranks):
-            slots_RS[to_R[rank]] = packed_RS[rank]
+            for slot in range(num_slots):
+                slots_RS[to_R[rank], slot] = packed_RS[rank, slot]
     _exchange_roles(layer, slots_RS)
 
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, heaviest_first, judge, price_of
+from lightning_eplb.policies.layer import Layer, busiest, count_moved, divide, judge, price_of
+from lightning_eplb.policies.split import copy_slots, find_replicas, heaviest_first
 
-LEAST_GAIN = 1.0 / 16384
+LEAST_GAIN = 1.0 / 2048
 """An exchange must lower the cost by this part of a mean rank's load."""
-ROUNDS = 48
+ROUNDS = 24
 """Exchanges that are tried at least; as many as there are ranks where these are more."""
 
 
@@ -160,7 +161,9 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
     num_scenarios, n = state.top_C3.shape[0], layer.num_primaries
     num_experts = layer.home_L.size
     other_C = np.empty(num_scenarios)
-    paid = state.arrived_R.max()
+    paid = 0.0
+    for arrived in state.arrived_R:
+        paid = max(paid, arrived)
     lowest = now - LEAST_GAIN
     best_rank, best_mine, best_theirs = -1, -1, -1
     for rank in range(num_ranks):
@@ -209,39 +212,47 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
 
 
 @compiled
-def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float, scenarios: int) -> None:
-    """Drop the replicas whose travel costs more than they bring, in place, by the first ``scenarios``.
+def drop_replicas(layer: Layer, slots_RS: np.ndarray) -> tuple[float, float]:
+    """Drop the replicas whose travel costs more than they bring, in place, by the scenarios of the search.
 
-    The busiest ranks go without the replicas that serve least until they send and receive fewer, and so on. The plan
-    that costs least is kept.
+    The busiest ranks go without the replicas that serve least until they send and receive half as many, and so on. The
+    plan that costs least is kept.
+
+    Returns:
+        What :func:`judge` returns for it.
     """
-    num_ranks, num_slots = slots_RS.shape
-    n = layer.num_primaries
-    trial_RS = slots_RS.copy()
-    quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(num_ranks, dtype=np.int64)
+    cost, expected = judge(layer, slots_RS, np.inf, layer.weight_X.size)
+    num_ranks, num_experts, n = slots_RS.shape[0], layer.home_L.size, layer.num_primaries
+    most = busiest(layer, slots_RS) if layer.copy > 0.0 else 0
+    trial_RS, num_redundant = slots_RS.copy(), slots_RS.shape[1] - n
+    served_RS = np.empty((num_ranks, num_redundant), dtype=np.int64)
     sent_R, received_R = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
-    owner_L = np.empty(layer.home_L.size, dtype=np.int64)
+    owner_L = np.empty(num_experts, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(n):
             owner_L[slots_RS[rank, slot]] = rank
-    cost, _ = judge(layer, slots_RS, np.inf, expected_weight, scenarios)
-    most = busiest(layer, slots_RS)
     while most > 0:
-        most -= max(most // 4, 1)
-        fullest_expected(layer, trial_RS, quota_RS, tokens_R)
+        most //= 2
+        replicas = find_replicas(trial_RS, num_experts, layer.weight_R)
+        divide(layer, replicas, 0)
         sent_R[:] = 0
         received_R[:] = 0
-        for place in heaviest_first(quota_RS[:, n:].copy().ravel()):  # those are kept, as long as there is room
-            rank, slot = place // (num_slots - n), n + place % (num_slots - n)
-            expert = trial_RS[rank, slot]
-            if expert >= 0:
-                owner = owner_L[expert]
-                if received_R[rank] < most and sent_R[owner] < most:
-                    received_R[rank] += 1
-                    sent_R[owner] += 1
-                else:
-                    trial_RS[rank, slot] = -1
-        trial_cost, _ = judge(layer, trial_RS, cost, expected_weight, scenarios)
+        served_RS[:] = 0
+        for place in range(replicas.quota_P.size):
+            if replicas.slot_P[place] >= n:
+                served_RS[replicas.rank_P[place], replicas.slot_P[place] - n] = replicas.quota_P[place]
+        for place in heaviest_first(served_RS.ravel()):  # those are kept while there is room
+            rank, slot = place // num_redundant, n + place % num_redundant
+            if trial_RS[rank, slot] < 0:
+                continue
+            owner = owner_L[trial_RS[rank, slot]]
+            if received_R[rank] < most and sent_R[owner] < most:
+                received_R[rank] += 1
+                sent_R[owner] += 1
+            else:
+                trial_RS[rank, slot] = -1
+        trial_cost, trial_expected = judge(layer, trial_RS, cost, layer.weight_X.size)
         if trial_cost < cost:
-            cost = trial_cost
-            slots_RS[:] = trial_RS
+            cost, expected = trial_cost, trial_expected
+            copy_slots(trial_RS, slots_RS)
+    return cost, expected
