@@ -13,8 +13,8 @@ from lightning_eplb.compiled import compiled
 from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
-from lightning_eplb.policies.batch import grow_tree
-from lightning_eplb.policies.layer import EXPECTED_WEIGHT, Layer, count_moved, judge
+from lightning_eplb.policies.batch import DEPTH, grow_tree
+from lightning_eplb.policies.layer import EXPECTED_WEIGHT, LEAST_GAIN, Layer, count_moved, judge
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
@@ -26,18 +26,11 @@ SEARCHED = 4
 SLACK = 1.0 / 64
 """Max/mean load of the expected load by which a plan may be worse than the most level one. Without it plans of 2 ranks
 of 4 experts were up to 9 % above the optimum, with it up to 1.5 %."""
-HEDGE = 0.15
-"""Even load that is mixed into what one plan is packed for: in real changes popular experts lose. With plans
-for such loads (0.1 to 0.25) the excess was 0.64 to 0.66, without them 0.66."""
-LEAST_GAIN = 1.0 / 2048
-"""Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
 ALL_MOVED = 1.0 / 32
 """Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; for a part of them it
 is as much less. Gains are expected, moves are certain. Estimated, not measured."""
-FREE = 1.0 / 2**20
-"""The same where moves cost nothing: so that no more are made than help."""
 NEVER = 1e9
 """Cost of what shall never be done: infinity times nothing would be no number."""
 MOST_MOVES = int(np.iinfo(np.int32).max)
@@ -49,8 +42,6 @@ RING, SWAPPED, FRESH, FRESH_ROBUST, HEDGED = range(5)
 """Plans of a layer beside the present one."""
 JUDGED = 3
 """Plans that are judged by all scenarios: those that look best by the few of the search."""
-TREE_DEPTH = 0.5
-"""Most that a rank gives away below its level when replicas connect the ranks, in parts of it."""
 RESERVE = 1.0 / 16
 """Least that it gives away. Ranks that are level are connected by it: without it the steps of an even router were 0.992
 balanced in place of 1.000, 256 experts on 32 ranks."""
@@ -240,7 +231,7 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
         weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),
         node_R=np.array(topology.node_of_rank),
         price_Y2=price_Y2,
-        move_gain=(ALL_MOVED if outlook.costs is not None else FREE) / outlook.forecast.first.shape[1],
+        move_gain=ALL_MOVED / outlook.forecast.first.shape[1] if outlook.costs is not None else 0.0,
         copy_Y=copy_Y,
         least_gain_Y=np.maximum(LEAST_GAIN, NOISE / np.sqrt(tokens_Y)),
         most_moved_Y=np.full(layers, MOST_MOVES),
@@ -289,7 +280,7 @@ def _plan_layers(problem: _Problem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
-    hedged_YL = share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]
+    hedged_YL = share_CYL[1:].sum(axis=0) / (len(share_CYL) - 1)
     level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
     weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     weight_X[0] = EXPECTED_WEIGHT
@@ -378,7 +369,7 @@ def make_plan(layer: Layer, plan: int, most_moved: int, slots_RS: np.ndarray) ->
     if plan != FRESH_ROBUST:
         slots_RS[:, 0 if is_fresh else n :] = -1
     if plan == RING:
-        grow_tree(layer.load_CL[0], slots_RS, n, layer.level_R, 1, (RESERVE, TREE_DEPTH))
+        grow_tree(layer.load_CL[0], slots_RS, n, layer.level_R, 1, (RESERVE, DEPTH))
     pack(layer, slots_RS, num_redundant, layer.hedged_L if plan == HEDGED else layer.share_CL[0])
     if is_fresh:
         relabel_ranks(layer, slots_RS)

@@ -19,11 +19,11 @@ from lightning_eplb.policies.split import (
 
 LEVEL = 1.0 + 1.0 / 128
 """A fullest rank that is so many times the mean is low enough."""
-DEPTHS = (0.7, 0.5, 1.0)
-"""Most that a rank gives away below its level, see :func:`grow_tree`: tried in this order."""
-MOST_LINKS, MOST_TRIES = 4, 8
-"""Further replicas that the best attempt is given at most, one at a time, and places that are tried for each. Without
-them the fullest of 8 ranks had up to 1.027 of the mean, not 1.008 (lognormal-0.7)."""
+DEPTH = 0.5
+"""Most that a rank gives away below its level, in parts of it, where replicas form a tree."""
+MOST_LINKS = 4
+"""Further replicas that the best attempt is given at most, one at a time. Without them the fullest of 8 ranks had up to
+1.027 of the mean, not 1.008 (lognormal-0.7)."""
 
 
 def choose_copies(
@@ -63,21 +63,21 @@ def _choose_copies(
     enough, low_enough = LEVEL_ENOUGH * total / speed, LEVEL * total / speed + 1.0
     trial_RS = slots_RS.copy()
     lowest = np.inf
-    for attempt in range(4 + len(DEPTHS) + MOST_LINKS):
+    for attempt in range(5 + MOST_LINKS):
+        copy_slots(slots_RS, trial_RS)
+        if attempt < 5:
+            trial_RS[:, num_primaries:] = -1
         if attempt < 4:
-            trial_RS[:, num_primaries:] = -1
             spill_greedily(load_L, trial_RS, num_primaries, level_R, least, attempt)
-        elif attempt < 4 + len(DEPTHS):
-            trial_RS[:, num_primaries:] = -1
-            grow_tree(load_L, trial_RS, num_primaries, level_R, least, (0.0, DEPTHS[attempt - 4]))
+        elif attempt == 4:
+            grow_tree(load_L, trial_RS, num_primaries, level_R, least, (0.0, DEPTH))
         else:
-            copy_slots(slots_RS, trial_RS)
             add_link(load_L, trial_RS, num_primaries, weight_R, least, enough)
         peak = divide_batch(load_L, trial_RS, weight_R, enough)[1]
         if peak < lowest:
             lowest = peak
             copy_slots(trial_RS, slots_RS)
-        elif attempt >= 4 + len(DEPTHS):
+        elif attempt > 4:
             return
         if lowest <= low_enough:
             return
@@ -106,11 +106,10 @@ def add_link(
     full = order_R[-1]
     if replicas.tokens_R[full] - replicas.tokens_R[order_R[0]] < 2 * least:
         return
-    tries = 0
     for rank in order_R[:-1]:
         for slot in range(num_primaries, slots_RS.shape[1]):
             replaced = slots_RS[rank, slot]
-            if tries == MOST_TRIES or (replaced >= 0 and rank != order_R[0]):
+            if replaced >= 0 and rank != order_R[0]:
                 continue
             given, most = np.int64(-1), least - 1
             for place in range(replicas.quota_P.size):
@@ -120,7 +119,6 @@ def add_link(
                         given, most = expert, replicas.quota_P[place]
             if given < 0:
                 continue
-            tries += 1
             slots_RS[rank, slot] = given
             if divide_batch(load_L, slots_RS, weight_R, enough)[1] < before:
                 return

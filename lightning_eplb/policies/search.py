@@ -8,13 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb.compiled import compiled
-from lightning_eplb.policies.layer import Layer, busiest, count_moved, divide, judge, price_of
+from lightning_eplb.policies.layer import LEAST_GAIN, Layer, busiest, count_moved, divide, judge, price_of
 from lightning_eplb.policies.split import copy_slots, find_replicas, heaviest_first
-
-LEAST_GAIN = 1.0 / 2048
-"""An exchange must lower the cost by this part of a mean rank's load."""
-ROUNDS = 24
-"""Exchanges that are tried at least; as many as there are ranks where these are more."""
 
 
 class _State(NamedTuple):
@@ -57,7 +52,7 @@ def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray, 
     num_ranks, num_experts = state.held_RL.shape
     moved = count_moved(layer, slots_RS)
     is_done_R = np.zeros(num_ranks, dtype=np.bool_)
-    for _ in range(max(ROUNDS, num_ranks)):
+    for _ in range(num_experts):
         now = _find_fullest(state)
         hot = np.int64(-1)
         most = 0.0
