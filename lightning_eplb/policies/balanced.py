@@ -331,7 +331,7 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     if stay <= 1.0 + least_gain:
         return 0.0  # no plan is better
     # Where the present plan is level for the expected load, only replicas are chosen anew.
-    most_moved = layer.most_moved if expected_before > 1.0 + least_gain else 0
+    most_moved = layer.most_moved
     plans_PRS = np.empty((HEDGED + 1, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
     look_P, expected_P = np.empty(HEDGED + 1), np.empty(HEDGED + 1)
     lowest_expected = expected_before
