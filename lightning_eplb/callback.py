@@ -13,21 +13,19 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb.arguments import check_redundancy, check_steps, check_switches, check_whole_numbers
+from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.consolidate import ReadsDistributedCheckpoints
-from lightning_eplb.ddp import average_when_ddp_does, leave_experts_out_of_ddp
-from lightning_eplb.evaluation import Evaluation
-from lightning_eplb.fsdp import SpreadExperts, check_fsdp_hook
-from lightning_eplb.logging.loggers import log_histogram, log_placement
-from lightning_eplb.logging.rearrangement import report_rearrangement
-from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
-from lightning_eplb.parallel.flat_parameters import check_not_flattened
-from lightning_eplb.parallel.materialize import materialize
-from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
-from lightning_eplb.policies import Policy
-from lightning_eplb.precision import clip_as_before, clip_by_global_norm, clip_fsdp_by_global_norm, shared_scaler
-from lightning_eplb.requirements import (
+from lightning_eplb.checkpoint.consolidate import ReadsDistributedCheckpoints
+from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
+from lightning_eplb.integrations.evaluation import Evaluation
+from lightning_eplb.integrations.fsdp1 import SpreadExperts, check_fsdp_hook
+from lightning_eplb.integrations.precision import (
+    clip_as_before,
+    clip_by_global_norm,
+    clip_fsdp_by_global_norm,
+    shared_scaler,
+)
+from lightning_eplb.integrations.requirements import (
     check_adopted,
     check_found,
     check_pruning,
@@ -35,10 +33,17 @@ from lightning_eplb.requirements import (
     checked_ep_size,
     ep_size_in,
 )
-from lightning_eplb.scalars import scalars_of
+from lightning_eplb.logging.loggers import log_histogram, log_placement
+from lightning_eplb.logging.rearrangement import report_rearrangement
+from lightning_eplb.logging.scalars import scalars_of
+from lightning_eplb.logging.summary import FitSummary, print_table
+from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.flat_parameters import check_not_flattened
+from lightning_eplb.parallel.materialize import materialize
+from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
+from lightning_eplb.policies import Policy
+from lightning_eplb.simulation.trace import TraceWriter
 from lightning_eplb.strategies import ExpertParallelStrategy
-from lightning_eplb.summary import FitSummary, print_table
-from lightning_eplb.trace import TraceWriter
 
 
 class EPLBCallback(Callback):
@@ -56,7 +61,7 @@ class EPLBCallback(Callback):
     ``configure_model`` call :func:`~lightning_eplb.load_weights` or :func:`~lightning_eplb.materialize`.
 
     Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``);
-    :data:`lightning_eplb.scalars.SCALARS` says what each means.
+    :data:`lightning_eplb.logging.scalars.SCALARS` says what each means.
 
     The progress bar shows ``balancedness`` of every step, and a table at the end of ``fit`` what balancing did. A
     ``WandbLogger`` or ``TensorBoardLogger`` gets heatmaps of experts, of slots and of ranks, before and after each

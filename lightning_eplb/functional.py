@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 from lightning_eplb.placement import ExpertPlacement
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_eplb.arguments import check_whole_numbers
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
+from lightning_eplb._validation import check_whole_numbers
 
 EMPTY = -1
 """What a redundant slot that holds no expert has in ``physical_to_logical``."""

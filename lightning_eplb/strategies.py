@@ -11,12 +11,12 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
-from lightning_eplb.arguments import check_switches, check_whole_numbers
-from lightning_eplb.consolidate import WEIGHTS
+from lightning_eplb._validation import check_switches, check_whole_numbers
+from lightning_eplb.checkpoint.consolidate import WEIGHTS
+from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE
-from lightning_eplb.resharding import load_distributed_checkpoint, save_folder
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):

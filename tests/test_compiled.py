@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_eplb import compiled
+from lightning_eplb import _compiled as compiled
 
 
 def test_another_loop_means_another_folder_and_another_file_without_loops_does_not(

@@ -10,10 +10,10 @@ import torch
 
 from lightning_eplb import ExpertParallelStrategy
 from lightning_eplb.parallel.shards import local_shard
+from tests.checkpoint.test_checkpoint import batches, callback
 from tests.fidelity import trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
-from tests.test_checkpoint import batches, callback
 from tests.workers import Workers
 
 RANKS, STEPS = 4, 2

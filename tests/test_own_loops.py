@@ -30,7 +30,7 @@ from lightning_eplb import (
     logical_parameters,
     parallelize_experts,
 )
-from lightning_eplb.fabric import clip_fabric_by_global_norm
+from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm
 from lightning_eplb.parallel import waiting
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import spread_parameters

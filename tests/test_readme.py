@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
 from lightning_eplb.cli import COMMANDS, main
+from lightning_eplb.logging.scalars import SCALARS
 from lightning_eplb.parallel.convert import expert_layers, find_experts
-from lightning_eplb.scalars import SCALARS
-from lightning_eplb.synthetic import synthetic_load
-from lightning_eplb.trace import TraceWriter
+from lightning_eplb.simulation.synthetic import synthetic_load
+from lightning_eplb.simulation.trace import TraceWriter
 from tests.fidelity import SEQUENCES, trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eplb import ExpertParallelStrategy, materialize, parallelize_experts
 from lightning_eplb.parallel.shards import local_shard
-from tests.fidelity import TOLERANCE, trainer_for, whole
-from tests.fsdp1 import DoublePrecision, fsdp1, full_state
-from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
-from tests.test_checkpoint import (
+from tests.checkpoint.test_checkpoint import (
     HALF,
     STEPS,
     batches,
@@ -23,6 +20,9 @@ from tests.test_checkpoint import (
     mean_difference,
     uninterrupted,
 )
+from tests.fidelity import TOLERANCE, trainer_for, whole
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
+from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model
 from tests.workers import Workers
 
 SECONDS = 200

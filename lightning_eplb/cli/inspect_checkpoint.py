@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_eplb.checkpoint.consolidate import check_complete, has_shards, read_rest
 from lightning_eplb.cli.table import aligned
-from lightning_eplb.consolidate import check_complete, has_shards, read_rest
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
-    from lightning_eplb.dcp_reader import leftovers, read_index  # which loads much that a file does not need
+    from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index  # which loads much that a file does not need
 
     if not has_shards(path):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has neither an index .metadata nor shards")

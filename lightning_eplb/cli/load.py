@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
-from lightning_eplb.simulate import DEFAULT_COSTS, Replay, Setting, replay
-from lightning_eplb.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
-from lightning_eplb.trace_formats import read_load as read_file
+from lightning_eplb.simulation.replay import DEFAULT_COSTS, Replay, Setting, replay
+from lightning_eplb.simulation.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
+from lightning_eplb.simulation.trace_formats import read_load as read_file
 
 MOST_COUNTS = 2**28
 """Counts of a synthetic load, 2 GiB, which take about ten seconds to draw."""

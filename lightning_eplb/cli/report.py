@@ -7,7 +7,7 @@ from lightning_eplb.cli.error import CommandError
 from lightning_eplb.cli.load import POLICIES, add_load_arguments, progress, read_load, replay_policies, setting_of
 from lightning_eplb.report import prepare, render
 from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes
-from lightning_eplb.trace_formats import FORMATS
+from lightning_eplb.simulation.trace_formats import FORMATS
 
 HELP = "show a load, and what balancing makes of it, as a page for the browser"
 DESCRIPTION = """\

@@ -7,10 +7,10 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_eplb.balancer.steps import Rearrangement
 from lightning_eplb.functional import rank_tokens, slot_tokens
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_slot_load
 from lightning_eplb.logging.loggers import EXPERT_LOAD, RANK_LOAD, SLOT_LOAD, log_heatmaps, takes_pictures
-from lightning_eplb.steps import Rearrangement
 
 
 def report_rearrangement(trainer: "pl.Trainer", done: Rearrangement, layers: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_eplb.arguments import check_whole_numbers
+from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.arguments import check_whole_numbers
-from lightning_eplb.compiled import compiled
-from lightning_eplb.forecast import Forecast, plain_mean
+from lightning_eplb._compiled import compiled
+from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.batch import DEPTH, grow_tree
+from lightning_eplb.policies.forecast import Forecast, plain_mean
 from lightning_eplb.policies.layer import EXPECTED_WEIGHT, LEAST_GAIN, Layer, count_moved, judge
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of

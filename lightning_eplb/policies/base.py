@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_eplb.forecast import Forecast
 from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.policies.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Outlook:
         interval: Steps until the next decision.
         costs: As far as they were measured.
         sub_windows: Tokens of each expert in parts of the window, oldest first, int64 ``[B, Y, L]``, as
-            :func:`lightning_eplb.forecast.sub_windows` cuts it; ``None``: not known.
+            :func:`lightning_eplb.policies.forecast.sub_windows` cuts it; ``None``: not known.
     """
 
     window: np.ndarray

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 from lightning_eplb.policies.split import Replicas, even_quotas, find_replicas, level_quotas
 
 EXPECTED_WEIGHT = 0.2

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 from lightning_eplb.policies.layer import LEAST_GAIN, Layer, busiest, count_moved, divide, judge, price_of
 from lightning_eplb.policies.split import copy_slots, find_replicas, heaviest_first
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_eplb.compiled import compiled
+from lightning_eplb._compiled import compiled
 
 SWEEPS = np.int64(24)  # as int64, or loops are compiled for each such number
 """Sweeps over the quotas to divide a batch."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lightning_eplb.policies import BalancedPolicy, StaticPolicy
-from lightning_eplb.simulate import Replay, Setting, replay, speed_up
+from lightning_eplb.simulation.replay import Replay, Setting, replay, speed_up
 
 MOST_BINS = 160
 """A screen has no room for more columns."""
@@ -42,7 +42,7 @@ class ReportContent:
 
     Attributes:
         source: Where the load is from.
-        settings: What it was replayed with, by name: the numbers of :class:`lightning_eplb.simulate.Setting`.
+        settings: What it was replayed with, by name: the numbers of :class:`lightning_eplb.simulation.replay.Setting`.
         edges: The first step of each bin, and the number of steps, ``[B + 1]`` int64.
         static: The replay that moved nothing.
         replays: Of the policies, in the order to show them.

@@ -11,7 +11,7 @@ from lightning_eplb.functional import load_entropy
 from lightning_eplb.report import drawing
 from lightning_eplb.report.content import ReportContent, last_steps
 from lightning_eplb.report.scales import Scale, hottest_scale, ratio_scale, share_scale
-from lightning_eplb.simulate import describe, speed_up
+from lightning_eplb.simulation.replay import describe, speed_up
 
 STYLE_OF_LINE = {"static": 0, "deepseek": 1, "balanced": 2}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

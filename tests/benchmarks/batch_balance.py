@@ -33,7 +33,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import split_tokens
-from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
+from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 from tests.workers import Workers
 

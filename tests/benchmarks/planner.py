@@ -32,16 +32,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 
-from lightning_eplb.forecast import forecast, plain_mean, sub_windows
+from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.deepseek import _match_primaries, order_slots, rebalance_experts
+from lightning_eplb.policies.forecast import forecast, plain_mean, sub_windows
 from lightning_eplb.policies.split import level_tokens
-from lightning_eplb.schedule import Schedule
-from lightning_eplb.simulate import DEFAULT_COSTS
-from lightning_eplb.synthetic import SYNTHETIC_LOADS, synthetic_load
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.replay import DEFAULT_COSTS
+from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
+from lightning_eplb.simulation.trace import read_trace
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 
 SHAPES = [  # layers, experts, redundant, ranks, nodes, groups

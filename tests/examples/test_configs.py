@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lightning_eplb.cli import main
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.trace import read_trace
 from tests.examples.test_pretrain import REPOSITORY, run
 
 CONFIGS = REPOSITORY / "examples/configs"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_eplb.trace import read_trace
+from lightning_eplb.simulation.trace import read_trace
 
 REPOSITORY = Path(__file__).parents[2]
 # What pays depends on the speeds that are measured. So it is told to exchange two experts of each layer.

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import fully_shard_moe, load_weights, materialize, parallelize_experts
-from lightning_eplb.loading import sources
-from lightning_eplb.loading.holdings import holdings
+from lightning_eplb.checkpoint import sources
+from lightning_eplb.checkpoint.holdings import holdings
 from tests.fidelity import whole
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_eplb.logging.loggers import HISTOGRAM, PICTURES, TABLE
-from lightning_eplb.scalars import SCALARS
+from lightning_eplb.logging.scalars import SCALARS
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import lightning_eplb
-from lightning_eplb.forecast import forecast, sub_windows
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Topology
+from lightning_eplb.policies.forecast import forecast, sub_windows
 
 SETTINGS = {
     "default": {},

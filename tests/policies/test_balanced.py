@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.forecast import Forecast, plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.balanced import SLACK, plan_layer
+from lightning_eplb.policies.forecast import Forecast, plain_mean
 from lightning_eplb.policies.split import level_tokens
 from tests.policies.digest import printed_by, start
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies, grow_tree
 from lightning_eplb.policies.split import rank_weights, split_tokens
-from lightning_eplb.synthetic import synthetic_load
+from lightning_eplb.simulation.synthetic import synthetic_load
 
 
 def served(load_L, slots_RS, weight_R=None):

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.forecast import plain_mean
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.deepseek import _match_primaries, order_slots, rebalance_experts
+from lightning_eplb.policies.forecast import plain_mean
 
 README_WEIGHT = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],

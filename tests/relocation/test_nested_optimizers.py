@@ -11,9 +11,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.checkpoint import install_optimizer_hooks
+from tests.balancer.test_balancer import Model, inputs
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.relocation.optimizers import CAME, AggregatedMomentum, Composite, Lookahead, StableAdamW
-from tests.test_balancer import Model, inputs
 from tests.workers import WorkerError, Workers
 
 STEPS, HALF = 10, 5

@@ -6,7 +6,7 @@ import pytest
 from lightning_eplb import BalancedPolicy, StaticPolicy
 from lightning_eplb.report import prepare
 from lightning_eplb.report.content import MOST_BINS, MOST_CELLS, sizes_to_try, time_bins, try_other_sizes
-from lightning_eplb.simulate import Setting, replay
+from lightning_eplb.simulation.replay import Setting, replay
 
 LOAD_WYL = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8], [8] * 8]]), (400, 1, 1))
 

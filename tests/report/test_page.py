@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lightning_eplb.cli import main
-from lightning_eplb.trace import TraceWriter
+from lightning_eplb.simulation.trace import TraceWriter
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LAYERS, EXPERTS, STEPS = 5, 16, 700

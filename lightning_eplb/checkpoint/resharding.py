@@ -1,0 +1,94 @@
+"""Distributed checkpoints of FSDP1 and FSDP2: both load what either has written, into their shards."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.optim import Optimizer
+
+from lightning_eplb.checkpoint.consolidate import check_complete, read_rest, weights_key
+
+
+def load_distributed_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizers: Iterable[Optimizer] = (),
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Fill this rank's shards, of which each rank reads its own. Every rank must call it.
+
+    Args:
+        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)``, or with
+            ``FSDPStrategy(state_dict_type="sharded")``; the same on all ranks.
+        model: Sharded, its optimizers made.
+        optimizers: Those to load; gradients are zeroed. One that was not saved is left as it is, and a parameter that
+            had no state has none.
+        strict: Whether each parameter must be there; those that are not stay as they are.
+        weights_only: As in ``torch.load``, for what is no tensor.
+
+    Returns:
+        What the checkpoint has beside the state of model and optimizers.
+
+    Raises:
+        ValueError: The folder is incomplete, damaged, of two writes, or holds more than data; nothing was loaded.
+    """
+    # Here, as every process that imports the package would load much that few need.
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    from lightning_eplb.checkpoint.dcp_reader import DistributedReader, load_data
+
+    check_complete(Path(folder))
+    reader = DistributedReader(folder)
+    index = reader.read_metadata()
+    rest = read_rest(Path(folder), index, weights_only)
+    model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+    saved: set[tuple] = {path[:3] for path in (index.planner_data or {}).values()}
+    with _in_shards(model):
+        key = weights_key(index)
+        weights: dict[str, Any] = sharded.get_model_state_dict(model)
+        if not strict:
+            weights = {name: value for name, value in weights.items() if (key, name) in saved}
+        load_data({key: weights}, reader, weights_only)
+        sharded.set_model_state_dict(model, weights, options=sharded.StateDictOptions(strict=strict))
+        for i, optimizer in enumerate(optimizers):
+            key = f"optimizer_{i}"
+            if not any(path[0] == key for path in saved):
+                continue
+            values: dict[str, Any] = dict(sharded.get_optimizer_state_dict(model, optimizer))
+            values["state"] = {name: v for name, v in values["state"].items() if (key, "state", name) in saved}
+            load_data({key: values}, reader, weights_only)
+            options = sharded.StateDictOptions(strict=False)
+            sharded.set_optimizer_state_dict(model, optimizer, values, options=options)
+    return rest
+
+
+def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: Any, weights_key: str) -> None:
+    """Save a distributed checkpoint as ``strategy.save_checkpoint``. Every rank must call it.
+
+    Args:
+        strategy: That of the trainer.
+        checkpoint: As ``Trainer`` makes it.
+        filepath: A folder, made if need be; a checkpoint in it is replaced, as is a file. Rank 0's counts.
+        weights_key: The strategy's name for the model's state.
+
+    Raises:
+        CheckpointException: A rank could not write; what was there before can still be loaded.
+    """
+    from lightning_eplb.checkpoint.dcp_writer import save_distributed_checkpoint
+
+    if strategy.is_global_zero and Path(filepath).is_file():
+        Path(filepath).unlink()
+    folder = Path(strategy.broadcast(filepath))
+    save_distributed_checkpoint(folder, checkpoint, weights_key, is_first_on_node=strategy.local_rank == 0)
+
+
+def _in_shards(model: nn.Module) -> AbstractContextManager:
+    """While state dicts are to hold shards: FSDP1 must be told, and experts ask it."""
+    if not FullyShardedDataParallel.fsdp_modules(model):
+        return nullcontext()
+    return FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT)

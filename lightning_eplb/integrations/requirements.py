@@ -1,0 +1,157 @@
+"""What a trainer, its callbacks and a converted model must be for ``EPLBCallback``; said before any communication."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lightning_eplb.integrations.fsdp1 import check_fsdp
+from lightning_eplb.parallel.communication_hooks import check_averages
+from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
+from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.strategies import ExpertParallelStrategy
+
+
+def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Experts that were spread over some ranks can only be called on all of these."""
+    for layer, _ in expert_layers(pl_module):
+        ranks = layer.groups.world_size
+        if layer.groups.size > 1 and ranks != trainer.world_size:
+            raise ValueError(
+                f"the experts of {type(pl_module).__name__} are spread over {ranks} ranks, and this trainer has"
+                f" {trainer.world_size}; run it on {ranks}, or load what was saved into a module that was just made"
+            )
+
+
+def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
+    """The size of an EP group, once it is sure that the trainer and the callback's arguments go together."""
+    ep_size = ep_size_in(trainer, ep_size)
+    if trainer.world_size % ep_size:
+        sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
+        raise ValueError(
+            f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
+        )
+    if num_redundant_experts % ep_size:
+        below = num_redundant_experts // ep_size * ep_size
+        raise ValueError(
+            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={ep_size};"
+            f" {below} or {below + ep_size} would do"
+        )
+    if isinstance(trainer.strategy, FSDPStrategy):
+        check_fsdp(trainer.strategy)
+    elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
+        raise ValueError(
+            f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
+            " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
+        )
+    hook_state = getattr(trainer.strategy, "_ddp_comm_state", None)
+    if ep_size > 1 and type(hook_state).__name__ == "PostLocalSGDState":  # which only its users import
+        raise ValueError(
+            "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
+            " parameters over ranks, and each has other experts; leave its three arguments out"
+        )
+    hook = getattr(trainer.strategy, "_ddp_comm_hook", None)
+    if ep_size > 1 and hook is not None:
+        wrapper = getattr(trainer.strategy, "_ddp_comm_wrapper", None)
+        source = f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', repr(hook))})"
+        check_averages(source, hook, hook_state, wrapper)
+    check_nodes(ep_size, trainer.num_devices)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"{type(callback).__name__} is not supported with EPLBCallback: it averages the rows of experts by"
+                " the place where they are, and they move; remove one of the two callbacks"
+            )
+    return ep_size
+
+
+def check_found(pl_module: "pl.LightningModule", found: dict[str, nn.Module]) -> None:
+    """Raise ``ValueError`` for a model that may be built too late: ``setup`` runs behind that of callbacks."""
+    has_any = any(type(getattr(module, "num_experts", None)) is int for module in pl_module.modules())
+    if not found and not has_any and is_overridden("setup", pl_module):
+        name = type(pl_module).__name__
+        raise ValueError(
+            f"no MoE layer found in {name}, whose setup() runs after that of EPLBCallback: build the model in"
+            f" {name}.__init__, or build it in {name}.configure_model and call parallelize_experts(self) at its end"
+        )
+
+
+def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int) -> None:
+    """Raise ``ValueError`` where Lightning's callback is to prune experts, of which each rank has other ones."""
+    if ep_size == 1:
+        return
+    experts = {id(module) for _, module in (*expert_layers(pl_module), *find_experts(pl_module))}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, ModelPruning):
+            continue
+        pruned = ModelPruning.sanitize_parameters_to_prune(
+            pl_module, callback._parameters_to_prune, callback._parameter_names
+        )
+        for module, name in pruned:
+            if id(module) in experts:
+                raise ValueError(
+                    f"{type(callback).__name__} prunes {name!r} of a {type(module).__name__}, and EPLBCallback spreads"
+                    " experts over ranks, each of which would prune its own by themselves; leave experts out of"
+                    " parameters_to_prune"
+                )
+
+
+def ep_size_in(trainer: "pl.Trainer", ep_size: int | None) -> int:
+    """The size of an EP group: the argument, or what the strategy says."""
+    if not isinstance(trainer.strategy, ExpertParallelStrategy):
+        return trainer.world_size if ep_size is None else ep_size
+    theirs = trainer.strategy.ep_size
+    if ep_size not in (None, theirs):
+        raise ValueError(
+            f"ep_size={ep_size} must be that of ExpertParallelStrategy, which is {theirs}; leave it out here"
+        )
+    return theirs
+
+
+def check_adopted(
+    trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_size: int, num_redundant_experts: int
+) -> None:
+    """A model that ``configure_model`` built and converted must be what the arguments say."""
+    layers = [layer for layer, _ in expert_layers(pl_module)]
+    is_sharded = isinstance(trainer.strategy, ExpertParallelStrategy)
+    if not layers:
+        check_experts(pl_module, dict(find_experts(pl_module)), ep_size, num_redundant_experts)
+        call = "fully_shard_moe(self.model, self.device_mesh, " if is_sharded else "parallelize_experts(self, "
+        raise ValueError(
+            "configure_model built MoE layers and did not convert them; call"
+            f" {call}num_redundant_experts={num_redundant_experts}) at its end"
+        )
+    for layer, module in expert_layers(pl_module):
+        if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+            raise ValueError(
+                f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
+                " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"
+                " shard_placement_fn=lambda parameter: Shard(1))"
+            )
+    if is_sharded and trainer.world_size > 1:
+        _check_sharded(pl_module)
+    redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
+    if layers[0].groups.size == 1 < min(ep_size, trainer.world_size):
+        raise ValueError(
+            f"ep_size={ep_size}, and parallelize_experts was called before there were other ranks, in __init__; call it"
+            " in configure_model, or leave a model that is built in __init__ to EPLBCallback"
+        )
+    if layers[0].groups.size != ep_size or redundant != num_redundant_experts:
+        raise ValueError(
+            f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={num_redundant_experts};"
+            f" parallelize_experts was called for {layers[0].groups.size} ranks with"
+            f" num_redundant_experts={redundant}; give both the same"
+        )
+
+
+def _check_sharded(module: nn.Module) -> None:
+    """The strategy itself averages nothing: what ``fully_shard`` was not called for would differ from rank to rank."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} was not sharded, so that nobody averages its gradient; under ExpertParallelStrategy"
+                " configure_model must call fully_shard_moe(model, self.device_mesh), or fully_shard for all else"
+            )
