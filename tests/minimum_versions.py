@@ -1,7 +1,7 @@
 """Run the tests at the lowest versions that ``pyproject.toml`` declares, in an environment of its own.
 
     python tests/minimum_versions.py                              # all tests
-    python tests/minimum_versions.py tests/simulation/test_trace.py -x # arguments of pytest
+    python tests/minimum_versions.py tests/simulation/test_trace.py -x  # arguments of pytest
 
 It installs several gigabytes where the lowest torch comes with CUDA, and keeps the environment for the next run.
 ``--python`` names another interpreter than the one that runs this, ``--environment`` another folder. Needs Python 3.11.
