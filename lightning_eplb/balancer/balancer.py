@@ -25,10 +25,10 @@ from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optim
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
+from lightning_eplb.parallel.barrier import wait_for_all_ranks
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
@@ -94,7 +94,7 @@ class ExpertLoadBalancer:
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
             compute as its weights and its gradient to travel, as measured in the first step; 1 until then.
         use_async: Rows move behind the steps that follow a decision, a few layers in each, see
-            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Then call
+            :class:`~lightning_eplb.relocation.async_transfer.BackgroundRelocation`. Then call
             :meth:`before_optimizer_step`, too.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_eplb.balancer.speed import Speed, measure_speed
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.policies import Costs
-from lightning_eplb.relocation.background import BACKGROUND_BYTES
+from lightning_eplb.relocation.async_transfer import BACKGROUND_BYTES
 from lightning_eplb.relocation.mover import ExpertMover
 
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.policies import Costs
 
 REPEATS = 3

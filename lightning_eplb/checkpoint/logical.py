@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb.parallel.barrier import wait_for_all_ranks
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.parallel.state_dict import to_local, to_logical
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
-from lightning_eplb.relocation.optimizer import (
+from lightning_eplb.relocation.optimizer_state import (
     has_rows,
     leaves,
     map_leaves,

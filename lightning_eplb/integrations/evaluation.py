@@ -10,10 +10,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.per_expert import CountedApart
-from lightning_eplb.parallel.uneven import UnevenCalls
+from lightning_eplb.parallel.join import UnevenCalls
+from lightning_eplb.parallel.parallelize import expert_layers
+from lightning_eplb.parallel.per_expert_state import CountedApart
 
 _HAS_BATCH, _PAUSES, _IS_DONE = 0, 1, 2
 

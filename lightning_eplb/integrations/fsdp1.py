@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 from lightning_eplb.checkpoint.consolidate import INDEX, WEIGHTS_FSDP1
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
+from lightning_eplb.parallel.parallelize import expert_layers
 
 _AVERAGING_HOOKS = (
     default_hooks.allreduce_hook,

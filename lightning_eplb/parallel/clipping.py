@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.flat_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def clip_grad_norm_(

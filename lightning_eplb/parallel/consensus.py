@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_eplb.parallel.barrier import ranks_in_words, wait_for_all_ranks
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.waiting import ranks_in_words, wait_for_all_ranks
 from lightning_eplb.placement import ExpertPlacement
 
 
@@ -18,7 +18,7 @@ def check_same_on_all_ranks(values: Mapping[str, object], what: str, groups: Exp
 
     Args:
         values: By name; compared and shown as ``str`` makes them.
-        what: The call and its need, see :func:`~lightning_eplb.parallel.waiting.wait_for_all_ranks`.
+        what: The call and its need, see :func:`~lightning_eplb.parallel.barrier.wait_for_all_ranks`.
         groups: Of the experts; without process groups nothing is compared.
 
     Raises:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.layout import lay_out
+from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, put_together, take_apart
-from lightning_eplb.parallel.pieces import to_device
-from lightning_eplb.parallel.rows import all_gather_single
-from lightning_eplb.parallel.tokens import PartsUnderway, receive_back, receive_part, send_out, send_part_back
+from lightning_eplb.parallel.row_exchange import all_gather_single
+from lightning_eplb.parallel.token_exchange import PartsUnderway, receive_back, receive_part, send_out, send_part_back
 from lightning_eplb.policies.split import split_tokens
 
 COUNT_BITS = 40

@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 
-from lightning_eplb.parallel import dispatch, grouped, hooks
-from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
+from lightning_eplb.parallel import dispatch, gradient_hooks, grouped_mm
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
-from lightning_eplb.parallel.further import FURTHER_GIVEN, Further, FurtherArguments, Given, Sizes
+from lightning_eplb.parallel.extra_arguments import FURTHER_GIVEN, Further, FurtherArguments, Given, Sizes
+from lightning_eplb.parallel.gradient_sync import ReplicaAverage
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.per_expert import Additions, PerExpert, part_of
-from lightning_eplb.parallel.redundancy import CopiesUnderway, CopyRoutes
-from lightning_eplb.parallel.replicas import ReplicaAverage
-from lightning_eplb.parallel.trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
-from lightning_eplb.parallel.uneven import UnevenCalls
+from lightning_eplb.parallel.join import UnevenCalls
+from lightning_eplb.parallel.per_expert_state import Additions, PerExpert, part_of
+from lightning_eplb.parallel.prefetch import CopiesAhead, SentAhead
+from lightning_eplb.parallel.protocol_trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
+from lightning_eplb.parallel.redundant_experts import CopiesUnderway, CopyRoutes
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.batch import choose_copies
 from lightning_eplb.policies.split import rank_weights
@@ -283,13 +283,13 @@ class ParallelExperts(nn.Module):
         parameters = list(self.parameters(recurse=False))
         if layer.average is not None:
             layer.average.watch(layer.index, parameters)
-        word = hooks.wrap_hooks(self, layer) | FURTHER_GIVEN * further.is_given
+        word = gradient_hooks.wrap_hooks(self, layer) | FURTHER_GIVEN * further.is_given
         order_N, counts_L = dispatch.sort_pairs(index_TK, layer.num_logical_experts)
         if layer.uneven is not None:
             counts_RL, words_R = layer.uneven.wait_for(self, hidden_TD, weights_TK, counts_L, word)
         else:  # the one place where the host waits for the device
             counts_RL, words_R = dispatch.gather_counts(counts_L, groups, word)
-        has_hooks = hooks.check_hooks(words_R & ~FURTHER_GIVEN, self, layer)
+        has_hooks = gradient_hooks.check_hooks(words_R & ~FURTHER_GIVEN, self, layer)
         if (words_R & FURTHER_GIVEN).any():
             layer.further.agree(further, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         # Other EP groups average these gradients, too, and may have tokens.
@@ -329,7 +329,7 @@ class ParallelExperts(nn.Module):
             order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries, pairs_in_parts
         )
         seconds = time.perf_counter() - start
-        check = functools.partial(hooks.check_wrapped, parameters, layer)
+        check = functools.partial(gradient_hooks.check_wrapped, parameters, layer)
         copies = CopiesUnderway(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
         if sends_ahead := not _is_recomputing() and not _is_cached():
             copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
@@ -428,8 +428,8 @@ class ParallelExperts(nn.Module):
         layer, hidden_MD = self.expert_layer, served.hidden
         if len(hidden_MD):
             local = self._original_with(served.weights, served.experts)
-            if grouped.takes_sorted_rows(local):
-                grouped.let_take_sorted_rows(local, served.ends)
+            if grouped_mm.takes_sorted_rows(local):
+                grouped_mm.let_take_sorted_rows(local, served.ends)
             rows = torch.arange(len(hidden_MD), dtype=torch.int32, device=hidden_MD.device)
             slots_M = torch.searchsorted(served.ends, rows, right=True)
             ones = torch.ones(len(hidden_MD), 1, dtype=call.weights_dtype, device=hidden_MD.device)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from lightning_eplb.parallel.convert import expert_layers, find_experts, parallelize_experts
-from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE, check_mesh, expert_mesh, shard_dimension
+from lightning_eplb.parallel.dtensor import EFSDP, EP, REPLICATE, check_mesh, expert_mesh, shard_dimension
+from lightning_eplb.parallel.parallelize import expert_layers, find_experts, parallelize_experts
 
 
 def fully_shard_moe(

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.hooks import has_hooks
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.gradient_hooks import has_hooks
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def materialize(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_eplb.parallel.barrier import wait_for_all_ranks
+from lightning_eplb.parallel.dtensor import as_spread, local_shard, with_local
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
-from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
-from lightning_eplb.parallel.shards import as_spread, local_shard, with_local
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
+from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
 
 
 def install_state_dict_hooks(module: nn.Module) -> None:

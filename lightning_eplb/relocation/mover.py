@@ -14,10 +14,10 @@ from lightning_eplb.parallel.consensus import Agreement
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.relocation.background import BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
-from lightning_eplb.relocation.optimizer import call_after_steps, has_rows, leaves, nested_optimizers, state_of
+from lightning_eplb.relocation.async_transfer import BackgroundRelocation
+from lightning_eplb.relocation.optimizer_state import call_after_steps, has_rows, leaves, nested_optimizers, state_of
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
+from lightning_eplb.relocation.transfer import gradients_to_move, relocate, tensors_to_move
 
 _UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
 """What moves behind training, by the model's first layer."""
@@ -113,7 +113,7 @@ class ExpertMover:
         """Go to ``after`` behind the steps that follow. Layers whose primaries stay follow it at once.
 
         Args:
-            most_bytes: See :class:`~lightning_eplb.relocation.background.BackgroundRelocation`.
+            most_bytes: See :class:`~lightning_eplb.relocation.async_transfer.BackgroundRelocation`.
 
         Raises:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.

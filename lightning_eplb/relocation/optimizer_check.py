@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_eplb.relocation.optimizer import (
+from lightning_eplb.relocation.optimizer_state import (
     copied_parameters,
     has_rows,
     leaves,

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eplb.relocation.optimizer import call_after_steps, contents, nested_optimizers, state_of, state_rows
+from lightning_eplb.relocation.optimizer_state import (
+    call_after_steps,
+    contents,
+    nested_optimizers,
+    state_of,
+    state_rows,
+)
 
 BAR = 1e-9
 """Largest difference, as a part of how far the row came. Measured with the classes of pytorch-optimizer 4.1: those that

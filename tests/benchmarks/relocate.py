@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from lightning_eplb import ExpertPlacement, Policy
 from lightning_eplb.policies import Topology
-from lightning_eplb.relocation.exchange import relocate
 from lightning_eplb.relocation.plan import plan_relocation
+from lightning_eplb.relocation.transfer import relocate
 from tests.benchmarks.lanes import (
     Lane,
     make_lane,

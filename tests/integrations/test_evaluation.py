@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, language_loss, loader, token_batches
-from tests.parallel.test_per_expert import Model
+from tests.parallel.test_per_expert_state import Model
 from tests.workers import Workers
 
 

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.dispatch import Dispatch, TokenDispatcher
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import ShufflePolicy
 from tests.models import hugging_face_model
 from tests.workers import Workers

@@ -12,7 +12,7 @@ if not IS_INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
 
 from lightning_eplb.parallel.kernels import copy_pieces, put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
-from lightning_eplb.parallel.pieces import AddressedPieces  # noqa: E402
+from lightning_eplb.parallel.packing import AddressedPieces  # noqa: E402
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import EPLBCallback, fully_shard_moe, materialize, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import SEQUENCES, TOLERANCE, ShufflePolicy, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, language_loss, loader, token_batches
 from tests.workers import Workers

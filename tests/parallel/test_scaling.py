@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.fsdp1 import CPUFSDPPrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, loader, token_batches

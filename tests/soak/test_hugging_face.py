@@ -5,9 +5,9 @@ from pathlib import Path
 import transformers.models
 from torch import nn
 
-from lightning_eplb.parallel.convert import find_experts
-from lightning_eplb.parallel.trial import what_differs
-from tests.parallel.test_convert import experts_of
+from lightning_eplb.parallel.parallelize import find_experts
+from lightning_eplb.parallel.protocol_trial import what_differs
+from tests.parallel.test_parallelize import experts_of
 
 OTHERS = {
     "dbrx": "its config is nested, ours here is not",

@@ -17,16 +17,16 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_eplb._validation import check_whole_numbers
-from lightning_eplb.parallel.ahead import CopiesAhead
 from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.dtensor import EP, check_mesh, spread_rows
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
+from lightning_eplb.parallel.gradient_hooks import NOT_UNDER_FSDP, check_unhooked
+from lightning_eplb.parallel.gradient_sync import ReplicaAverage
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.hooks import NOT_UNDER_FSDP, check_unhooked
-from lightning_eplb.parallel.per_expert import find_per_expert, part_of
-from lightning_eplb.parallel.replicas import ReplicaAverage
-from lightning_eplb.parallel.shards import EP, check_mesh, spread_rows
+from lightning_eplb.parallel.per_expert_state import find_per_expert, part_of
+from lightning_eplb.parallel.prefetch import CopiesAhead
+from lightning_eplb.parallel.protocol_trial import check_protocol
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
-from lightning_eplb.parallel.trial import check_protocol
 from lightning_eplb.placement import ExpertPlacement
 
 PROTOCOL = (

@@ -4,8 +4,8 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from lightning_eplb.parallel.redundancy import CopyRoutes
-from lightning_eplb.parallel.rows import RowsUnderway
+from lightning_eplb.parallel.redundant_experts import CopyRoutes
+from lightning_eplb.parallel.row_exchange import RowsUnderway
 
 
 class SentAhead(NamedTuple):

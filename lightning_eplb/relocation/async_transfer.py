@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.relocation.exchange import LayersUnderway, relocate
 from lightning_eplb.relocation.plan import LayerMoves
+from lightning_eplb.relocation.transfer import LayersUnderway, relocate
 
 BACKGROUND_BYTES = 256 * 2**20
 """A rank's send buffers, and its receive buffers, hold no more than this and a layer's rows."""
@@ -60,7 +60,7 @@ class BackgroundRelocation:
         """Take the next layers, for :meth:`send`. Right after an optimizer step, and none before :meth:`finish`.
 
         Args:
-            tensors_of: A layer's weights and optimizer state, see :func:`~.exchange.tensors_to_move`.
+            tensors_of: A layer's weights and optimizer state, see :func:`~.transfer.tensors_to_move`.
         """
         assert not self._underway
         room = self._most_bytes

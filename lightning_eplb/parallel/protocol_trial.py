@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_eplb.parallel.per_expert import find_per_expert, give_elements
+from lightning_eplb.parallel.per_expert_state import find_per_expert, give_elements
 
 PROTOCOL_OF_FORWARD = (
     "forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) returns [T, D], each token's sum over its K"

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.dispatch import Dispatch, TokenDispatcher
+from lightning_eplb.parallel.gradient_hooks import WORD_BITS
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.hooks import WORD_BITS
 
 FURTHER_GIVEN = 2**WORD_BITS
 """Bit of a rank's word that says that it was given some, above those of gradient hooks."""

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.rows import RowsUnderway
-from tests.parallel.test_redundancy import EXPERTS, HOT_RANK_ZERO, WIDTH, Experts
+from lightning_eplb.parallel.row_exchange import RowsUnderway
+from tests.parallel.test_redundant_experts import EXPERTS, HOT_RANK_ZERO, WIDTH, Experts
 from tests.workers import Workers
 
 LAYERS = 3

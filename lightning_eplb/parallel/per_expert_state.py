@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_eplb.parallel.pieces import to_device
+from lightning_eplb.parallel.packing import to_device
 
 
 @dataclass(frozen=True)

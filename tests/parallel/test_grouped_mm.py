@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eplb.parallel.grouped import let_take_sorted_rows, takes_sorted_rows
+from lightning_eplb.parallel.grouped_mm import let_take_sorted_rows, takes_sorted_rows
 from tests.models import hugging_face_model
 
 EXPERTS, WIDTH = 4, 16

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel.rows import RowsUnderway
+from lightning_eplb.parallel.row_exchange import RowsUnderway
 from tests.workers import Workers
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 5

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_eplb.parallel.pieces import WORDS, Stack, Window, as_words, in_buffer, pieces_of, to_device
+from lightning_eplb.parallel.packing import WORDS, Stack, Window, as_words, in_buffer, pieces_of, to_device
 
 MAX_STAGING_BYTES = 256 * 2**20
 """What a rank's send buffer, and its receive buffer, hold at most while rows travel (a single row may need more)."""

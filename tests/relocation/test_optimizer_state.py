@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
-from lightning_eplb.relocation.optimizer import nested_optimizers, state_rows
 from lightning_eplb.relocation.optimizer_check import check_optimizers, check_state
+from lightning_eplb.relocation.optimizer_state import nested_optimizers, state_rows
 from tests.relocation.optimizers import (
     CAME,
     AggregatedMomentum,

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.uneven import UnevenCalls
+from lightning_eplb.parallel.join import UnevenCalls
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.models import hugging_face_model
 from tests.parallel.test_experts import WIDTH, routing
 from tests.workers import Workers

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_eplb.parallel import pieces
-from lightning_eplb.parallel.pieces import AddressedPieces, in_buffer, pieces_of
+from lightning_eplb.parallel import packing
+from lightning_eplb.parallel.packing import AddressedPieces, in_buffer, pieces_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,7 +25,7 @@ def test_what_was_gathered_is_scattered_to_its_place(most_views: int, data: st.D
     windows.append([(i, cut, width) for i, (cut, width) in enumerate(zip(cuts, widths, strict=True)) if cut < width])
     windows = [window for window in windows if window]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "MOST_VIEWS", most_views)
+        patch.setattr(packing, "MOST_VIEWS", most_views)
         cut_up = pieces_of(stacks, rows, windows, 8)
         for k, window in enumerate(windows):
             buffer = cut_up.gather(k, is_alone=False)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_eplb.parallel import pieces
-from lightning_eplb.parallel import rows as rows_module
-from lightning_eplb.parallel.rows import (
+from lightning_eplb.parallel import packing
+from lightning_eplb.parallel import row_exchange as rows_module
+from lightning_eplb.parallel.row_exchange import (
     Route,
     RowsUnderway,
     _chunk_columns,
@@ -43,7 +43,7 @@ def test_a_permutation_in_place(max_bytes: int, most_pieces: int, workers: Worke
 
 def permute_in_place(max_bytes: int, most_pieces: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "MOST_VIEWS", most_pieces)
+        patch.setattr(packing, "MOST_VIEWS", most_pieces)
         check_permutation(max_bytes)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.pieces import Stack, most_rows_together
-from lightning_eplb.parallel.rows import Route, RowsUnderway
-from lightning_eplb.parallel.shards import local_shard
-from lightning_eplb.relocation.optimizer import state_rows
+from lightning_eplb.parallel.packing import Stack, most_rows_together
+from lightning_eplb.parallel.row_exchange import Route, RowsUnderway
+from lightning_eplb.relocation.optimizer_state import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
 
 _Kind: TypeAlias = "tuple[torch.Size, torch.dtype, torch.device]"

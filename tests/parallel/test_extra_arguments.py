@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, leave_experts_out_of_ddp, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import ShufflePolicy
 from tests.parallel.test_experts import GatheringDispatcher, HalvesDispatcher, LabelledDispatcher, largest
 from tests.workers import Workers

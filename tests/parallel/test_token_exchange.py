@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.tokens import PartsUnderway
+from lightning_eplb.parallel.token_exchange import PartsUnderway
 from tests.workers import Workers
 
 EXPERTS, WIDTH, TOKENS = 8, 6, 24

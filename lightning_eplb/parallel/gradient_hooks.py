@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_eplb.parallel.dtensor import sharded_parameters
+from lightning_eplb.parallel.gradient_sync import ReplicaAverage
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.pieces import to_device
-from lightning_eplb.parallel.replicas import ReplicaAverage
-from lightning_eplb.parallel.rows import all_gather_single
-from lightning_eplb.parallel.shards import sharded_parameters
+from lightning_eplb.parallel.packing import to_device
+from lightning_eplb.parallel.row_exchange import all_gather_single
 
 WORD_BITS = 22
 """Of the number that ranks compare."""

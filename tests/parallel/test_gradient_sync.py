@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel import replicas
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.replicas import ReplicaAverage
+from lightning_eplb.parallel import gradient_sync
+from lightning_eplb.parallel.gradient_sync import ReplicaAverage
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.pairs import all_pairs
@@ -93,7 +93,7 @@ def accumulate(
     steps = 3
     model = Stack(order, run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas.ReplicaAverage.__init__, "__defaults__", (bucket_bytes,))
+        patch.setattr(gradient_sync.ReplicaAverage.__init__, "__defaults__", (bucket_bytes,))
         parallelize_experts(model, two_groups())
     layers = list(expert_layers(model))
     average = layers[0][0].average
@@ -143,7 +143,7 @@ def order_of_events() -> list[str]:
         return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replicas.dist, "all_reduce", watched)
+        patch.setattr(gradient_sync.dist, "all_reduce", watched)
         model(hidden_of(dist.get_rank(), 0).requires_grad_(), dist.get_rank()).sum().backward()
     return events
 

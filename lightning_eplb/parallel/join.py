@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_eplb.parallel.dispatch import gather_counts
-from lightning_eplb.parallel.further import FURTHER_GIVEN
+from lightning_eplb.parallel.extra_arguments import FURTHER_GIVEN
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.pieces import to_device
+from lightning_eplb.parallel.packing import to_device
 
 _PAUSES, _IS_DONE = -1, -2
 """In place of a layer: this rank calls none until all ranks pause, or calls none anymore."""
@@ -35,7 +35,8 @@ class Call(NamedTuple):
         weights_dtype: Index of the routing weights' dtype.
         autocast_dtype: Index of the dtype that is computed in under ``torch.autocast``; -1 without.
         is_trained: 1 where a backward pass may follow.
-        word: Of its gradient hooks and further arguments, see :func:`~lightning_eplb.parallel.hooks.wrap_hooks`.
+        word: Of its gradient hooks and further arguments, see
+            :func:`~lightning_eplb.parallel.gradient_hooks.wrap_hooks`.
     """
 
     layer: int

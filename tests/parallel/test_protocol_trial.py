@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.trial import check_protocol, what_differs
-from tests.parallel.test_convert import FAMILIES, experts_of
+from lightning_eplb.parallel.protocol_trial import check_protocol, what_differs
+from tests.parallel.test_parallelize import FAMILIES, experts_of
 from tests.workers import Workers
 
 EXPERTS, WIDTH, HIDDEN = 8, 6, 5
@@ -320,7 +320,7 @@ def test_trial_leaves_no_trace() -> None:
 
 def test_trial_of_layers_that_are_alike_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    monkeypatch.setattr("lightning_eplb.parallel.trial.what_differs", tried.append)
+    monkeypatch.setattr("lightning_eplb.parallel.protocol_trial.what_differs", tried.append)
     layers: dict[str, nn.Module] = {name: Experts() for name in "abc"} | {"d": Experts(dtype=torch.float64)}
     check_protocol(layers)
     assert tried == [layers["a"], layers["d"]]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.pieces import to_device
-from lightning_eplb.parallel.rows import Route, RowsUnderway
+from lightning_eplb.parallel.packing import to_device
+from lightning_eplb.parallel.row_exchange import Route, RowsUnderway
 from lightning_eplb.placement import EMPTY
 
 COPY_STAGING_BYTES = 256 * 2**20
