@@ -436,7 +436,7 @@ class ExpertLoadBalancer:
             return None
         per_group_YR = step.load.view(len(step.load), self.groups.size, -1).sum(dim=2)
         plain = float(per_group_YR.max(dim=1).values.sum())
-        return (plain - step.max_tokens) / self.groups.num_replicas * self._pace.speed.seconds_per_token
+        return (plain - step.max_tokens) / self.groups.num_ep_groups * self._pace.speed.seconds_per_token
 
     def state_dict(self) -> dict[str, Any]:
         """Window and counters, as tensors and numbers, the same on every rank.

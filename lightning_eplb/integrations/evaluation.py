@@ -42,7 +42,7 @@ class Evaluation:
         self._loop = _loop_of(trainer)
         groups = {id(layer.groups): layer.groups for layer, _ in self._layers}
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            self._control = next((each.control for each in groups.values()), None)
+            self._control = next((each.cpu_group for each in groups.values()), None)
         elif len(groups) == 1:
             (of_all,) = groups.values()
             if of_all.size > 1:
@@ -76,7 +76,7 @@ class Evaluation:
         if isinstance(wrapped, DistributedDataParallel) and wrapped.will_sync_module_buffers():
             wrapped._sync_buffers()  # the first forward would, and a rank without any batch has none
             wrapped.require_forward_param_sync = False
-        if groups.replicas is not None:
+        if groups.edp_group is not None:
             self._counted = [CountedApart(module, layer.per_expert.counters) for layer, module in self._layers]
 
     def _pause(self) -> None:
@@ -88,8 +88,8 @@ class Evaluation:
         if self._uneven is not None:
             self._uneven.finish()
         for counted, (layer, _) in zip(self._counted, self._layers, strict=False):
-            assert layer.groups.replicas is not None
-            counted.share(layer.groups.replicas)
+            assert layer.groups.edp_group is not None
+            counted.share(layer.groups.edp_group)
         self._meet(_IS_DONE)
         self.stop()
 

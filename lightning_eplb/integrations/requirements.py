@@ -125,7 +125,7 @@ def check_adopted(
             f" {call}num_redundant_experts={num_redundant_experts}) at its end"
         )
     for layer, module in expert_layers(pl_module):
-        if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+        if is_sharded and layer.groups.num_ep_groups > 1 and not isinstance(module, FSDPModule):
             raise ValueError(
                 f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
                 " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"

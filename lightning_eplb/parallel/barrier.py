@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from lightning_eplb.parallel.groups import CONTROL_TIMEOUT, ExpertGroups
+from lightning_eplb.parallel.groups import CPU_GROUP_TIMEOUT, ExpertGroups
 
 TOLD_AFTER = timedelta(seconds=10)
-"""A rank that waits longer says for whom. It goes on waiting, up to ``CONTROL_TIMEOUT``: a rank may be busy with a file
+"""A rank that waits longer says for whom. It goes on waiting, up to ``CPU_GROUP_TIMEOUT``: a rank may be busy with a file
 or an evaluation of its own, and come."""
 
 LONGEST_PAUSE = 0.25
@@ -36,9 +36,9 @@ def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
         RuntimeWarning: After ``TOLD_AFTER``, on the lowest rank that waits.
 
     Raises:
-        RuntimeError: Some rank did not come within ``CONTROL_TIMEOUT``.
+        RuntimeError: Some rank did not come within ``CPU_GROUP_TIMEOUT``.
     """
-    control = groups.control
+    control = groups.cpu_group
     if control is None:
         return
     store, turns = control.get_group_store(), _TURNS.setdefault(control, Counter())
@@ -53,13 +53,13 @@ def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
     try:
         while num_here < turn * groups.world_size:
             waited = time.monotonic() - begun_at
-            if waited > CONTROL_TIMEOUT.total_seconds():
-                raise RuntimeError(_sentence(what, is_here, groups.world_size, CONTROL_TIMEOUT))
+            if waited > CPU_GROUP_TIMEOUT.total_seconds():
+                raise RuntimeError(_sentence(what, is_here, groups.world_size, CPU_GROUP_TIMEOUT))
             if waited > TOLD_AFTER.total_seconds() and not has_told:
                 has_told = True
                 if not any(is_here(rank) for rank in range(control.rank())):
                     sentence = _sentence(what, is_here, groups.world_size, TOLD_AFTER)
-                    until = CONTROL_TIMEOUT.total_seconds()
+                    until = CPU_GROUP_TIMEOUT.total_seconds()
                     warnings.warn(f"{sentence}; it raises after {until:g} s", RuntimeWarning, stacklevel=2)
             time.sleep(min(LONGEST_PAUSE, waited / 10))
             num_here = store.add(f"eplb/{what}", 0)

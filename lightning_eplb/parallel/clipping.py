@@ -92,8 +92,8 @@ def clip_by_norm_of_all_(
     whole = [parameter for parameter in plain if id(parameter) not in shard_groups]
     experts = [parameter for parameter in whole if id(parameter) in expert_ids]
     norms = [get_total_norm(_grads(parameter for parameter in whole if id(parameter) not in expert_ids))]
-    if experts and groups.exchange is not None:
-        norms.append(_norm_over(groups.exchange, experts))
+    if experts and groups.ep_group is not None:
+        norms.append(_norm_over(groups.ep_group, experts))
     for group in dict.fromkeys(shard_groups[id(parameter)] for parameter in parts):
         norms.append(_norm_over(group, [parameter for parameter in parts if shard_groups[id(parameter)] == group]))
     norms += [_norm_over_mesh(grads) for grads in _by_mesh(_grads(sharded))]

@@ -24,11 +24,11 @@ def check_same_on_all_ranks(values: Mapping[str, object], what: str, groups: Exp
     Raises:
         ValueError: On every rank, if some rank has another value than rank 0.
     """
-    if groups.control is None:
+    if groups.cpu_group is None:
         return
     wait_for_all_ranks(groups, what)
     of_ranks: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(of_ranks, {name: str(value) for name, value in values.items()}, group=groups.control)
+    dist.all_gather_object(of_ranks, {name: str(value) for name, value in values.items()}, group=groups.cpu_group)
     for name in values:
         odd = [rank for rank, theirs in enumerate(of_ranks) if theirs[name] != of_ranks[0][name]]
         if odd:
@@ -57,7 +57,7 @@ def decided_by_rank_zero(decide: Callable[[], Any], source: str, groups: ExpertG
         except BaseException as error:  # KeyboardInterrupt, too: the other ranks are waiting and must hear of it
             failure = error
             decision[1] = isinstance(error, ValueError), f"{source} failed on rank 0: {_in_words(error)}"
-    dist.broadcast_object_list(decision, src=0, group=groups.control)
+    dist.broadcast_object_list(decision, src=0, group=groups.cpu_group)
     if decision[1] is None:
         return decision[0]
     is_value_error, message = decision[1]
@@ -119,7 +119,7 @@ class Agreement:
         mine = hashlib.sha256(before.digest() + after.digest() + tensors).digest()
         self._said = torch.frombuffer(bytearray(mine + word.to_bytes(4, "little")), dtype=torch.uint8)
         self._heard = [torch.empty_like(self._said) for _ in range(groups.world_size)]
-        self._work = dist.all_gather(self._heard, self._said, group=groups.control, async_op=True)
+        self._work = dist.all_gather(self._heard, self._said, group=groups.cpu_group, async_op=True)
 
     def wait(self) -> list[int]:
         """What each rank has to say besides.

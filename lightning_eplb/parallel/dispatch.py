@@ -125,7 +125,7 @@ class TokenDispatcher:
     travel while the other half's are computed.
 
     Args:
-        groups: The ranks that share the layer's experts; ``groups.exchange`` is their process group.
+        groups: The ranks that share the layer's experts; ``groups.ep_group`` is their process group.
     """
 
     def __init__(self, groups: ExpertGroups) -> None:
@@ -147,9 +147,9 @@ class TokenDispatcher:
         Further arguments of the experts' call that have a row for each token make a trip of their own each, of any
         width, in a floating dtype or as uint8. It ends with :meth:`receive`, in the same order as the tokens.
         """
-        assert self.groups.exchange is not None
+        assert self.groups.ep_group is not None
         counts = [part.send_counts for part in plan.parts], [part.recv_counts for part in plan.parts]
-        out, home = PartsUnderway(*counts, self.groups.exchange), PartsUnderway(*counts, self.groups.exchange)
+        out, home = PartsUnderway(*counts, self.groups.ep_group), PartsUnderway(*counts, self.groups.ep_group)
         return Trip(plan, out, home, send_out(out, copy_to_pairs(hidden_TD, plan.pairs, top_k)))
 
     def receive(self, trip: Any, part: int) -> tuple[Tensor, Tensor]:
@@ -218,11 +218,11 @@ def gather_counts(counts_L: Tensor, groups: ExpertGroups, word: int = 0) -> tupl
     Returns:
         ``[R, L]`` int64, and ``[R]`` int64.
     """
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     if word:
         counts_L = counts_L + (word << COUNT_BITS)
     counts_RL = counts_L.new_empty(groups.size * len(counts_L))
-    all_gather_single(counts_RL, counts_L.contiguous(), group=groups.exchange)
+    all_gather_single(counts_RL, counts_L.contiguous(), group=groups.ep_group)
     said_RL = counts_RL.view(groups.size, len(counts_L)).cpu().numpy()
     return said_RL & (2**COUNT_BITS - 1), said_RL[:, 0] >> COUNT_BITS
 

@@ -293,7 +293,7 @@ class ParallelExperts(nn.Module):
         if (words_R & FURTHER_GIVEN).any():
             layer.further.agree(further, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         # Other EP groups average these gradients, too, and may have tokens.
-        if torch.is_grad_enabled() and groups.num_replicas == 1 and not counts_RL.any():
+        if torch.is_grad_enabled() and groups.num_ep_groups == 1 and not counts_RL.any():
             output_TD = self._without_tokens(hidden_TD, index_TK, weights_TK, further)
             if output_TD is not None:
                 layer.ahead.discard()
@@ -366,9 +366,9 @@ class ParallelExperts(nn.Module):
         """
         groups, is_uneven = self.expert_layer.groups, self.expert_layer.uneven is not None
         for sums in additions.sums.values():
-            dist.all_reduce(sums, group=groups.exchange)
-            if groups.replicas is not None and not is_uneven:
-                dist.all_reduce(sums, group=groups.replicas)
+            dist.all_reduce(sums, group=groups.ep_group)
+            if groups.edp_group is not None and not is_uneven:
+                dist.all_reduce(sums, group=groups.edp_group)
         additions.write()
 
     def _without_tokens(

@@ -293,7 +293,7 @@ def _tell(value: Any, sizes: Sizes) -> _Told:
 
 def _gather(mine: Any, groups: ExpertGroups) -> list[Any]:
     told: list[Any] = [None] * groups.size
-    dist.all_gather_object(told, mine, group=groups.exchange)
+    dist.all_gather_object(told, mine, group=groups.ep_group)
     return told
 
 

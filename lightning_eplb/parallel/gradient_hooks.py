@@ -127,14 +127,14 @@ class _SeesAllExperts:
     def _gathered(self, rows: Tensor) -> Tensor:
         """The gradient of all experts over all ranks' batches, ``[L, ...]`` in logical order."""
         groups = self._layer.groups
-        assert groups.exchange is not None
+        assert groups.ep_group is not None
         with torch.no_grad():
             if self._layer.average is not None:
                 rows = rows.clone(memory_format=torch.contiguous_format)
-                dist.all_reduce(rows, group=groups.replicas)
-                rows /= groups.num_replicas
+                dist.all_reduce(rows, group=groups.edp_group)
+                rows /= groups.num_ep_groups
             of_ranks = rows.new_empty(groups.size * len(rows), *rows.shape[1:])
-            all_gather_single(of_ranks, rows.contiguous(), group=groups.exchange)
+            all_gather_single(of_ranks, rows.contiguous(), group=groups.ep_group)
             return of_ranks[to_device(torch.argsort(self._layer.row_order).numpy(), rows.device)]
 
     def _own_rows(self, whole: Any, shape: torch.Size) -> Tensor:

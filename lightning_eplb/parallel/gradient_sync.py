@@ -20,7 +20,7 @@ class ReplicaAverage:
     pass ends, all have arrived. As averages of averages stay what they are, each backward pass may average what was
     accumulated so far, and one that is :attr:`blocked` may leave it to the next: the sums are the same.
 
-    All ranks of ``groups.replicas`` must run the same layers forward and backward, as replicas under DDP do. Gradients
+    All ranks of ``groups.edp_group`` must run the same layers forward and backward, as replicas under DDP do. Gradients
     that ``torch.autograd.grad`` returns are this EP group's alone: it accumulates nothing.
 
     Args:
@@ -118,7 +118,7 @@ class _BucketUnderway:
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: ExpertGroups) -> None:
         self._parameters = parameters
-        self._num_replicas = groups.num_replicas
+        self._num_replicas = groups.num_ep_groups
         self._grads: list[Tensor] = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -127,7 +127,7 @@ class _BucketUnderway:
         alone = self._grads[0]
         self._in_place = len(parameters) == 1 and alone.is_contiguous()
         self._flat = alone.view(-1) if self._in_place else torch.cat([grad.reshape(-1) for grad in self._grads])
-        work = dist.all_reduce(self._flat, group=groups.replicas, async_op=True)
+        work = dist.all_reduce(self._flat, group=groups.edp_group, async_op=True)
         assert work is not None
         self._work = work
 

@@ -152,7 +152,7 @@ def _initialize_hugging_face(module: nn.Module, names: set[str]) -> None:
 def share_over_replicas(model: nn.Module, names: Collection[str]) -> None:
     """Make those tensors the same on all ranks that hold them: the lowest rank's. Collective."""
     layers = list(expert_layers(model))
-    if not layers or layers[0][0].groups.control is None:
+    if not layers or layers[0][0].groups.cpu_group is None:
         return  # of one rank; or no experts were spread, and DDP shares its parameters by itself
     groups = layers[0][0].groups
     layer_of = {id(tensor): layer for layer, module in layers for tensor in module.parameters(recurse=False)}
@@ -165,9 +165,9 @@ def share_over_replicas(model: nn.Module, names: Collection[str]) -> None:
                     if placement.is_replicate():
                         dist.broadcast(local_shard(tensor), group=tensor.device_mesh.get_group(dim), group_src=0)
             elif not _is_spread(layer_of.get(id(tensor))):
-                dist.broadcast(tensor.data, 0, group=groups.control)
-            elif groups.replicas is not None:
-                dist.broadcast(tensor.data, group=groups.replicas, group_src=0)
+                dist.broadcast(tensor.data, 0, group=groups.cpu_group)
+            elif groups.edp_group is not None:
+                dist.broadcast(tensor.data, group=groups.edp_group, group_src=0)
 
 
 def _is_spread(layer: ExpertLayer | None) -> bool:

@@ -148,7 +148,7 @@ def parallelize_experts(
     num_experts = next(iter(found.values())).num_experts
     assert isinstance(num_experts, int)
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
-    average = ReplicaAverage(groups) if groups.replicas is not None and mesh is None else None
+    average = ReplicaAverage(groups) if groups.edp_group is not None and mesh is None else None
     ahead = CopiesAhead()
     for index, (name, module) in enumerate(found.items()):
         layer = ExpertLayer(index, name, module, groups, average, dispatcher, ahead)
@@ -357,7 +357,7 @@ def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> N
 
 def _share(tensor: Tensor, groups: ExpertGroups) -> None:
     """Give all ranks the tensor of rank 0."""
-    assert groups.control is not None
+    assert groups.cpu_group is not None
     words = tensor.contiguous().view(torch.uint8)  # gloo does not know all dtypes
-    dist.broadcast(words, src=0, group=groups.control)
+    dist.broadcast(words, src=0, group=groups.cpu_group)
     tensor.copy_(words.view(tensor.dtype))

@@ -115,11 +115,11 @@ class CopiesUnderway:
 
     def send(self) -> None:
         """Send the weights off."""
-        assert self.groups.exchange is not None
+        assert self.groups.ep_group is not None
         self.underway = RowsUnderway(
             [[weights] for weights in self.parameters],
             self.routes.out,
-            self.groups.exchange,
+            self.groups.ep_group,
             COPY_STAGING_BYTES,
             is_taken=True,
         ).send()
@@ -130,10 +130,10 @@ class CopiesUnderway:
 
     def send_home(self, grads: list[Tensor]) -> None:
         """Send the copies' gradients off, those of trained parameters, rows in the order of arrival."""
-        assert self.groups.exchange is not None
+        assert self.groups.ep_group is not None
         home = self.routes.out.arriving_in_order.reverse
         self.underway = RowsUnderway(
-            [[grad] for grad in grads], home, self.groups.exchange, COPY_STAGING_BYTES, is_taken=True
+            [[grad] for grad in grads], home, self.groups.ep_group, COPY_STAGING_BYTES, is_taken=True
         ).send()
 
     def add_home(self, grad_of: dict[int, Tensor]) -> None:

@@ -20,7 +20,7 @@ def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: E
     """
     found = list(scaler._found_inf_per_device(optimizer).values())
     overflow = torch.stack([one.detach().cpu().reshape(()) for one in found]).max() if found else torch.zeros(())
-    dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=groups.control)
+    dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=groups.cpu_group)
     for one in found:
         one.fill_(float(overflow))
 

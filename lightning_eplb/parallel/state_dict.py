@@ -48,12 +48,12 @@ def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
     A DTensor stays one, where it is, and rows that are to be saved in shards become one: each rank gets the rows that
     it would hold, had no expert moved, and nothing is gathered.
     """
-    assert layer.groups.exchange is not None
+    assert layer.groups.ep_group is not None
     if isinstance(rows, DTensor):
         return _reordered(rows, layer, layer.row_order)
     if layer.saved_in_shards():
-        return _reordered(as_spread(rows, layer.groups.exchange), layer, layer.row_order).cpu()
-    return gather_rows(rows, layer.row_order, layer.groups.exchange)
+        return _reordered(as_spread(rows, layer.groups.ep_group), layer, layer.row_order).cpu()
+    return gather_rows(rows, layer.row_order, layer.groups.ep_group)
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
@@ -81,12 +81,12 @@ def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
     groups, places = layer.groups, torch.arange(len(order))
     if torch.equal(order, places):
         return rows
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     n = layer.num_primaries
     moves = (place.numpy() for place in (places // n, places % n, order // n, order % n))
     route = Route.of_moves(*moves, rank=groups.rank, size=groups.size)
     mine = local_shard(rows)
-    sent = mine.to("cpu" if dist.get_backend(groups.exchange) == "gloo" else "cuda")
+    sent = mine.to("cpu" if dist.get_backend(groups.ep_group) == "gloo" else "cuda")
     received = torch.empty_like(sent)
-    exchange_rows([sent], [received], route, groups.exchange)
+    exchange_rows([sent], [received], route, groups.ep_group)
     return with_local(rows, received.to(mine.device))

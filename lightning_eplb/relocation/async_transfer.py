@@ -27,7 +27,7 @@ class BackgroundRelocation:
     Args:
         plan: The moves, layer by layer.
         groups: Of the layers.
-        group: The same ranks as ``groups.exchange``; nothing else travels on it.
+        group: The same ranks as ``groups.ep_group``; nothing else travels on it.
         most_bytes: Between two optimizer steps no layer more is sent once the fullest rank sends or receives so many.
             The same on all ranks.
     """

@@ -52,7 +52,7 @@ class ExpertMover:
         """What training waited for that, on this rank."""
         if (left_behind := _UNDERWAY.pop(first_layer, None)) is not None:
             left_behind.abandon()
-        self._background = self.groups.background() if use_async and self.groups.size > 1 else None
+        self._relocation_groups = self.groups.relocation_groups() if use_async and self.groups.size > 1 else None
         self._number_taken = 0
         self._relocation: BackgroundRelocation | None = None
         self._goal = self.placement
@@ -82,7 +82,7 @@ class ExpertMover:
     @property
     def goes_behind(self) -> bool:
         """Whether rows can move behind steps."""
-        return self._background is not None
+        return self._relocation_groups is not None
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """What moves with a layer's primaries, ``[n, ...]`` each."""
@@ -104,7 +104,7 @@ class ExpertMover:
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
         Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
-        self.num_bytes = num_bytes * self.groups.num_replicas
+        self.num_bytes = num_bytes * self.groups.num_ep_groups
         self._capacity = capacity
         self._switch(after, range(after.num_layers))
         self.seconds = time.perf_counter() - start
@@ -118,21 +118,21 @@ class ExpertMover:
         Raises:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
-        assert self._background is not None
+        assert self._relocation_groups is not None
         start = time.perf_counter()
         self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
-        number = self._background.first_idle
+        number = self._relocation_groups.first_free
         names = self._names_of_state(moved)
         agreement = Agreement(self.placement, after, moved, self.groups, number, names=names)
         relocation = self._prepared(plan, number, most_bytes) if number else None
         numbers = set(agreement.wait())
         if relocation is None or len(numbers) > 1:
-            number = self._background.add()
+            number = self._relocation_groups.add()
             relocation = self._prepared(plan, number, most_bytes)
         if plan:
-            self._background.take(number)
+            self._relocation_groups.acquire(number)
             self._number_taken = number
             self._relocation = _UNDERWAY[self._modules[0][0]] = relocation
             relocation.send()
@@ -179,7 +179,7 @@ class ExpertMover:
         relocation.aim()
         agreement.wait()
         self._switch(self._goal, relocation.finish(gradients))
-        self.num_bytes = relocation.num_bytes * self.groups.num_replicas
+        self.num_bytes = relocation.num_bytes * self.groups.num_ep_groups
         self.seconds += time.perf_counter() - start
 
     def stop(self) -> None:
@@ -196,15 +196,15 @@ class ExpertMover:
         self._relocation = None
 
     def _prepared(self, plan: Sequence[LayerMoves], number: int, most_bytes: int) -> BackgroundRelocation:
-        assert self._background is not None
-        relocation = BackgroundRelocation(plan, self.groups, self._background[number], most_bytes)
+        assert self._relocation_groups is not None
+        relocation = BackgroundRelocation(plan, self.groups, self._relocation_groups[number], most_bytes)
         relocation.prepare(self._weights_and_state)
         return relocation
 
     def _close(self) -> None:
         """Nothing is under way any more: all that was sent has been received."""
-        assert self._background is not None
-        self._background.give_back(self._number_taken)
+        assert self._relocation_groups is not None
+        self._relocation_groups.release(self._number_taken)
         _UNDERWAY.pop(self._modules[0][0], None)
         self._relocation = None
 

@@ -141,10 +141,10 @@ def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Te
     Returns:
         Bytes that crossed ranks, over all ranks of the EP group.
     """
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     num_bytes, waiting, before = 0, deque(plan), None
     while waiting:
-        underway = LayersUnderway(waiting, tensors_of, groups, groups.exchange)
+        underway = LayersUnderway(waiting, tensors_of, groups, groups.ep_group)
         underway.send()
         num_bytes += underway.num_bytes
         if before is not None:

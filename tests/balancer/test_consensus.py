@@ -241,7 +241,7 @@ def decided_alone() -> list[str]:
     balancer.model(input_ids=tokens, use_cache=False)
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.multiple(barrier, TOLD_AFTER=timedelta(seconds=0.2), CONTROL_TIMEOUT=timedelta(seconds=1)),
+        mock.patch.multiple(barrier, TOLD_AFTER=timedelta(seconds=0.2), CPU_GROUP_TIMEOUT=timedelta(seconds=1)),
     ):
         warnings.simplefilter("always")
         if dist.get_rank() == 0:

@@ -137,7 +137,7 @@ def only_rank_zero_calls_state_dict() -> str:
     model = parallelize_experts(hugging_face_model("mixtral"))
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(barrier, "CONTROL_TIMEOUT", timedelta(seconds=1))
+            patch.setattr(barrier, "CPU_GROUP_TIMEOUT", timedelta(seconds=1))
             with pytest.raises(RuntimeError) as raised:
                 model.state_dict()
         return str(raised.value)

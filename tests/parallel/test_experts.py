@@ -268,9 +268,9 @@ class GatheringDispatcher(TokenDispatcher):
     def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> "GatheredTrip":
         (part,) = plan.parts
         sent: list[list[int]] = [[] for _ in range(self.groups.size)]
-        dist.all_gather_object(sent, part.send_counts, group=self.groups.exchange)
+        dist.all_gather_object(sent, part.send_counts, group=self.groups.ep_group)
         rank = self.groups.rank
-        pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.exchange)
+        pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.ep_group)
         received = [pairs.split(counts)[rank] for pairs, counts in zip(pairs_of, sent, strict=True)]
         return GatheredTrip(plan, sent, torch.cat(received))
 
@@ -288,7 +288,7 @@ class GatheringDispatcher(TokenDispatcher):
         served = [sum(counts[server] for counts in trip.sent) for server in range(self.groups.size)]
         home = [
             rows.split([counts[server] for counts in trip.sent])[rank]
-            for server, rows in enumerate(_gather(trip.rows, served, self.groups.exchange))
+            for server, rows in enumerate(_gather(trip.rows, served, self.groups.ep_group))
         ]
         pairs = torch.zeros(weights_TK.numel(), trip.rows.shape[1], dtype=trip.rows.dtype)
         pairs = pairs.index_copy(0, trip.plan.pairs, torch.cat(home))
@@ -308,8 +308,8 @@ class LabelledDispatcher(TokenDispatcher):
             labels.append(np.repeat(first_R + np.arange(part.sent.shape[1]), part.sent.ravel()))
         mine = torch.from_numpy(np.concatenate(labels))
         sent: list[Any] = [None] * self.groups.size
-        dist.all_gather_object(sent, mine, group=self.groups.exchange)
-        rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.exchange))
+        dist.all_gather_object(sent, mine, group=self.groups.ep_group)
+        rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.ep_group))
         mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
         return LabelledTrip(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
 
@@ -328,9 +328,9 @@ class LabelledDispatcher(TokenDispatcher):
         for first, second, primaries_MD, copies_MD in trip.served:
             all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, copies_MD)))
         all_MD = torch.zeros_like(all_MD).index_copy(0, trip.mixed, all_MD)
-        summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.exchange))
+        summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.ep_group))
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups.size)]
-        dist.all_gather(lengths, torch.tensor([len(trip.plan.pairs)]), group=self.groups.exchange)
+        dist.all_gather(lengths, torch.tensor([len(trip.plan.pairs)]), group=self.groups.ep_group)
         home_ND = summed_MD.split([int(length) for length in lengths])[self.groups.rank]  # type: ignore[union-attr]
         pairs = torch.zeros(weights_TK.numel(), home_ND.shape[1], dtype=home_ND.dtype)
         pairs = pairs.index_copy(0, trip.plan.pairs, home_ND)
