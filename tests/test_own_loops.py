@@ -180,7 +180,7 @@ def alone_in(call: str, comes_after: float | None) -> tuple[list[str], str]:
     told, failure = [], ""
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.multiple(barrier, TOLD_AFTER=timedelta(seconds=0.2), CPU_GROUP_TIMEOUT=timedelta(seconds=1.5)),
+        mock.patch.multiple(barrier, WARN_AFTER=timedelta(seconds=0.2), CPU_GROUP_TIMEOUT=timedelta(seconds=1.5)),
     ):
         warnings.simplefilter("always")
         if dist.get_rank() == 0 or comes_after is not None:

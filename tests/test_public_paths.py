@@ -46,7 +46,7 @@ DOCUMENTED = [
     "lightning_eplb.parallel.fully_shard.fully_shard_moe",
     "lightning_eplb.parallel.gradient_hooks.wrap_hooks",
     "lightning_eplb.parallel.scaling.share_overflow",
-    "lightning_eplb.parallel.barrier.wait_for_all_ranks",
+    "lightning_eplb.parallel.barrier.monitored_barrier",
     "lightning_eplb.placement.ExpertPlacement",
     "lightning_eplb.policies.Policy.warm_up",
     "lightning_eplb.policies.deepseek.rebalance_experts",

@@ -25,7 +25,7 @@ from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optim
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
-from lightning_eplb.parallel.barrier import wait_for_all_ranks
+from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.parallelize import expert_layers
@@ -359,7 +359,7 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
-        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
+        monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
             self._warn_of_drift()
         begun_at = time.perf_counter()

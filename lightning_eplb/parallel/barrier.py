@@ -1,4 +1,4 @@
-"""Wait for all ranks, and tell within seconds which of them are missing."""
+"""Barrier of all ranks that names the missing ranks within seconds."""
 
 import time
 import warnings
@@ -11,72 +11,74 @@ import torch.distributed as dist
 
 from lightning_eplb.parallel.groups import CPU_GROUP_TIMEOUT, ExpertGroups
 
-TOLD_AFTER = timedelta(seconds=10)
-"""A rank that waits longer says for whom. It goes on waiting, up to ``CPU_GROUP_TIMEOUT``: a rank may be busy with a file
-or an evaluation of its own, and come."""
+WARN_AFTER = timedelta(seconds=10)
+"""Time after which a waiting rank warns of the missing ranks. It keeps waiting until ``CPU_GROUP_TIMEOUT``, since a
+rank may be busy with a file or an evaluation of its own."""
 
-LONGEST_PAUSE = 0.25
-"""Seconds between two looks at who has come; at first they are a tenth of the time that has passed."""
+MAX_POLL_SECONDS = 0.25
+"""Longest interval between two polls of the store. At first the interval is a tenth of the time that has passed."""
 
-_TURNS: WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = WeakKeyDictionary()
-"""How often this rank has waited, by the control group and by what it waited for."""
+_NUM_BARRIERS: WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = WeakKeyDictionary()
+"""Number of barriers that this rank has passed, by CPU group and reason."""
 
 
-def wait_for_all_ranks(groups: ExpertGroups, what: str) -> None:
-    """Return once every rank has called this with the same ``what``; which is before the first collective of it.
+def monitored_barrier(groups: ExpertGroups, reason: str) -> None:
+    """Block until all ranks have called this with the same ``reason``. Call it before the first collective of an API.
 
-    It uses the store of the control group and no collective. So a rank that was alone here and got the error can go on
-    with the others.
+    The barrier polls the store of the CPU group and runs no collective. So a rank that called it alone and got the
+    error can continue with the others.
 
     Args:
-        groups: Of the experts. All ranks of the default group wait; without process groups there is nobody to wait for.
-        what: The call and its need, "rearrange() moves experts between ranks"; both messages begin with it.
+        groups: Process groups of the experts. All ranks of the default group must call it. Returns at once without
+            process groups.
+        reason: The API and its need, such as ``"rearrange() moves experts between ranks"``. Both messages start with
+            it.
 
     Warns:
-        RuntimeWarning: After ``TOLD_AFTER``, on the lowest rank that waits.
+        RuntimeWarning: Ranks are missing after ``WARN_AFTER``. Only the lowest waiting rank warns.
 
     Raises:
-        RuntimeError: Some rank did not come within ``CPU_GROUP_TIMEOUT``.
+        RuntimeError: A rank did not arrive within ``CPU_GROUP_TIMEOUT``.
     """
-    control = groups.cpu_group
-    if control is None:
+    group = groups.cpu_group
+    if group is None:
         return
-    store, turns = control.get_group_store(), _TURNS.setdefault(control, Counter())
-    turn = turns[what] + 1
-    place = f"{turn} {what}"
+    store, num_barriers = group.get_group_store(), _NUM_BARRIERS.setdefault(group, Counter())
+    number = num_barriers[reason] + 1
+    barrier = f"{number} {reason}"
 
-    def is_here(rank: int) -> bool:
-        return store.check([f"eplb/{rank}"]) and store.get(f"eplb/{rank}").decode() == place
+    def has_arrived(rank: int) -> bool:
+        return store.check([f"eplb/{rank}"]) and store.get(f"eplb/{rank}").decode() == barrier
 
-    store.set(f"eplb/{control.rank()}", place)
-    num_here, begun_at, has_told = store.add(f"eplb/{what}", 1), time.monotonic(), False
+    store.set(f"eplb/{group.rank()}", barrier)
+    num_arrived, start, has_warned = store.add(f"eplb/{reason}", 1), time.monotonic(), False
     try:
-        while num_here < turn * groups.world_size:
-            waited = time.monotonic() - begun_at
+        while num_arrived < number * groups.world_size:
+            waited = time.monotonic() - start
             if waited > CPU_GROUP_TIMEOUT.total_seconds():
-                raise RuntimeError(_sentence(what, is_here, groups.world_size, CPU_GROUP_TIMEOUT))
-            if waited > TOLD_AFTER.total_seconds() and not has_told:
-                has_told = True
-                if not any(is_here(rank) for rank in range(control.rank())):
-                    sentence = _sentence(what, is_here, groups.world_size, TOLD_AFTER)
-                    until = CPU_GROUP_TIMEOUT.total_seconds()
-                    warnings.warn(f"{sentence}; it raises after {until:g} s", RuntimeWarning, stacklevel=2)
-            time.sleep(min(LONGEST_PAUSE, waited / 10))
-            num_here = store.add(f"eplb/{what}", 0)
+                raise RuntimeError(_message(reason, has_arrived, groups.world_size, CPU_GROUP_TIMEOUT))
+            if waited > WARN_AFTER.total_seconds() and not has_warned:
+                has_warned = True
+                if not any(has_arrived(rank) for rank in range(group.rank())):
+                    message = _message(reason, has_arrived, groups.world_size, WARN_AFTER)
+                    timeout = CPU_GROUP_TIMEOUT.total_seconds()
+                    warnings.warn(f"{message}; it raises after {timeout:g} s", RuntimeWarning, stacklevel=2)
+            time.sleep(min(MAX_POLL_SECONDS, waited / 10))
+            num_arrived = store.add(f"eplb/{reason}", 0)
     except BaseException:
-        store.add(f"eplb/{what}", -1)  # when all come later, this rank comes with them
-        store.set(f"eplb/{control.rank()}", "")
+        store.add(f"eplb/{reason}", -1)  # this rank arrives again together with the others
+        store.set(f"eplb/{group.rank()}", "")
         raise
-    turns[what] = turn
+    num_barriers[reason] = number
 
 
-def _sentence(what: str, is_here: Callable[[int], bool], world_size: int, within: timedelta) -> str:
-    missing = ranks_in_words([rank for rank in range(world_size) if not is_here(rank)])
-    return f"{what}, so every rank must call it: {missing} did not come within {within.total_seconds():g} s"
+def _message(reason: str, has_arrived: Callable[[int], bool], world_size: int, within: timedelta) -> str:
+    missing = format_ranks([rank for rank in range(world_size) if not has_arrived(rank)])
+    return f"{reason}, so every rank must call it: {missing} did not come within {within.total_seconds():g} s"
 
 
-def ranks_in_words(ranks: list[int], most: int = 16) -> str:
-    """``rank 1``, ``ranks 1, 3`` or ``ranks 1, 3, ... (500 in all)``."""
+def format_ranks(ranks: list[int], most: int = 16) -> str:
+    """Return ``rank 1``, ``ranks 1, 3`` or ``ranks 1, 3, ... (500 in all)``."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     listed = ", ".join(str(rank) for rank in ranks[:most])

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel.barrier import wait_for_all_ranks
+from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.dtensor import as_spread, local_shard, with_local
 from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
 from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
@@ -25,7 +25,7 @@ def install_state_dict_hooks(module: nn.Module) -> None:
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     layer = _layer_of(module)
     if layer.index == 0:
-        wait_for_all_ranks(layer.groups, "state_dict() of a model gathers experts from all ranks")
+        monitored_barrier(layer.groups, "state_dict() of a model gathers experts from all ranks")
     for name, parameter in module.named_parameters(recurse=False):
         state[prefix + name] = to_logical(parameter.detach(), layer)
 

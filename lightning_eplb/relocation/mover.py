@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eplb.parallel.consensus import Agreement
+from lightning_eplb.parallel.consensus import ConsensusCheck
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
@@ -102,7 +102,7 @@ class ExpertMover:
         self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
+        ConsensusCheck(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_ep_groups
         self._capacity = capacity
@@ -125,9 +125,9 @@ class ExpertMover:
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._relocation_groups.first_free
         names = self._names_of_state(moved)
-        agreement = Agreement(self.placement, after, moved, self.groups, number, names=names)
+        check = ConsensusCheck(self.placement, after, moved, self.groups, number, names=names)
         relocation = self._prepared(plan, number, most_bytes) if number else None
-        numbers = set(agreement.wait())
+        numbers = set(check.wait())
         if relocation is None or len(numbers) > 1:
             number = self._relocation_groups.add()
             relocation = self._prepared(plan, number, most_bytes)
@@ -175,9 +175,9 @@ class ExpertMover:
             return
         start = time.perf_counter()
         gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
-        agreement = Agreement(self.placement, self._goal, gradients, self.groups)
+        check = ConsensusCheck(self.placement, self._goal, gradients, self.groups)
         relocation.aim()
-        agreement.wait()
+        check.wait()
         self._switch(self._goal, relocation.finish(gradients))
         self.num_bytes = relocation.num_bytes * self.groups.num_ep_groups
         self.seconds += time.perf_counter() - start
