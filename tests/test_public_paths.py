@@ -52,7 +52,7 @@ DOCUMENTED = [
     "lightning_eplb.policies.deepseek.rebalance_experts",
     "lightning_eplb.policies.scenarios",
     "lightning_eplb.policies.split.rank_weights",
-    "lightning_eplb.relocation.async_transfer.BackgroundRelocation",
+    "lightning_eplb.relocation.async_transfer.AsyncTransfer",
     "lightning_eplb.report.prepare",
     "lightning_eplb.scalars.SCALARS",
     "lightning_eplb.schedule.Schedule",

@@ -64,7 +64,7 @@ class DecisionMaker:
         self.policy = policy
         self._layers = layers
         self._groups = layers[0].groups
-        self._copies_by_batch = layers[0].copies_by_batch
+        self._copies_by_batch = layers[0].chooses_by_batch
         self._step_interval = step_interval
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)

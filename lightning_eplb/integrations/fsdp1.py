@@ -88,7 +88,7 @@ class SpreadExperts:
         if experts := list(spread_parameters(self._module).values()):
             self._strategy.kwargs["ignored_states"] = [*(self._ignored or ()), *experts]
         for layer, _ in expert_layers(self._module):
-            layer.saved_in_shards = self._is_saved_in_shards
+            layer.save_shards_while(self._is_saved_in_shards)
         return converted
 
     def _is_saved_in_shards(self) -> bool:

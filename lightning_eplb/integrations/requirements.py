@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb.integrations.fsdp1 import check_fsdp
 from lightning_eplb.parallel.communication_hooks import check_averages
+from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.groups import check_nodes
-from lightning_eplb.parallel.parallelize import check_experts, expert_layers, find_experts
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 

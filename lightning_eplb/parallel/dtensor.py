@@ -1,4 +1,4 @@
-"""Experts as DTensors: dimension 0 over the ``ep`` dimension of a mesh, what ``fully_shard`` cuts beyond it."""
+"""Experts as DTensors: sharded over the ``ep`` dimension of a mesh by dimension 0, and by ``fully_shard`` beyond it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,61 +8,48 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 EP, EFSDP, REPLICATE = "ep", "efsdp", "replicate"
-"""Dimensions of a mesh: ranks that share the experts of a layer; that share each expert; that hold the same shards."""
+"""Mesh dimensions: ranks that share the experts of a layer, that share each expert, that hold the same shards."""
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the tensor's own memory and without a graph: all of one that is no DTensor.
+    """Return this rank's shard of a DTensor, or a plain tensor as it is, without a copy and without a graph.
 
-    A DTensor of experts has this rank's rows in it, ``[n, ...]``, each cut as on the other ranks of the EP group.
+    The shard of an expert parameter has this rank's rows, ``[n, ...]``, each cut as on the other EP ranks.
     """
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def with_local(tensor: DTensor, local: Tensor) -> DTensor:
-    """A DTensor like ``tensor`` of which this rank holds ``local``."""
+    """Return a DTensor like ``tensor`` with the local shard ``local``."""
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
-def spread_rows(module: nn.Module, ep_mesh: DeviceMesh) -> None:
-    """Make the parameters of a module, this rank's rows of them, DTensors over the ranks of a mesh, by dimension 0."""
+def distribute_rows(module: nn.Module, ep_mesh: DeviceMesh) -> None:
+    """Replace a module's parameters, this rank's rows, by DTensors over the ranks of a mesh, by dimension 0."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         rows = DTensor.from_local(parameter.detach(), ep_mesh, [Shard(0)], run_check=False)
         setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 
 def sharded_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer has of a module that ``fully_shard`` was called for; else none.
+    """Return the sharded parameters of a module under ``fully_shard``, or an empty list.
 
-    Within a forward the module itself has others, which are whole.
+    Within a forward pass the module itself has unsharded parameters.
     """
     group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
     return [parameter.sharded_param for parameter in group.fsdp_params] if group is not None else []
 
 
-def as_spread(rows: Tensor, group: dist.ProcessGroup) -> DTensor:
-    """This rank's rows, in their own memory, as its part of a DTensor over the ranks of ``group``, by dimension 0."""
+def as_distributed(rows: Tensor, group: dist.ProcessGroup) -> DTensor:
+    """Return a DTensor over the ranks of ``group`` whose local shard, by dimension 0, is ``rows``."""
     return DTensor.from_local(rows, DeviceMesh.from_group(group, rows.device.type), [Shard(0)], run_check=False)
 
 
-def expert_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that ``fully_shard`` spreads one EP rank's experts over; with replicas, two dimensions."""
-    return mesh[REPLICATE, EFSDP] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[EFSDP]
-
-
-def shard_dimension(shape: torch.Size, size: int) -> Shard | None:
-    """The first dimension behind the experts' that ``size`` ranks can share evenly; ``None`` if there is none.
-
-    Dimension 0 stays whole: a primary that changes its EP rank then moves between equal shards.
-    """
-    return next((Shard(dim) for dim in range(1, len(shape)) if shape[dim] % size == 0), None)
-
-
 def check_mesh(mesh: DeviceMesh, model: nn.Module, world_size: int) -> None:
-    """Raise ``ValueError`` unless experts of ``model`` can be spread over ``mesh``. Needs no communication."""
+    """Raise ``ValueError`` unless experts of ``model`` can be sharded over ``mesh``. Needs no communication."""
     names = mesh.mesh_dim_names or ()
     if EP not in names:
         raise ValueError(

@@ -40,7 +40,7 @@ def prepare_for_flattening(model: nn.Module, device: torch.device, compute_dtype
             )
         parameter.data = parameter.data.to(device)
     for layer, _ in expert_layers(model):
-        layer.compute_dtype = compute_dtype if layer.groups.size > 1 else None
+        layer.set_compute_dtype(compute_dtype if layer.groups.size > 1 else None)
 
 
 def check_not_flattened(model: nn.Module) -> None:

@@ -1,10 +1,10 @@
-"""Gradient hooks on expert parameters: each sees the gradients of all experts, in logical order.
+"""Gradient hooks on expert parameters, which get the gradients of all experts in logical order.
 
-A rank has some rows of a parameter, in the order of the placement. A hook was written for the unmodified model: a mask
-by expert index, a norm over all experts. So it gets what it would get in one process with the batches of all ranks,
-``[L, ...]``, and of what it makes of that this rank keeps its own rows. Ranks gather the gradient for each hook.
+A rank has some rows of a parameter, in the order of the placement. A hook was written for the unmodified model, such as
+a mask by expert index or a norm over all experts. So it gets the gradient that one process with the batches of all
+ranks would have, ``[L, ...]``, and this rank keeps its own rows of the result. Ranks gather the gradient for each hook.
 
-It may use the gradient only. The weights of other ranks' experts are not gathered: reading them is an error.
+A hook may use the gradient only. Weights of other ranks' experts are not gathered, and reading weights is an error.
 """
 
 import zlib
@@ -20,27 +20,27 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_eplb.parallel.dtensor import sharded_parameters
-from lightning_eplb.parallel.gradient_sync import ReplicaAverage
+from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.row_exchange import all_gather_single
 
-WORD_BITS = 22
-"""Of the number that ranks compare."""
+FINGERPRINT_BITS = 22
+"""Bits of the number that ranks compare."""
 
 NOT_UNDER_FSDP = (
     "which ExpertParallelStrategy and fully_shard would run with a shard of it, or not at all. strategy='ddp' or"
     " FSDPStrategy() would do"
 )
-"""Why a hook on an expert parameter is not supported there, and what to do."""
+"""Reason why a hook on an expert parameter is not supported under FSDP2, and the remedy."""
 
 
 class HookedLayer(Protocol):
-    """What hooks must know of a layer, see :class:`~lightning_eplb.parallel.experts.ExpertLayer`."""
+    """Attributes of :class:`~lightning_eplb.parallel.experts.ExpertLayer` that hooks use."""
 
     name: str
     groups: ExpertGroups
-    average: ReplicaAverage | None
+    gradient_sync: ExpertGradientSync | None
 
     @property
     def row_order(self) -> Tensor: ...
@@ -50,13 +50,13 @@ class HookedLayer(Protocol):
 
 
 def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
-    """Let users' hooks on a layer's parameters see all experts from now on. Called in each forward: some may be new.
+    """Let users' hooks on a layer's parameters get the gradients of all experts. Called in each forward pass.
 
-    They run before what averages gradients over EP groups. Their handles stay valid. Those on sharded parameters stay
-    as they are: :func:`check_hooks` refuses them.
+    They run before the sync of gradients over EP groups. Their handles stay valid. Hooks on sharded parameters stay as
+    they are, and :func:`check_hooks` raises for them.
 
     Returns:
-        A number that tells how many hooks each parameter has, below ``2**WORD_BITS``; 0 if none has any.
+        Fingerprint of the number of hooks on each parameter, below ``2**FINGERPRINT_BITS``. 0 if there are none.
     """
     parameters = list(module.parameters(recurse=False))
     if _is_sharded(module):
@@ -64,39 +64,44 @@ def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
     numbers = [
         _wrap(hooks, kind, parameters, layer)
         for parameter in parameters
-        for hooks, kind in zip(_hooks_of(parameter), (_OnGradient, _AfterAccumulation), strict=True)
+        for hooks, kind in zip(_hooks_of(parameter), (_GradientHook, _PostAccumulateHook), strict=True)
     ]
     if not any(numbers):
         return 0
-    return 1 + zlib.crc32(repr(numbers).encode()) % (2**WORD_BITS - 1)
+    return 1 + zlib.crc32(repr(numbers).encode()) % (2**FINGERPRINT_BITS - 1)
 
 
 def has_hooks(parameters: Iterable[Tensor]) -> bool:
-    """Whether a user has registered a hook on one of them."""
+    """Return ``True`` if a user has registered a hook on one of the parameters."""
     return any(True for parameter in parameters for _ in _users_hooks(parameter))
 
 
-def check_hooks(words_R: np.ndarray, module: nn.Module, layer: HookedLayer) -> bool:
-    """Whether the layer has hooks, the same on all ranks. Each rank of the EP group calls it with all their words.
+def check_hooks(fingerprints_R: np.ndarray, module: nn.Module, layer: HookedLayer) -> bool:
+    """Return ``True`` if the layer has hooks, the same on all ranks. Each rank of the EP group calls it.
+
+    Args:
+        fingerprints_R: Return values of :func:`wrap_hooks` on all EP ranks.
+        module: Module of the layer.
+        layer: State of the layer.
 
     Raises:
-        ValueError: On all of them, where some have other hooks than others, or ``fully_shard`` has the parameters.
+        ValueError: Hooks differ between ranks, or ``fully_shard`` has the parameters. All ranks raise it.
     """
-    if words_R.any() and _is_sharded(module):
+    if fingerprints_R.any() and _is_sharded(module):
         raise ValueError(f"a parameter of {layer.name} has a gradient hook, {NOT_UNDER_FSDP}")
-    odd = np.flatnonzero(words_R != words_R[0]).tolist()
-    if odd:
+    mismatched = np.flatnonzero(fingerprints_R != fingerprints_R[0]).tolist()
+    if mismatched:
         raise ValueError(
-            f"EP ranks {odd} have other gradient hooks on the parameters of {layer.name} than EP rank 0; a hook sees"
-            " the gradients of all experts, which ranks gather for it: register the same hooks on every rank"
+            f"EP ranks {mismatched} have other gradient hooks on the parameters of {layer.name} than EP rank 0; a hook"
+            " sees the gradients of all experts, which ranks gather for it: register the same hooks on every rank"
         )
-    return bool(words_R[0])
+    return bool(fingerprints_R[0])
 
 
 def check_wrapped(parameters: Sequence[nn.Parameter], layer: HookedLayer) -> None:
-    """Raise ``ValueError`` for a hook that is about to run in the backward pass and was not there in the forward."""
+    """Raise ``ValueError`` for a hook that was registered between the forward and the backward pass."""
     for parameter in parameters:
-        if any(not isinstance(hook, _SeesAllExperts) for hook in _users_hooks(parameter)):
+        if any(not isinstance(hook, _GlobalHook) for hook in _users_hooks(parameter)):
             raise ValueError(
                 f"a gradient hook was registered on a parameter of {layer.name} between its forward and its backward"
                 " pass; register it before the forward pass"
@@ -104,20 +109,20 @@ def check_wrapped(parameters: Sequence[nn.Parameter], layer: HookedLayer) -> Non
 
 
 def check_unhooked(module: nn.Module, name: str, reason: str) -> None:
-    """Raise ``ValueError`` if a parameter of ``module`` itself has a hook, which would be lost."""
+    """Raise ``ValueError`` if a parameter of ``module`` itself has a hook, since it would be lost."""
     for parameter_name, parameter in module.named_parameters(recurse=False):
         if has_hooks([parameter]):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             raise ValueError(f"{full_name} has a gradient hook, {reason}")
 
 
-class _SeesAllExperts:
-    """A user's hook, called by autograd with this rank's rows. All ranks of the layer's groups call it alike.
+class _GlobalHook:
+    """User's hook, which autograd calls with this rank's rows. All ranks of the layer's groups call it alike.
 
     Args:
-        hook: Of the user.
-        parameters: Of the layer.
-        layer: Knows where rows are.
+        hook: Hook of the user.
+        parameters: Parameters of the layer.
+        layer: State of the layer.
     """
 
     def __init__(self, hook: Callable[[Tensor], Any], parameters: Sequence[nn.Parameter], layer: HookedLayer) -> None:
@@ -125,11 +130,11 @@ class _SeesAllExperts:
         self._ids = {id(parameter) for parameter in parameters}
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        """The gradient of all experts over all ranks' batches, ``[L, ...]`` in logical order."""
+        """Gather the gradient of all experts over the batches of all ranks, ``[L, ...]`` in logical order."""
         groups = self._layer.groups
         assert groups.ep_group is not None
         with torch.no_grad():
-            if self._layer.average is not None:
+            if self._layer.gradient_sync is not None:
                 rows = rows.clone(memory_format=torch.contiguous_format)
                 dist.all_reduce(rows, group=groups.edp_group)
                 rows /= groups.num_ep_groups
@@ -148,18 +153,18 @@ class _SeesAllExperts:
             return whole.detach()[to_device(self._layer.local_experts.numpy(), whole.device)]
 
 
-class _OnGradient(_SeesAllExperts):
-    """Of ``Tensor.register_hook``."""
+class _GradientHook(_GlobalHook):
+    """Hook of ``Tensor.register_hook``."""
 
     def __call__(self, grad: Tensor) -> Tensor:
         whole = self._gathered(grad)
-        with _WithoutWeights(self._ids, _HARMLESS, self._layer.name):
+        with _ForbidWeights(self._ids, _METADATA, self._layer.name):
             changed = self._hook(whole)
         return self._own_rows(whole if changed is None else changed, whole.shape)
 
 
-class _AfterAccumulation(_SeesAllExperts):
-    """Of ``Tensor.register_post_accumulate_grad_hook``: the parameter has all experts' gradients while it runs."""
+class _PostAccumulateHook(_GlobalHook):
+    """Hook of ``Tensor.register_post_accumulate_grad_hook``: ``parameter.grad`` has all experts while it runs."""
 
     def __call__(self, parameter: Tensor) -> None:
         rows, grad = parameter.data, parameter.grad
@@ -169,7 +174,7 @@ class _AfterAccumulation(_SeesAllExperts):
         parameter.data = rows.new_zeros(()).expand(shape)
         parameter.grad = whole
         try:
-            with _WithoutWeights(self._ids, _HARMLESS | _OF_GRADIENT, self._layer.name):
+            with _ForbidWeights(self._ids, _METADATA | _GRADIENT_ACCESS, self._layer.name):
                 self._hook(parameter)
             changed = parameter.grad
         finally:
@@ -182,8 +187,8 @@ class _AfterAccumulation(_SeesAllExperts):
             grad.copy_(self._own_rows(changed, shape))
 
 
-class _WithoutWeights(TorchFunctionMode):
-    """While it is active, a parameter of the layer can be used for nothing but ``allowed`` functions."""
+class _ForbidWeights(TorchFunctionMode):
+    """Mode in which parameters of the layer can be passed to ``allowed`` functions only."""
 
     def __init__(self, ids: set[int], allowed: set[Callable[..., Any]], name: str) -> None:
         super().__init__()
@@ -203,10 +208,10 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_HARMLESS = {
+_METADATA = {
     getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "dtype", "device", "layout", "is_cuda")
 }
-_OF_GRADIENT = {
+_GRADIENT_ACCESS = {
     Tensor.grad.__get__,  # type: ignore[attr-defined]
     Tensor.grad.__set__,  # type: ignore[attr-defined]
     Tensor.grad.__delete__,  # type: ignore[attr-defined]
@@ -234,7 +239,7 @@ def _users_hooks(parameter: Tensor) -> Iterator[Any]:
 
 
 def _hooks_of(parameter: Tensor) -> tuple[dict[int, Any] | None, dict[int, Any] | None]:
-    """On its gradient, and after it was accumulated."""
+    """Return the hooks on a parameter's gradient, and those after its accumulation."""
     return parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
@@ -243,23 +248,23 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), ReplicaAverage)
+    return isinstance(getattr(hook, "__self__", None), ExpertGradientSync)
 
 
 def _wrap(
     hooks: dict[int, Any] | None,
-    kind: type[_SeesAllExperts],
+    kind: type[_GlobalHook],
     parameters: Sequence[nn.Parameter],
     layer: HookedLayer,
 ) -> int:
-    """Wrap those of a parameter's hooks that are users', in place, and have the others run last. Returns how many."""
+    """Wrap the user's hooks of a parameter in place, and let ours run last. Return the number of wrapped hooks."""
     if not hooks:
         return 0
     ours = {key: hook for key, hook in hooks.items() if _is_ours(hook)}
     if len(hooks) == len(ours):
         return 0
     for key, hook in hooks.items():
-        if key not in ours and not isinstance(hook, _SeesAllExperts):
+        if key not in ours and not isinstance(hook, _GlobalHook):
             hooks[key] = kind(hook, parameters, layer)
     for key, hook in ours.items():
         del hooks[key]

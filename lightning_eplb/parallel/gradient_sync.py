@@ -1,4 +1,4 @@
-"""Expert gradients averaged over the ranks that hold the same slots, while the backward pass goes on."""
+"""Synchronization of expert gradients over the expert data-parallel group, overlapped with the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,27 +10,26 @@ from torch import Tensor, nn
 from lightning_eplb.parallel.groups import ExpertGroups
 
 BUCKET_BYTES = 25 * 2**20
-"""Gradients are averaged together up to this size. A larger one is averaged alone and in place."""
+"""Upper bound of gradients that share a collective. A larger gradient is averaged by itself and in place."""
 
 
-class ReplicaAverage:
-    """Averages the gradients of experts over the EP groups, as ``DistributedDataParallel`` does those of all else.
+class ExpertGradientSync:
+    """Averages expert gradients over the EP groups, as ``DistributedDataParallel`` averages all other gradients.
 
-    A bucket of gradients is sent off as soon as the backward pass has accumulated the last of them; when the backward
-    pass ends, all have arrived. As averages of averages stay what they are, each backward pass may average what was
-    accumulated so far, and one that is :attr:`blocked` may leave it to the next: the sums are the same.
+    A bucket of gradients is sent once the backward pass has accumulated the last of them. All have arrived when the
+    backward pass ends. An average of averages stays the same, so each backward pass may average what was accumulated
+    so far, and one whose sync is blocked may leave it to the next.
 
-    All ranks of ``groups.edp_group`` must run the same layers forward and backward, as replicas under DDP do. Gradients
-    that ``torch.autograd.grad`` returns are this EP group's alone: it accumulates nothing.
+    All ranks of ``groups.edp_group`` must run the same layers forward and backward, as under DDP. Gradients that
+    ``torch.autograd.grad`` returns are not averaged, since it accumulates nothing.
 
     Args:
-        groups: With more than one EP group.
+        groups: Process groups with more than one EP group.
         bucket_bytes: Upper bound of a bucket.
     """
 
     def __init__(self, groups: ExpertGroups, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.blocked: Callable[[], bool] = _never
-        """Asked in the backward pass: whether gradients are only accumulated, as under DDP's ``no_sync()``."""
+        self._is_blocked: Callable[[], bool] = _never
         self._groups = groups
         self._bucket_bytes = bucket_bytes
         self._parameters: dict[int, list[nn.Parameter]] = {}
@@ -38,17 +37,24 @@ class ReplicaAverage:
         self._buckets: list[list[nn.Parameter]] | None = None
         self._next_bucket = 0
         self._accumulated: dict[int, nn.Parameter] = {}
-        self._underway: list[_BucketUnderway] = []
+        self._in_flight: list[_BucketInFlight] = []
         self._task = -1
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ReplicaAverage":
-        """Hooks are not copied with parameters: the copy sets its own."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertGradientSync":
+        """Return a new one. Hooks are not copied with parameters, so the copy registers its own."""
         return type(self)(self._groups, self._bucket_bytes)
 
-    def watch(self, layer: int, parameters: Sequence[nn.Parameter]) -> None:
-        """Average the gradients of a layer's parameters from now on. Called in each forward: they may be others.
+    def block_while(self, is_blocked: Callable[[], bool]) -> None:
+        """Set the condition, asked in the backward pass, under which gradients are only accumulated.
 
-        A model that was built on the meta device gets new parameters, and some are frozen or trained again.
+        The counterpart of ``DistributedDataParallel.no_sync()``.
+        """
+        self._is_blocked = is_blocked
+
+    def watch(self, layer: int, parameters: Sequence[nn.Parameter]) -> None:
+        """Average the gradients of a layer's parameters from now on. Called in each forward pass.
+
+        Parameters change when a model on the meta device is materialized, and when some are frozen or unfrozen.
         """
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         known = self._parameters.get(layer, [])
@@ -63,7 +69,7 @@ class ReplicaAverage:
     def _add(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         self._accumulated[id(parameter)] = parameter
-        if self.blocked():
+        if self._is_blocked():
             return
         task = torch._C._current_graph_task_id()
         if task != self._task:  # reentrant checkpointing runs a backward pass within the backward pass
@@ -71,17 +77,17 @@ class ReplicaAverage:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
         if self._buckets is None:
             self._buckets = self._fill_buckets()
-        # In the order of buckets, never of arrival, which may be another on another rank.
+        # In the order of buckets, never of arrival, which may differ between ranks.
         while self._next_bucket < len(self._buckets) and self._send(self._next_bucket, only_whole=True):
             self._next_bucket += 1
 
     def _finish(self) -> None:
-        """At the end of a backward pass: send what layers without a gradient held up, and wait for all."""
+        """Send buckets that layers without a gradient held up, and wait for all, as the backward pass ends."""
         for index in range(len(self._buckets or [])):
             self._send(index, only_whole=False)
-        for bucket in self._underway:
-            bucket.arrive()
-        self._underway, self._next_bucket, self._task = [], 0, -1
+        for bucket in self._in_flight:
+            bucket.wait()
+        self._in_flight, self._next_bucket, self._task = [], 0, -1
 
     def _send(self, index: int, only_whole: bool) -> bool:
         assert self._buckets is not None
@@ -92,12 +98,12 @@ class ReplicaAverage:
         for parameter in ready:
             del self._accumulated[id(parameter)]
         with_grad = [parameter for parameter in ready if parameter.grad is not None]
-        if with_grad:  # else they were zeroed since a blocked backward pass, on all ranks
-            self._underway.append(_BucketUnderway(with_grad, self._groups))
+        if with_grad:  # else they were zeroed on all ranks since a blocked backward pass
+            self._in_flight.append(_BucketInFlight(with_grad, self._groups))
         return True
 
     def _fill_buckets(self) -> list[list[nn.Parameter]]:
-        """The last layer's parameters first, as the backward pass comes to them first."""
+        """Fill buckets from the last layer on, as the backward pass reaches it first."""
         buckets: list[list[nn.Parameter]] = []
         room, kind = 0, None
         for layer in sorted(self._parameters, reverse=True):
@@ -110,15 +116,15 @@ class ReplicaAverage:
         return buckets
 
 
-class _BucketUnderway:
-    """Gradients that are being summed over the replicas; taken out of the parameters until they arrive.
+class _BucketInFlight:
+    """Gradients that are being summed over the expert data-parallel group.
 
-    So a gradient that is accumulated meanwhile, by another nested backward pass, is not overwritten.
+    They are detached from the parameters meanwhile, so that a nested backward pass can accumulate others.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: ExpertGroups) -> None:
         self._parameters = parameters
-        self._num_replicas = groups.num_ep_groups
+        self._num_ep_groups = groups.num_ep_groups
         self._grads: list[Tensor] = []
         for parameter in parameters:
             assert parameter.grad is not None
@@ -131,10 +137,10 @@ class _BucketUnderway:
         assert work is not None
         self._work = work
 
-    def arrive(self) -> None:
-        """Wait, and give the parameters their averages."""
+    def wait(self) -> None:
+        """Wait for the averages, and add them to the parameters' gradients."""
         self._work.wait()
-        self._flat /= self._num_replicas
+        self._flat /= self._num_ep_groups
         parts = self._flat.split([grad.numel() for grad in self._grads])
         for parameter, grad, average in zip(self._parameters, self._grads, parts, strict=True):
             if not self._in_place:

@@ -1,19 +1,13 @@
-"""Buffers, tensors, lists and lists of modules with an element for each expert, beside the parameters of a module.
+"""Attributes with an element for each expert, beside the parameters: buffers, tensors, lists, lists of modules.
 
 They stay whole on every rank, in the order of logical experts, as the router and the model's own code know them. So
-nothing of them moves, and a state dict has them as they are. The forward gets the elements of the experts that it
-computes. Whatever it adds to a tensor, such as a counter of tokens, is summed over ranks.
-
-A trial at conversion tells how a forward uses them. It knows nothing of their meaning: tokens are served by parts of
-the experts, as ranks would serve them, and outputs and tensors must be those of one call of the whole module.
+relocation leaves them alone, and a state dict holds them as they are. The forward gets the elements of the experts that
+it computes. Additions to a tensor, such as a counter of tokens, are summed over ranks.
 """
 
-import copy
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,50 +18,52 @@ from lightning_eplb.parallel.packing import to_device
 
 
 @dataclass(frozen=True)
-class PerExpert:
-    """Names of a module's attributes with an element for each expert, its parameters apart.
+class PerExpertState:
+    """Names of a module's attributes with an element for each expert, without its parameters.
 
     Attributes:
-        taken: Attributes of which a forward gets the elements of the experts that it computes.
+        attributes: Attributes of which the forward gets the elements of the experts that it computes.
         counters: Tensors among them that the forward adds to.
         has_modules: Some of them are modules, whose parameters every rank has.
     """
 
-    taken: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
     counters: tuple[str, ...] = ()
     has_modules: bool = False
 
 
-_DICTS = (dict, nn.ModuleDict, nn.ParameterDict)
-"""Their keys are in the order of logical experts."""
+DICTIONARIES = (dict, nn.ModuleDict, nn.ParameterDict)
+"""Types whose keys are in the order of logical experts."""
 
 
-def part_of(
+def make_part(
     module: nn.Module,
     original: type[nn.Module],
     parameters: Mapping[str, Tensor],
-    taken: Sequence[str],
+    attributes: Sequence[str],
     experts: Sequence[int],
 ) -> nn.Module:
-    """A module of class ``original`` that computes some of the experts of ``module``.
+    """Create a module that computes some of the experts of ``module``, without copying its tensors.
 
     Args:
+        module: Module with all experts.
+        original: Class of the new module.
         parameters: Weights of these experts, by name.
-        taken: See :class:`PerExpert`.
-        experts: Logical ids, in the order of the weights' rows.
+        attributes: Names of attributes with an element for each expert, see :class:`PerExpertState`.
+        experts: Logical ids of these experts, in the order of the weights' rows.
     """
     part = object.__new__(original)
     part.__dict__.update(module.__dict__, num_experts=len(experts))
     part.__dict__["_parameters"] = module._parameters | dict(parameters)
-    if taken:
+    if attributes:
         part.__dict__.update(_buffers=dict(module._buffers), _modules=dict(module._modules))
-    give_elements(part, taken, experts)
+    select_elements(part, attributes, experts)
     return part
 
 
-def give_elements(part: nn.Module, taken: Sequence[str], experts: Sequence[int]) -> None:
-    """Let a module, whose buffers and submodules are in dictionaries of its own, have the elements of some experts."""
-    for name in taken:
+def select_elements(part: nn.Module, attributes: Sequence[str], experts: Sequence[int]) -> None:
+    """Replace attributes of ``part``, which owns its dictionaries, by their elements for some experts."""
+    for name in attributes:
         elements = _elements(getattr(part, name), experts)
         part._buffers.pop(name, None)
         part._modules.pop(name, None)
@@ -79,31 +75,31 @@ def _elements(value: Any, experts: Sequence[int]) -> Any:
         return value[to_device(np.array(experts), value.device)]
     if isinstance(value, np.ndarray):
         return value[list(experts)]
-    if isinstance(value, _DICTS):
+    if isinstance(value, DICTIONARIES):
         keys = list(value)
         return {keys[i]: value[keys[expert]] for i, expert in enumerate(experts)}
     elements = [value[expert] for expert in experts]
     return tuple(elements) if isinstance(value, tuple) else elements
 
 
-class Additions:
-    """The sums that the forward passes of one call add to a module's counters.
+class CounterUpdates:
+    """Sums that the forward passes of one call add to a module's counters.
 
     Args:
-        module: With the counters, whole.
-        counters: Their names.
+        module: Module with the whole counters.
+        counters: Names of the counters.
     """
 
     def __init__(self, module: nn.Module, counters: Sequence[str]) -> None:
         self._module = module
         self.sums: dict[str, Tensor] = {}
-        """By name; in int64 or, for floating point, in float32 at least: collectives take these."""
+        """Sums by name, in dtypes that collectives take: int64, or float32 at least for floating point."""
         for name in counters:
             value = getattr(module, name)
             self.sums[name] = torch.zeros_like(value, dtype=_wide(value))
 
     def add(self, part: nn.Module, experts: Sequence[int]) -> None:
-        """Note the changes that ``part`` made to its elements of the counters, those of ``experts``."""
+        """Add the changes that ``part`` made to its elements of the counters, those of ``experts``."""
         with torch.no_grad():
             for name, sums in self.sums.items():
                 index = to_device(np.array(experts), sums.device)
@@ -117,12 +113,12 @@ class Additions:
                 getattr(self._module, name).add_(sums)
 
 
-class CountedApart:
-    """Counters of a module that EP groups add to by themselves, as they call it unequally often.
+class CounterSync:
+    """Counters of a module that each EP group adds to by itself, since they call it unequally often.
 
     Args:
-        module: With the counters, whole, the same on all ranks.
-        counters: Their names.
+        module: Module with the whole counters, the same on all ranks.
+        counters: Names of the counters.
     """
 
     def __init__(self, module: nn.Module, counters: Sequence[str]) -> None:
@@ -130,299 +126,14 @@ class CountedApart:
         self._before = {name: getattr(module, name).to(_wide(getattr(module, name)), copy=True) for name in counters}
 
     @torch.no_grad()
-    def share(self, replicas: dist.ProcessGroup) -> None:
-        """Add what all EP groups have counted since this was made. Every rank must call it, once."""
+    def all_reduce(self, edp_group: dist.ProcessGroup) -> None:
+        """Add what all EP groups have counted since this was created. Every rank must call it, once."""
         for name, before in self._before.items():
             value = getattr(self._module, name)
             added = value.to(before.dtype) - before
-            dist.all_reduce(added, group=replicas)
+            dist.all_reduce(added, group=edp_group)
             value.copy_(before + added)
 
 
 def _wide(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32) if value.is_floating_point() else torch.int64
-
-
-def find_per_expert(name: str, module: nn.Module) -> PerExpert:
-    """The attributes of ``module`` with an element for each expert. Needs no communication.
-
-    Args:
-        name: Of the module, for messages.
-        module: Not converted; on the meta device, too.
-
-    Raises:
-        ValueError: The forward uses something by expert that it can't be given by expert, or changes it otherwise than
-            by additions.
-    """
-    candidates = _with_an_element_each(module)
-    if not candidates and not any(True for _ in _inner_state(module)):
-        return PerExpert()
-    devices = {parameter.device for parameter in module.parameters(recurse=False)} - {torch.device("meta")}
-    device = next(iter(devices), torch.device("cpu"))
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        trial = _Trial(name, module, device)
-        for number in range(len(candidates), -1, -1):
-            for taken in combinations(candidates, number):
-                if trial.differences(taken) is None:
-                    has_modules = any(isinstance(getattr(module, one), nn.Module) for one in taken)
-                    return PerExpert(taken, tuple(one for one in taken if one in trial.written), has_modules)
-        raise ValueError(trial.differences(candidates))
-
-
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
-
-
-def _with_an_element_each(module: nn.Module) -> tuple[str, ...]:
-    """Names of buffers, tensors, arrays, lists and dictionaries, of modules too, with as many elements as experts."""
-    number = module.num_experts
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    found = own | module._buffers | module._modules
-    return tuple(name for name, value in found.items() if _num_elements(value) == number)
-
-
-def _num_elements(value: Any) -> int:
-    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biuf"):
-        return value.shape[0] if value.ndim else 0
-    return len(value) if isinstance(value, (list, tuple, *_DICTS, nn.ModuleList, nn.ParameterList)) else 0
-
-
-def _inner_state(module: nn.Module) -> Iterator[object]:
-    """Whatever else may be an expert's, or be changed by a forward: other buffers, and what is in submodules."""
-    yield from module.buffers()
-    number = module.num_experts
-    for child in module.children():
-        for inner in child.modules():
-            own = chain(inner._parameters.values(), inner._modules.values(), vars(inner).values())
-            yield from (value for value in [inner, *own] if _num_elements(value) == number)
-
-
-class _Call(NamedTuple):
-    """Arguments of a forward: ``[T, D]``, ``[T, K]`` and ``[T, K]``."""
-
-    hidden: Tensor
-    index: Tensor
-    weights: Tensor
-
-
-class _Trial:
-    """Calls of a module that computes all experts, and of parts of it, with random values in place of its own.
-
-    All experts have the same weights, one row of them, as only what is beside the weights is tried. Integers are those
-    of the module in another order, as they may be indices.
-    """
-
-    def __init__(self, name: str, module: nn.Module, device: torch.device) -> None:
-        self._name, self._module, self._device = name, module, device
-        self._number: int = module.num_experts  # type: ignore[assignment]
-        self.written: set[str] = set()
-        """Tensors that the forward changes."""
-        self._parameters = {
-            key: torch.rand((1, *value.shape[1:]), device=device).sub_(0.5).to(value.dtype)
-            for key, value in module.named_parameters(recurse=False)
-        }
-        self._tensors = {
-            key: _other_values(value, device)
-            for key, value in (vars(module) | module._buffers).items()
-            if isinstance(value, Tensor)
-        }
-        self._children = {key: _other_child(child, device) for key, child in module._modules.items()}
-        self._call = self._find_call()
-
-    def differences(self, taken: Sequence[str]) -> str | None:
-        """The difference, in words, between one call of all experts and calls of parts that get those of ``taken``."""
-        return self._differences(taken, False) or self._differences(taken, True)
-
-    def _find_call(self) -> _Call:
-        """Random tokens, as wide as the module takes them: one of the dimensions of its weights."""
-        matrices = [value for value in self._parameters.values() if value.ndim > 2]
-        widths = dict.fromkeys(size for value in matrices for size in value.shape[1:])
-        dtypes = (value.dtype for value in self._parameters.values() if value.is_floating_point())
-        dtype = next(dtypes, torch.get_default_dtype())
-        experts = list(dict.fromkeys((0, self._number - 1, self._number // 2)))
-        index_TK = torch.tensor(list(combinations(experts, 2)) * 4, device=self._device)
-        error: Exception | None = None
-        for width in widths:
-            hidden_TD, weights_TK = (
-                torch.rand(len(index_TK), size, device=self._device).sub_(shift).to(dtype)
-                for size, shift in ((width, 0.5), (2, 0.0))
-            )
-            call = _Call(hidden_TD, index_TK, weights_TK)
-            try:
-                if self._run(self._whole(False), call).shape == hidden_TD.shape:
-                    return call
-            except Exception as raised:
-                error = error or raised
-        said = f" ({type(error).__name__}: {error})" if error is not None else ""
-        raise ValueError(
-            f"{self._name} holds {self._listed()} beside its parameters, and a trial call that tells how its forward"
-            f" uses them failed{said}; it must take random tokens for any experts, on the device of its parameters"
-        )
-
-    def _differences(self, taken: Sequence[str], training: bool) -> str | None:
-        whole = self._whole(training)
-        before = self._state(whole)
-        expected_TD = self._run(whole, self._call)
-        expected = self._state(whole)
-        self.written |= {key for key, value in expected.items() if not _same(value, before[key])}
-        if uncounted := [key for key in self.written if key not in taken or not _can_count(before[key])]:
-            return self._changes(uncounted)
-        parts = self._whole(training)
-        try:
-            output_TD = self._run_parts(parts, taken)
-        except Exception as error:
-            return self._said(f"fails with some of its experts ({type(error).__name__}: {error})")
-        is_random = not _same(expected_TD, self._run(self._whole(training), self._call))  # dropout, noise
-        if not is_random and not _same(output_TD, expected_TD):
-            return self._said("computes another output with some of its experts than with all")
-        state = self._state(parts)
-        changed = [key for key, value in expected.items() if not _same(value, state[key])]
-        return self._changes(changed) if changed else None
-
-    def _changes(self, names: Sequence[str]) -> str:
-        return (
-            f"{self._name} changes {', '.join(sorted(names))} in its forward otherwise than by adding to the row of an"
-            " expert what each of its tokens brings: ranks that compute some of the tokens can't tell what one process"
-            " would have. Change it outside of the experts, or add to a buffer with a row for each expert"
-        )
-
-    def _said(self, what: str) -> str:
-        return (
-            f"{self._name} {what}: it holds {self._listed()}, and its forward uses some of it by what tokens have in"
-            " common (statistics of the batch), or by expert where it can't be given the elements of a rank's experts;"
-            " make that a parameter, a buffer or an nn.ModuleList of the"
-            f" module itself, with {self._number} elements, which its forward indexes by expert"
-        )
-
-    def _listed(self) -> str:
-        names = [*_with_an_element_each(self._module)]
-        names += [name for name, _ in self._module.named_buffers() if name not in names]
-        names += [name for name, _ in self._module.named_children() if name not in names]
-        return ", ".join(names)
-
-    def _whole(self, training: bool) -> nn.Module:
-        """A module like the original, whose tensors and lists are its own."""
-        whole = object.__new__(type(self._module))
-        whole.__dict__.update(self._module.__dict__, training=training)
-        whole.__dict__.update(_lists(self._module))
-        tensors = {key: value.clone() for key, value in self._tensors.items()}
-        whole.__dict__.update({key: value for key, value in tensors.items() if key not in whole._buffers})
-        whole.__dict__.update(
-            _parameters=whole._parameters | self._rows(self._number),
-            _buffers={key: tensors.get(key) for key in whole._buffers},
-            _modules=copy.deepcopy(self._children),
-        )
-        for child in whole.children():
-            child.train(training)
-            for inner in child.modules():
-                inner._compiled_call_impl = inner.forward  # calls no hook
-        return whole
-
-    def _rows(self, number: int) -> dict[str, Tensor]:
-        return {key: value.expand(number, *value.shape[1:]) for key, value in self._parameters.items()}
-
-    def _run(self, module: nn.Module, call: _Call) -> Tensor:
-        return type(self._module).forward(module, *call)
-
-    def _run_parts(self, module: nn.Module, taken: Sequence[str]) -> Tensor:
-        """Serve the pairs of the call as ranks would: experts in another order, one in two places, one alone."""
-        first, last, middle = 0, self._number - 1, self._number // 2
-        hidden_TD, index_TK, weights_TK = self._call
-        pair_N = torch.arange(index_TK.numel(), device=self._device)
-        expert_N, is_even_N = index_TK.flatten(), pair_N % 4 < 2
-        is_last_N = expert_N == last
-        places = [
-            ((last, first), is_even_N & (is_last_N | (expert_N == first))),
-            ((first,), ~is_even_N & (expert_N == first)),
-            (tuple(dict.fromkeys((middle, last))), (~is_even_N & is_last_N) | ((expert_N == middle) & ~is_last_N)),
-        ]
-        additions = Additions(module, [name for name in taken if name in self.written])
-        outputs_ND = hidden_TD.repeat_interleave(index_TK.shape[1], dim=0)
-        inputs_ND = outputs_ND.clone()
-        for experts, served_N in places:
-            position_N = torch.stack([expert_N == expert for expert in experts]).int().argmax(dim=0)
-            pairs = pair_N[served_N]
-            pairs = pairs[position_N[pairs].argsort(stable=True)]
-            slots_M1 = position_N[pairs].unsqueeze(-1)
-            part = part_of(module, type(self._module), self._rows(len(experts)), taken, experts)
-            call = _Call(inputs_ND[pairs], slots_M1, torch.ones_like(slots_M1, dtype=weights_TK.dtype))
-            outputs_ND[pairs] = self._run(part, call).to(outputs_ND.dtype)
-            additions.add(part, experts)
-        additions.write()
-        shape = *index_TK.shape, hidden_TD.shape[1]
-        return (outputs_ND * weights_TK.reshape(-1, 1)).view(shape).sum(dim=1)
-
-    def _state(self, module: nn.Module) -> dict[str, Any]:
-        """Copies of the tensors and lists that a forward may have changed."""
-        tensors = {key: getattr(module, key).clone() for key in self._tensors}
-        inner = {
-            f"{key}.{name}": value.clone()
-            for key, child in module.named_children()
-            for name, value in child.named_buffers()
-        }
-        return {**tensors, **_lists(module), **inner}
-
-
-def _lists(module: nn.Module) -> dict[str, Any]:
-    """Copies of a module's own lists, dictionaries and arrays, and of the tensors in them."""
-    own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
-    return {key: _copy(value) for key, value in own.items() if type(value) in (list, tuple, dict, np.ndarray)}
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, dict):
-        return {key: one.clone() if isinstance(one, Tensor) else one for key, one in value.items()}
-    return type(value)(one.clone() if isinstance(one, Tensor) else one for one in value)
-
-
-def _other_values(value: Tensor, device: torch.device) -> Tensor:
-    if value.is_floating_point():
-        return torch.rand(value.shape, device=device).add_(0.5).to(value.dtype)
-    if value.is_meta:
-        return torch.zeros_like(value, device=device)
-    order = torch.randperm(value.shape[0], device=device) if value.ndim else ()
-    return value.detach().to(device)[order].clone()
-
-
-def _other_child(child: nn.Module | None, device: torch.device) -> nn.Module | None:
-    if child is None:
-        return None
-    other = copy.deepcopy(child).to_empty(device=device) if _is_on_meta(child) else copy.deepcopy(child)
-    for module, like in zip(other.modules(), child.modules(), strict=True):
-        for tensor, own in zip(
-            chain(module.parameters(recurse=False), module.buffers(recurse=False)),
-            chain(like.parameters(recurse=False), like.buffers(recurse=False)),
-            strict=True,
-        ):
-            tensor.data.copy_(_other_values(own.detach(), device))
-    return other
-
-
-def _is_on_meta(module: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
-
-
-def _can_count(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype != torch.bool
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    """Whether two tensors are equal but for rounding; or two lists or arrays, or what is in them."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return _same([*ours, *ours.values()], [*theirs, *theirs.values()])
-    if isinstance(ours, list | tuple):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    if isinstance(ours, np.ndarray | int | float | str):
-        return np.array_equal(ours, theirs)
-    if not isinstance(ours, Tensor):
-        return ours is theirs
-    if not isinstance(theirs, Tensor) or ours.shape != theirs.shape:
-        return False
-    if not ours.is_floating_point():
-        return torch.equal(ours, theirs)
-    largest = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
-    return torch.allclose(ours, theirs, rtol=0, atol=math.sqrt(torch.finfo(ours.dtype).eps) * largest, equal_nan=True)

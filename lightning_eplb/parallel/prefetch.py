@@ -1,80 +1,79 @@
-"""Redundant experts' weights are sent one layer ahead, where it is known before the tokens are which ones they are."""
+"""Prefetch of the next layer's redundant weights, where the placement tells before the tokens which ones are needed."""
 
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from lightning_eplb.parallel.redundant_experts import CopyRoutes
-from lightning_eplb.parallel.row_exchange import RowsUnderway
+from lightning_eplb.parallel.redundant_experts import RedundantRoutes
+from lightning_eplb.parallel.row_exchange import RowExchange
 
 
-class SentAhead(NamedTuple):
-    """A layer's copies that are under way before the layer is called.
+class PrefetchedWeights(NamedTuple):
+    """Weights of a layer's redundant experts that were sent before the layer is called.
 
     Attributes:
-        routes: Which way they go.
-        versions: Of the weights that they are copies of, one that rises with each change in place.
-        rows: What was sent.
+        routes: Routes that they take.
+        versions: Versions of the parameters that were sent. A change in place increments them.
+        rows: Exchange in flight.
     """
 
-    routes: CopyRoutes
+    routes: RedundantRoutes
     versions: list[int]
-    rows: RowsUnderway
+    rows: RowExchange
 
 
-SendAhead: TypeAlias = "Callable[[], SentAhead | None]"
-"""A method that sends a layer's copies off, if it is known which they are."""
+Prefetch: TypeAlias = "Callable[[], PrefetchedWeights | None]"
+"""Method of a layer that sends its redundant weights, or returns ``None`` if they can't be prefetched."""
 
 
-class CopiesAhead:
-    """What a model's layers share to send the copies of the next while one computes. All EP ranks use it alike.
+class WeightPrefetcher:
+    """Prefetcher that the layers of a model share. All EP ranks use it alike.
 
-    The order of layers is learnt from the forward before. Copies that were sent ahead are used if the very next layer
-    that is called is theirs, they are still to go the same way and the weights are still the same; otherwise they are
-    dropped, and sent as if they had not been. Nothing is sent ahead from the last layer to the first: between two
-    forwards weights mostly change.
+    It learns the order of layers from the previous forward pass. Prefetched weights are used if the very next layer
+    that is called is theirs, with the same routes and unchanged parameters. Else they are dropped and sent again.
+    Nothing is prefetched from the last layer to the first, since weights mostly change between two forward passes.
     """
 
     def __init__(self) -> None:
-        self._following: dict[int, tuple[int, weakref.WeakMethod[SendAhead]]] = {}
+        self._next_layer: dict[int, tuple[int, weakref.WeakMethod[Prefetch]]] = {}
         self._last: int | None = None
-        self._sent: tuple[int, SentAhead] | None = None
+        self._in_flight: tuple[int, PrefetchedWeights] | None = None
 
-    def __deepcopy__(self, memo: dict) -> "CopiesAhead":
-        return type(self)()  # what is under way is the original's
+    def __deepcopy__(self, memo: dict) -> "WeightPrefetcher":
+        return type(self)()  # what is in flight belongs to the original
 
-    def take(self, layer: int, routes: CopyRoutes, versions: list[int], send_ahead: SendAhead) -> RowsUnderway | None:
-        """The rows that were sent ahead for a layer that is called now; ``None`` if none were, or others.
+    def take(self, layer: int, routes: RedundantRoutes, versions: list[int], prefetch: Prefetch) -> RowExchange | None:
+        """Return the prefetched weights of a layer that is called now, or ``None`` if there are none that fit.
 
         Args:
-            layer: Its index.
-            routes: Of this forward.
-            versions: Of the layer's weights, now.
-            send_ahead: To be called in the next forward, when the layer before this one was called. It is held as long
-                as its layer is.
+            layer: Index of the layer.
+            routes: Routes of this forward pass.
+            versions: Versions of the layer's parameters now.
+            prefetch: Method to call in the next forward pass, once the layer before this one was called. It is
+                referenced weakly.
         """
         if self._last is not None and self._last < layer:
-            self._following[self._last] = layer, weakref.WeakMethod(send_ahead)
+            self._next_layer[self._last] = layer, weakref.WeakMethod(prefetch)
         self._last = layer
-        if self._sent is not None:
-            of_layer, sent = self._sent
-            if of_layer == layer and sent.routes is routes and sent.versions == versions:
-                self._sent = None
-                return sent.rows
-        self.discard()
+        if self._in_flight is not None:
+            prefetched_layer, prefetched = self._in_flight
+            if prefetched_layer == layer and prefetched.routes is routes and prefetched.versions == versions:
+                self._in_flight = None
+                return prefetched.rows
+        self.cancel()
         return None
 
-    def send_next(self, layer: int) -> None:
-        """Send the copies off of what is called behind ``layer``."""
-        if layer in self._following:
-            following, of_layer = self._following[layer]
-            send_ahead = of_layer()
-            if send_ahead is not None and (sent := send_ahead()) is not None:
-                self._sent = following, sent
+    def prefetch_after(self, layer: int) -> None:
+        """Send the weights of the layer that is called after ``layer``."""
+        if layer in self._next_layer:
+            next_layer, method = self._next_layer[layer]
+            prefetch = method()
+            if prefetch is not None and (prefetched := prefetch()) is not None:
+                self._in_flight = next_layer, prefetched
 
-    def discard(self) -> None:
-        """Drop what was sent ahead: weights or places are about to change."""
-        if self._sent is not None:
-            _, sent = self._sent
-            sent.rows.discard()
-            self._sent = None
+    def cancel(self) -> None:
+        """Drop the weights in flight, since parameters or the placement are about to change."""
+        if self._in_flight is not None:
+            _, prefetched = self._in_flight
+            prefetched.rows.discard()
+            self._in_flight = None

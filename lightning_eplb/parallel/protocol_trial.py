@@ -1,10 +1,10 @@
-"""A trial of expert modules before they are converted: does their forward compute what the protocol says?
+"""Trial of expert modules before their conversion: checks that their forward computes what the protocol says.
 
-Random tokens run through a small clone of the module. Its experts have random weights: the module's own may be meta,
-zero or quantized. Outputs are compared with those of one token, one expert and a weight of one. The clone shares
-nothing with the module that a forward could change, and calls no hook.
+Random tokens run through a small clone of the module. Its experts have random weights, since the module's own may be on
+the meta device, zero or quantized. Outputs are compared with those of one token, one expert and a weight of one. The
+clone shares nothing with the module that a forward could change, and calls no hook.
 
-Shape suffixes: ``T`` tokens, ``K`` top-k, ``D`` model width, ``E`` experts of the clone.
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``D`` model width, ``S`` sequence length, ``B`` sequences.
 """
 
 import collections
@@ -19,7 +19,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_eplb.parallel.per_expert_state import find_per_expert, give_elements
+from lightning_eplb.parallel.per_expert_state import select_elements
+from lightning_eplb.parallel.per_expert_trial import find_per_expert_state
 
 PROTOCOL_OF_FORWARD = (
     "forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) returns [T, D], each token's sum over its K"
@@ -27,19 +28,19 @@ PROTOCOL_OF_FORWARD = (
 )
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Largest relative difference, by what a module rounds to. Rounding makes 1e-15, 1e-6 and 1e-2."""
+"""Largest relative difference by the dtype that a module computes in. Rounding causes 1e-15, 1e-6 and 1e-2."""
 
-LARGE = 2**22
-"""Parameters of an expert beyond which the trial is in float32: time and memory."""
+MAX_FLOAT64_PARAMETERS = 2**22
+"""Parameters of an expert up to which the trial runs in float64, to bound time and memory."""
 
-MOST = 2**23
-"""Parameters of the clone, unless those of three experts are more."""
+MAX_PARAMETERS = 2**23
+"""Parameters of the clone, unless three experts have more."""
 
-CROWD = 64
-"""Tokens of one expert that show a capacity. Its minimum is 4 in DeepSpeed."""
+NUM_TOKENS = 64
+"""Tokens of one expert that reveal a capacity. Its minimum is 4 in DeepSpeed."""
 
 _OF_TRANSFORMERS = ("batched_mm", "grouped_mm", "sonicmoe", "deepgemm")
-"""transformers' kernels for what its eager forward says. They need a GPU, or copy weights for each token."""
+"""Implementations of transformers beside the eager one. They need a GPU, or copy weights for each token."""
 
 FIRST_CHOICE = "only the first of a token's choices counts"
 _NOT_TRIED = "not tried"
@@ -50,16 +51,16 @@ _log = logging.getLogger(__name__)
 def check_protocol(found: dict[str, nn.Module]) -> set[str]:
     """Raise ``ValueError`` for the first expert module whose forward does not compute what the protocol says.
 
-    Needs no communication: all ranks try the same. Of layers that are alike one is tried. A module passes if its
-    forward raises for random tokens whatever their width and dtype, since it may need what only training gives it.
+    Needs no communication, since all ranks try the same. One of several equal layers is tried. A module passes if its
+    forward raises for random tokens of any width and dtype, since it may need what only training provides.
 
     Returns:
-        The names of those that read a token's first choice only, which is right where the router makes one.
+        Names of modules that read a token's first choice only, which is right for routers that make one.
     """
     tried: dict[tuple, str | None] = {}
     for name, module in found.items():
         if (key := _key(module)) not in tried:
-            tried[key] = what_differs(module)
+            tried[key] = find_deviation(module)
         if (reason := tried[key]) not in (None, FIRST_CHOICE):
             raise ValueError(
                 f"{name} ({type(module).__name__}) looks like experts, but {reason}. The protocol is:"
@@ -68,11 +69,11 @@ def check_protocol(found: dict[str, nn.Module]) -> set[str]:
     return {name for name, module in found.items() if tried[_key(module)] == FIRST_CHOICE}
 
 
-def what_differs(module: nn.Module) -> str | None:
-    """How ``module``, not converted yet, departs from the protocol; ``None``: not at all, or it can't be tried."""
+def find_deviation(module: nn.Module) -> str | None:
+    """Describe how ``module``, not converted yet, departs from the protocol. ``None`` if it does not or can't be tried."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if any(parameter.dtype not in floats for parameter in module.parameters()):
-        return None  # quantized: random bits would be no weights
+        return None  # quantized: random bits are no weights
     for device in _devices(module):
         autocast, eager = torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager")
         with isolate_rng(include_cuda=device.type == "cuda"), torch.no_grad(), device, autocast, eager:
@@ -83,14 +84,14 @@ def what_differs(module: nn.Module) -> str | None:
             return reason
         if None in reasons:
             return None
-        if trial.is_out_of_range:  # an accelerator would not recover from that
+        if trial.is_out_of_range:  # an accelerator does not recover from that
             break
     _log.debug("%s raised for random tokens, so nothing is known of its forward", type(module).__name__)
     return None
 
 
 def _devices(module: nn.Module) -> Iterator[torch.device]:
-    """The CPU, and then the accelerator, for what does not run on the CPU, such as Triton's kernels."""
+    """Yield the CPU, then the accelerator for modules that need one, such as those with Triton kernels."""
     yield torch.device("cpu")
     if torch.accelerator.is_available():
         own, accelerator = next(module.parameters()).device, torch.accelerator.current_accelerator()
@@ -99,7 +100,7 @@ def _devices(module: nn.Module) -> Iterator[torch.device]:
 
 
 def _key(module: nn.Module) -> tuple:
-    """Equal for modules that compute alike but for their weights: of one class, with the same attributes."""
+    """Return a key that is equal for modules of one class with the same attributes, whatever their weights."""
     key: list[Any] = []
     for name, part in module.named_modules():
         attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
@@ -109,17 +110,17 @@ def _key(module: nn.Module) -> tuple:
     return tuple(key)
 
 
-def _taken(module: nn.Module) -> Sequence[str]:
-    """Names of what has an element for each expert. None where that can't be told: the trial may say why."""
+def _per_expert_attributes(module: nn.Module) -> Sequence[str]:
+    """Return names of attributes with an element for each expert. Empty if unknown, for which the trial may say why."""
     with suppress(ValueError):
-        return find_per_expert("", module).taken
+        return find_per_expert_state("", module).attributes
     return ()
 
 
 class _Clones:
-    """Clones of a module with random weights, a fresh one for each call of its forward.
+    """Clones of a module with random weights, a new one for each call of its forward.
 
-    Of the experts all are equal to the first, but the second.
+    All experts but the second are equal to the first.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -127,7 +128,7 @@ class _Clones:
         self.num_experts: int = module.num_experts  # type: ignore[assignment]
         self.own = dict(module.named_parameters(recurse=False))
         self.row_size = sum(math.prod(parameter.shape[1:]) for parameter in self.own.values())
-        self.taken = _taken(module)
+        self.attributes = _per_expert_attributes(module)
         self.is_training = True
         self.dtype = torch.float64
         self.experts: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ class _Clones:
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(self, dtype: torch.dtype, num_experts: int) -> None:
-        """Draw weights, unless there are such."""
+        """Draw weights, unless some of this dtype exist."""
         if self.experts and dtype == self.dtype:
             return
         self.dtype = dtype
@@ -146,29 +147,29 @@ class _Clones:
         self.experts = drawn
 
     def twins(self) -> dict[str, Tensor]:
-        """Equal experts, of another number than else."""
+        """Return equal experts, another number of them than usual."""
         if len(next(iter(self.experts.values()))) > 2:
             return {name: rows[:3:2] for name, rows in self.experts.items()}
         return {name: rows[:1].expand(3, *rows.shape[1:]) for name, rows in self.experts.items()}
 
     def random(self, *shape: int) -> Tensor:
-        """Normal numbers; of many, the same ones again: drawing them would take longer than all else."""
+        """Return normal numbers, repeated if there are many: drawing them would take longer than all else."""
         count, drawn = math.prod(shape), 65_537
         numbers = torch.randn(min(count, drawn), generator=self._generator, dtype=self.dtype, device="cpu")
         return numbers.repeat(math.ceil(count / drawn) if count else 1)[:count].view(shape).to(self.device)
 
     def _weights(self, shape: torch.Size, *experts: int) -> Tensor:
-        """Matrices that keep the size of their input, and vectors from 0.5 to 1.5; of one or of several experts."""
+        """Return matrices that preserve the norm of their input, or vectors from 0.5 to 1.5."""
         numbers = self.random(*experts, *shape)
         return 1 + numbers.clamp(-2, 2) / 4 if len(shape) < 2 else numbers.mul_(math.prod(shape) ** -0.25)
 
     def forward(self, experts: dict[str, Tensor], *args: Tensor) -> Any:
-        """The forward of any number of experts, which may change what it is given."""
+        """Run the forward of any number of experts on copies of the arguments."""
         local, rows = self._clone(self.module), len(next(iter(experts.values())))
         local.__dict__["_parameters"].update(experts)
         local.__dict__["num_experts"] = rows
         order = [0, 1, *[0] * rows][:rows] if rows == len(next(iter(self.experts.values()))) else [0] * rows
-        give_elements(local, self.taken, order)
+        select_elements(local, self.attributes, order)
         config = copy.copy(getattr(local, "config", None))
         if getattr(config, "_experts_implementation", None) in _OF_TRANSFORMERS:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
@@ -185,7 +186,7 @@ class _Clones:
         return clone
 
     def _random_instead_of(self, parameter: nn.Parameter | None) -> Tensor | None:
-        """Of a parameter that all experts share; the same in all calls."""
+        """Return random weights for a parameter that all experts share, the same in all calls."""
         if parameter is None or any(parameter is own for own in self.own.values()):
             return None
         if id(parameter) not in self._shared:
@@ -202,7 +203,7 @@ class _Clones:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of what a forward may change in place: tensors and containers."""
+    """Copy what a forward may change in place: tensors and containers."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (list, set, collections.deque):
@@ -215,14 +216,14 @@ def _copied(value: Any) -> Any:
 
 
 class _Trial:
-    """Of one module on one device."""
+    """Trial of one module on one device."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.clones, self.device = _Clones(module, device), device
         self.tolerance, self.is_out_of_range = 0.0, False
 
     def run(self, is_training: bool) -> str | None:
-        """What differs, if anything, in training or in evaluation."""
+        """Describe the deviation in training or in evaluation, if any."""
         self.clones.is_training = is_training
         for _ in self._settings():
             try:
@@ -236,13 +237,13 @@ class _Trial:
         return next((reason for _ in self._settings() if (reason := self._other_protocol()) is not None), _NOT_TRIED)
 
     def _settings(self) -> Iterator[None]:
-        """Set dtypes, and what the model's width may be: a size of most parameters, or an attribute."""
+        """Set dtypes and candidates for the model width: a size of most parameters, or an attribute."""
         clones, own = self.clones, list(self.clones.own.values())
         sizes = collections.Counter(size for p in own for size in dict.fromkeys(p.shape[1:]))
         attributes = [value for value in vars(clones.module).values() if type(value) is int and 1 < value < 2**16]
         widths = list(dict.fromkeys([*(size for size, _ in sizes.most_common()), *attributes]))
-        count = min(clones.num_experts, max(3, MOST // clones.row_size))
-        is_large = clones.row_size > LARGE
+        count = min(clones.num_experts, max(3, MAX_PARAMETERS // clones.row_size))
+        is_large = clones.row_size > MAX_FLOAT64_PARAMETERS
         for dtype in dict.fromkeys([torch.float32 if is_large else torch.float64, torch.float32, own[0].dtype]):
             with suppress(RuntimeError, TypeError):  # the device has no memory for it, or not this dtype
                 clones.draw(dtype, count)
@@ -272,7 +273,7 @@ class _Trial:
         )
 
     def _tolerance(self, token: Tensor, output: Tensor) -> float:
-        """By the first dtype whose last bits make a difference: a module may compute in a coarser one than its own."""
+        """Return the tolerance of the dtype that the module computes in, which may be coarser than its own."""
         noise = self.hidden(1)
         for dtype, tolerance in TOLERANCE.items():
             eps = torch.finfo(dtype).eps
@@ -281,25 +282,25 @@ class _Trial:
                 return tolerance
         return max(TOLERANCE.values())
 
-    def _crowd(self, hidden_TD: Tensor) -> Tensor:
-        which = torch.arange(CROWD, device=self.device) % len(hidden_TD)
-        return self.call(hidden_TD[which], [[0]] * CROWD, [[1.0]] * CROWD)
+    def _many_tokens(self, hidden_TD: Tensor) -> Tensor:
+        which = torch.arange(NUM_TOKENS, device=self.device) % len(hidden_TD)
+        return self.call(hidden_TD[which], [[0]] * NUM_TOKENS, [[1.0]] * NUM_TOKENS)
 
     def _is_random(self, hidden_TD: Tensor) -> bool:
         with suppress(Exception):
-            return not torch.equal(self._crowd(hidden_TD), self._crowd(hidden_TD))
+            return not torch.equal(self._many_tokens(hidden_TD), self._many_tokens(hidden_TD))
         return False
 
     def _of_other_tokens(self, hidden_TD: Tensor, alone_TD: Tensor) -> str | None:
         try:
-            crowd = self._crowd(hidden_TD)
+            many = self._many_tokens(hidden_TD)
         except Exception as error:
             return f"its forward raises {type(error).__name__} ({error}) for several tokens of one expert"
-        if self._equal(crowd, alone_TD.repeat(CROWD // len(alone_TD), 1)):
+        if self._equal(many, alone_TD.repeat(NUM_TOKENS // len(alone_TD), 1)):
             return None
         return (
-            f"a token's output depends on the other tokens: among {CROWD} of one expert it is another than alone (a"
-            " capacity, statistics of the batch)"
+            f"a token's output depends on the other tokens: among {NUM_TOKENS} of one expert it is another than alone"
+            " (a capacity, statistics of the batch)"
         )
 
     def _of_weights(self, hidden_TD: Tensor, alone: Tensor) -> str | None:
@@ -327,7 +328,7 @@ class _Trial:
         return "the output of two experts is not their weighted sum (weights normalized inside)"
 
     def _of_number(self, token: Tensor, output: Tensor) -> str | None:
-        """Experts of the same weights must be the same, whatever their numbers are and however many there are."""
+        """Check that experts with equal weights are equal, whatever their ids and their number."""
         for experts in (self.clones.experts, self.clones.twins()):
             count = len(next(iter(experts.values())))
             same = [e for e in range(count) if e != 1 or experts is not self.clones.experts]
@@ -345,7 +346,7 @@ class _Trial:
         return None
 
     def _of_no_expert(self, token: Tensor, output: Tensor, alone: Tensor) -> str | None:
-        """Ids from ``num_experts`` up must mean no expert. That they raise, or mean the last, is left to the router."""
+        """Check that ids from ``num_experts`` up add nothing. Routers must avoid them if they raise or mean the last."""
         if self.device.type != "cpu":
             return None  # what they read there is not caught
         count = len(next(iter(self.clones.experts.values())))
@@ -356,7 +357,7 @@ class _Trial:
         return None
 
     def _other_protocol(self) -> str | None:
-        """The protocol of a forward that raises for this one, or returns zeros."""
+        """Describe the protocol of a forward that raises for ours, or returns zeros."""
         hidden_TD, index_TK = self.hidden(3), torch.tensor([[0, 1], [1, 0], [0, 1]], device=self.device)
         hidden_BSD, weights_TK = hidden_TD[None], hidden_TD.new_full((3, 2), 0.5)
         experts, num_experts = self.clones.experts, self.clones.num_experts
@@ -368,7 +369,7 @@ class _Trial:
             return "its forward takes hidden [B, S, D]"
         if self._runs(experts, hidden_BSD, index_TK[None], weights_TK[None]):
             return "its forward takes hidden [B, S, D]"
-        if num_experts * self.clones.row_size <= 2 * MOST:
+        if num_experts * self.clones.row_size <= 2 * MAX_PARAMETERS:
             experts = {name: rows[:1].expand(num_experts, *rows.shape[1:]) for name, rows in experts.items()}
             if self._runs(experts, hidden_TD, index_TK, weights_TK):
                 return f"its forward fails for another number of experts than {num_experts}"

@@ -1,4 +1,4 @@
-"""Rows of tensors from rank to rank: packed into one buffer, a bounded collective a chunk."""
+"""Exchange of tensor rows between ranks: packed into buffers of bounded size, one collective a chunk."""
 
 import itertools
 import math
@@ -11,42 +11,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_eplb.parallel.packing import WORDS, Stack, Window, as_words, in_buffer, pieces_of, to_device
+from lightning_eplb.parallel.packing import WORD_DTYPES, Chunk, Stack, as_words, buffer_columns, make_packer, to_device
 
 MAX_STAGING_BYTES = 256 * 2**20
-"""What a rank's send buffer, and its receive buffer, hold at most while rows travel (a single row may need more)."""
+"""Upper bound of the send buffers, and of the receive buffers, of a rank. A single row may need more."""
 
-ALIGNED_BYTES = 512
-"""A row's part of a chunk is a multiple of this: what NCCL sends to each rank then begins where wide words do. Without,
-two thirds of the bandwidth were seen (180 and 268 GB/s between four H200)."""
+ALIGNMENT_BYTES = 512
+"""The bytes of a row in a chunk are a multiple of this, so that NCCL reads wide words for each rank. Without it two
+thirds of the bandwidth were measured (180 and 268 GB/s between four H200)."""
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The collective under its newer name, where torch has it (2.13); the older name warns there."""
 
-LEAST_CHUNK_BYTES = 2 * 2**20
-"""Of a chunk that is one of several only to be packed, or put in place, sooner than a larger one would be."""
+MIN_CHUNK_BYTES = 2 * 2**20
+"""Lower bound of the outer chunks, which are cut smaller only to start the transfer earlier."""
 
-LEAST_ALONE_BYTES = 256 * 2**10
-"""Rows of a tensor that are so wide, those of the fullest rank together, can travel by themselves."""
+MIN_OWN_CHUNK_BYTES = 256 * 2**10
+"""Bytes of a tensor's rows on the fullest rank from which on the tensor can have chunks of its own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which rows this rank sends to whom, and where it puts those it gets. All ranks' routes come from one plan.
+    """Rows that one rank sends and receives. The routes of all ranks come from one plan.
 
     Attributes:
         send_rows: Local rows in the order of their destination ranks, int64.
         send_counts: Rows for each rank, ``[R]``.
-        recv_rows: Local rows that the received ones are for, in the order of their source ranks, int64.
+        recv_rows: Local rows that the received rows are written to, in the order of their source ranks, int64.
         recv_counts: Rows from each rank, ``[R]``.
-        most_rows: The most rows that any rank sends or receives: every rank cuts its chunks by it.
+        max_rows: Most rows that any rank sends or receives. Every rank cuts its chunks by it.
     """
 
     send_rows: Tensor
     send_counts: list[int]
     recv_rows: Tensor
     recv_counts: list[int]
-    most_rows: int
+    max_rows: int
 
     @classmethod
     def of_moves(
@@ -58,7 +58,7 @@ class Route:
         rank: int,
         size: int,
     ) -> "Route":
-        """This rank's route in a list of moves that all ranks share; four int64 arrays of equal length."""
+        """Create this rank's route from the moves of all ranks: four int64 arrays of equal length."""
         sent, received = np.flatnonzero(source_rank == rank), np.flatnonzero(target_rank == rank)
         by_target = sent[np.argsort(target_rank[sent], kind="stable")]
         by_source = received[np.argsort(source_rank[received], kind="stable")]
@@ -68,42 +68,43 @@ class Route:
             send_counts=np.bincount(target_rank[sent], minlength=size).tolist(),
             recv_rows=torch.from_numpy(target_row[by_source]),
             recv_counts=np.bincount(source_rank[received], minlength=size).tolist(),
-            most_rows=int(np.maximum(out_counts, in_counts).max()),
+            max_rows=int(np.maximum(out_counts, in_counts).max()),
         )
 
     def to(self, device: torch.device) -> "Route":
-        """The same route with its rows' indices on ``device``, so that no exchange has to bring them there."""
+        """Return the route with its row indices on ``device``, so that exchanges need not copy them."""
         send_rows, recv_rows = (to_device(rows.numpy(), device) for rows in (self.send_rows, self.recv_rows))
         return replace(self, send_rows=send_rows, recv_rows=recv_rows)
 
     @property
     def reverse(self) -> "Route":
-        """The same rows on their way back."""
-        return Route(self.recv_rows, self.recv_counts, self.send_rows, self.send_counts, self.most_rows)
+        """Route of the same rows back to their sources."""
+        return Route(self.recv_rows, self.recv_counts, self.send_rows, self.send_counts, self.max_rows)
 
     @property
     def arriving_in_order(self) -> "Route":
-        """The same route into a tensor that holds just the received rows, in the order in which they arrive."""
+        """Route into a tensor that holds just the received rows, in the order in which they arrive."""
         order = torch.arange(len(self.recv_rows), device=self.recv_rows.device)
-        return Route(self.send_rows, self.send_counts, order, self.recv_counts, self.most_rows)
+        return Route(self.send_rows, self.send_counts, order, self.recv_counts, self.max_rows)
 
 
-class RowsUnderway:
-    """Rows on their way. All ranks of ``group`` make it and :meth:`send`; then they ask for the rows once, by a method.
+class RowExchange:
+    """Asynchronous exchange of rows. All ranks of ``group`` create it and call its methods in the same order.
 
-    Wide rows travel in chunks of columns; stacks share one.
+    Call :meth:`send`, then once :meth:`write` or :meth:`take`. Wide rows travel in chunks of columns. Several stacks
+    share a chunk.
 
     Args:
-        sources: Stacks: tensors of equal length and row shape one upon another, whose rows the route counts on from
-            one to the next. All stacks have as many tensors and rows. On every rank they are as many, of the same
-            shapes and dtypes. They must stay as they are until the rows have arrived.
-        route: What goes where.
-        group: The ranks of the route.
-        max_bytes: Upper bound of the send buffers and of the receive buffers, half of it for a chunk, as no more than
-            two are under way.
-        is_taken: The rows will be asked for by :meth:`take`. Then wide ones travel alone: the buffer that they arrive
-            in is what is returned.
-        is_behind: Nobody waits for the rows soon. All chunks are under way at once: the buffers hold all rows.
+        sources: Stacks of equal length. The route numbers the rows of a stack through its tensors. All ranks have the
+            same number of stacks, with the same shapes and dtypes. They must not change until the rows have arrived.
+        route: Rows that this rank sends and receives.
+        group: Process group of the route's ranks.
+        max_bytes: Upper bound of the send buffers and of the receive buffers. A chunk has half of it, since no more
+            than two are in flight.
+        is_taken: The rows will be requested by :meth:`take`. Wide rows then have chunks of their own, and the receive
+            buffer is returned without a copy.
+        overlaps_training: All chunks are in flight at once, since training goes on meanwhile. The buffers hold all
+            rows.
     """
 
     def __init__(
@@ -114,109 +115,109 @@ class RowsUnderway:
         max_bytes: int = MAX_STAGING_BYTES,
         *,
         is_taken: bool = False,
-        is_behind: bool = False,
+        overlaps_training: bool = False,
     ) -> None:
-        self._sources = [[_plain(tensor) for tensor in stack] for stack in sources]
-        self._route, self._group, self._is_behind = route, group, is_behind
+        self._sources = [[_detached(tensor) for tensor in stack] for stack in sources]
+        self._route, self._group, self._overlaps_training = route, group, overlaps_training
         row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
-        self._word = next(size for size in WORDS if all(width % size == 0 for width in row_bytes))
+        self._word = next(size for size in WORD_DTYPES if all(width % size == 0 for width in row_bytes))
         self._widths = [width // self._word for width in row_bytes]
-        self._windows: list[Window] = []
-        if route.most_rows and any(row_bytes):
-            most, alone, least = (
-                max(1, size // self._word // route.most_rows)
-                for size in (max_bytes // 2, LEAST_ALONE_BYTES, LEAST_CHUNK_BYTES)
+        self._chunks: list[Chunk] = []
+        if route.max_rows and any(row_bytes):
+            most, own_chunk, least = (
+                max(1, size // self._word // route.max_rows)
+                for size in (max_bytes // 2, MIN_OWN_CHUNK_BYTES, MIN_CHUNK_BYTES)
             )
-            aligned = ALIGNED_BYTES // self._word
-            most -= most % aligned if most > aligned else 0
-            chunks = itertools.repeat(most)
-            if not is_taken and not is_behind:
-                chunks = iter(_chunk_columns(sum(self._widths), most, least, aligned))
-            self._windows = _column_windows(self._widths, chunks, alone if is_taken else max(self._widths) + 1)
-            self._sent = pieces_of(self._sources, route.send_rows, self._windows, self._word)
+            alignment = ALIGNMENT_BYTES // self._word
+            most -= most % alignment if most > alignment else 0
+            widths = itertools.repeat(most)
+            if not is_taken and not overlaps_training:
+                widths = iter(_chunk_widths(sum(self._widths), most, least, alignment))
+            self._chunks = _cut_columns(self._widths, widths, own_chunk if is_taken else max(self._widths) + 1)
+            self._send_packer = make_packer(self._sources, route.send_rows, self._chunks, self._word)
         self._num_sent = 0
-        self._chunks: deque[_Chunk] = deque()
+        self._in_flight: deque[_ChunkInFlight] = deque()
 
-    def send(self) -> "RowsUnderway":
-        """Send the first rows off, or all of them behind training."""
-        for _ in range(len(self._windows) if self._is_behind else 2):
+    def send(self) -> "RowExchange":
+        """Send the first chunks, or all of them where training goes on meanwhile."""
+        for _ in range(len(self._chunks) if self._overlaps_training else 2):
             self._send_next()
         return self
 
     def discard(self) -> None:
-        """Let what is under way arrive, and drop it."""
-        self._num_sent = len(self._windows)
-        while self._chunks:
-            self._chunks.popleft().work.wait()
+        """Wait for the chunks in flight and drop them."""
+        self._num_sent = len(self._chunks)
+        while self._in_flight:
+            self._in_flight.popleft().work.wait()
 
-    def aim(self, targets: "Sequence[Stack]") -> "RowsUnderway":
-        """Say where :meth:`write` puts the rows: the host prepares it here, and waits for nothing.
+    def prepare_write(self, targets: "Sequence[Stack]") -> "RowExchange":
+        """Set the targets of :meth:`write`, and prepare on the host what needs no rows yet.
 
         Args:
-            targets: A stack for each of the sources, its rows of the same shape and dtype; the route's ``recv_rows``
-                count them. They may be the sources.
+            targets: A stack for each of the sources, with rows of the same shape and dtype, which the route's
+                ``recv_rows`` number. They may be the sources.
         """
-        if self._windows:
-            targets = [[_plain(tensor) for tensor in stack] for stack in targets]
-            self._written = pieces_of(targets, self._route.recv_rows, self._windows, self._word)
+        if self._chunks:
+            targets = [[_detached(tensor) for tensor in stack] for stack in targets]
+            self._recv_packer = make_packer(targets, self._route.recv_rows, self._chunks, self._word)
         return self
 
     def write(self) -> None:
-        """Wait for the rows and put each where the route and :meth:`aim` say, in place.
+        """Wait for the rows and write them into the targets, in place.
 
-        Within a chunk every row is read before one is written: rows can change places without a second copy of the
-        tensors.
+        Within a chunk every row is read before one is written, so rows can be permuted without a copy of the tensors.
         """
-        if self._windows:
-            for chunk in self._arrivals():
-                self._written.scatter(chunk.received, chunk.window, is_alone=self._is_behind or not self._chunks)
-            self._written.finish()
+        if self._chunks:
+            for arrived in self._arrivals():
+                uses_all_sms = self._overlaps_training or not self._in_flight
+                self._recv_packer.unpack(arrived.received, arrived.chunk, uses_all_sms)
+            self._recv_packer.finish()
 
     def take(self) -> list[Tensor]:
-        """Wait for the rows and return them, for each of the stacks, in the order in which they arrived."""
+        """Wait for the rows and return those of each stack, in the order in which they arrived."""
         rows = len(self._route.recv_rows)
-        kinds = [stack[0] for stack in self._sources]
-        taken = [kind.new_empty(0) for kind in kinds]
-        for chunk in self._arrivals():
-            for (i, start, stop), columns in in_buffer(self._windows[chunk.window]):
-                kind, arrived = kinds[i], chunk.received[:, columns]
+        likes = [stack[0] for stack in self._sources]
+        taken = [like.new_empty(0) for like in likes]
+        for arrived in self._arrivals():
+            for (i, start, stop), in_buffer in buffer_columns(self._chunks[arrived.chunk]):
+                like, columns = likes[i], arrived.received[:, in_buffer]
                 is_whole = stop - start == self._widths[i]
-                if is_whole and 0 < arrived.nbytes == arrived.untyped_storage().nbytes():  # the buffer itself
-                    taken[i] = arrived.view(kind.dtype).view(rows, *kind.shape[1:])
+                if is_whole and 0 < columns.nbytes == columns.untyped_storage().nbytes():  # the buffer itself
+                    taken[i] = columns.view(like.dtype).view(rows, *like.shape[1:])
                     continue
                 if start == 0:
-                    taken[i] = kind.new_empty(rows, *kind.shape[1:])
-                as_words(taken[i], self._word)[:, start:stop] = arrived
+                    taken[i] = like.new_empty(rows, *like.shape[1:])
+                as_words(taken[i], self._word)[:, start:stop] = columns
         return [
-            tensor if tensor.ndim == kind.ndim else kind.new_empty(rows, *kind.shape[1:])
-            for tensor, kind in zip(taken, kinds, strict=True)
+            tensor if tensor.ndim == like.ndim else like.new_empty(rows, *like.shape[1:])
+            for tensor, like in zip(taken, likes, strict=True)
         ]
 
     def _send_next(self) -> None:
-        if self._num_sent == len(self._windows):
+        if self._num_sent == len(self._chunks):
             return
-        sent = self._sent.gather(self._num_sent, is_alone=self._is_behind or not self._chunks)
+        sent = self._send_packer.pack(self._num_sent, uses_all_sms=self._overlaps_training or not self._in_flight)
         received = sent.new_empty(len(self._route.recv_rows), sent.shape[1])
         work = dist.all_to_all_single(
             received, sent, self._route.recv_counts, self._route.send_counts, group=self._group, async_op=True
         )
         assert work is not None
-        self._chunks.append(_Chunk(self._num_sent, sent, received, work))
+        self._in_flight.append(_ChunkInFlight(self._num_sent, sent, received, work))
         self._num_sent += 1
 
-    def _arrivals(self) -> "Iterator[_Chunk]":
-        while self._chunks:
-            chunk = self._chunks.popleft()
+    def _arrivals(self) -> "Iterator[_ChunkInFlight]":
+        while self._in_flight:
+            chunk = self._in_flight.popleft()
             chunk.work.wait()
             self._send_next()
             yield chunk
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunk:
-    """A collective that was started; its buffers are held until it is done."""
+class _ChunkInFlight:
+    """Collective in flight with its buffers, which must live until it is done."""
 
-    window: int
+    chunk: int
     sent: Tensor
     received: Tensor
     work: dist.Work
@@ -231,18 +232,19 @@ def exchange_rows(
 ) -> None:
     """Write the rows that other ranks send along ``route`` into ``targets``, in place. All ranks of ``group`` call it.
 
-    For the arguments see :class:`RowsUnderway` and its ``aim``; ``targets`` may be ``sources``.
+    For the arguments see :class:`RowExchange`. ``targets`` may be ``sources``.
     """
-    underway = RowsUnderway([[source] for source in sources], route, group, max_bytes).send()
-    underway.aim([[target] for target in targets]).write()
+    exchange = RowExchange([[source] for source in sources], route, group, max_bytes).send()
+    exchange.prepare_write([[target] for target in targets]).write()
 
 
 def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' rows in the order of logical experts, on the CPU. Every rank of ``group`` calls it.
+    """Gather the rows of all ranks in the order of logical experts, on the CPU. Every rank of ``group`` calls it.
 
     Args:
-        rows: This rank's rows, ``[n, ...]``.
-        order: The logical expert of every row, ranks in order, ``[L]`` int64: each expert once.
+        rows: Rows of this rank, ``[n, ...]``.
+        order: Logical expert of every row, ranks in order, ``[L]`` int64, each expert once.
+        group: Process group of the ranks.
 
     Returns:
         ``[L, ...]`` on every rank.
@@ -259,43 +261,43 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     return logical.view(-1).view(mine.dtype).view(len(logical), *mine.shape[1:])
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _chunk_columns(total: int, most: int, least: int, aligned: int) -> list[int]:
+def _chunk_widths(total: int, most: int, least: int, alignment: int) -> list[int]:
     """Cut ``total`` columns, or a few more, into chunks of at most ``most``, the outer ones of about half the width.
 
-    The first is packed before anything travels, and the last put in place when all has arrived: both are waited for.
-    Outer chunks that would be narrower than ``least`` are not worth it. All are multiples of ``aligned`` where ``most``
-    is one.
+    The first chunk is packed before anything travels, and the last one unpacked when all has arrived, so both are
+    waited for. Outer chunks narrower than ``least`` are not worth it. All widths are multiples of ``alignment`` if
+    ``most`` is one.
     """
     end = min(most // 2, total // 4)
-    end -= end % aligned
+    end -= end % alignment
     if end < max(least, 1):
         return [most] * math.ceil(total / most)
     between = total - 2 * end
     number = math.ceil(between / most)
-    middle = min(most, math.ceil(between / number / aligned) * aligned)
+    middle = min(most, math.ceil(between / number / alignment) * alignment)
     return [end, *[middle] * number, end]
 
 
-def _column_windows(widths: Sequence[int], columns: Iterator[int], alone: int) -> list[Window]:
-    """Cut tensors that lie side by side into windows of these ``columns``; one as wide as ``alone`` shares none."""
-    windows: list[Window] = []
+def _cut_columns(widths: Sequence[int], chunk_widths: Iterator[int], own_chunk: int) -> list[Chunk]:
+    """Cut the columns of tensors side by side into chunks. A tensor at least ``own_chunk`` wide shares none."""
+    chunks: list[Chunk] = []
     room = 0
     for i, width in enumerate(widths):
         start = 0
-        if width >= alone:
+        if width >= own_chunk:
             room = 0
         while start < width:
             if room == 0:
-                windows.append([])
-                room = next(columns)
+                chunks.append([])
+                room = next(chunk_widths)
             stop = min(width, start + room)
-            windows[-1].append((i, start, stop))
+            chunks[-1].append((i, start, stop))
             room -= stop - start
             start = stop
-        if width >= alone:
+        if width >= own_chunk:
             room = 0
-    return windows
+    return chunks

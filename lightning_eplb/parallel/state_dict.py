@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.barrier import monitored_barrier
-from lightning_eplb.parallel.dtensor import as_spread, local_shard, with_local
-from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
+from lightning_eplb.parallel.dtensor import as_distributed, local_shard, with_local
+from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
 
 
@@ -51,8 +52,8 @@ def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
     assert layer.groups.ep_group is not None
     if isinstance(rows, DTensor):
         return _reordered(rows, layer, layer.row_order)
-    if layer.saved_in_shards():
-        return _reordered(as_spread(rows, layer.groups.ep_group), layer, layer.row_order).cpu()
+    if layer.saves_shards:
+        return _reordered(as_distributed(rows, layer.groups.ep_group), layer, layer.row_order).cpu()
     return gather_rows(rows, layer.row_order, layer.groups.ep_group)
 
 
@@ -71,7 +72,7 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
         )
     if isinstance(full, DTensor):
         rows = _reordered(full, layer, torch.argsort(layer.row_order))
-        return local_shard(rows) if layer.saved_in_shards() else rows
+        return local_shard(rows) if layer.saves_shards else rows
     full = torch.detach(full)  # reads what Lightning has not read from its file yet; indexing it does not
     return full[layer.local_experts.to(full.device)]
 

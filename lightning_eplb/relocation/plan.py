@@ -21,7 +21,7 @@ class LayerMoves:
     target_rank: np.ndarray
     target_row: np.ndarray
     num_rows_between_ranks: int
-    most_rows: int
+    max_rows: int
     """Those that the fullest rank sends or receives; of one that keeps its rank, too."""
 
 
@@ -49,7 +49,7 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
     for layer in np.flatnonzero(most_Y).tolist():
         experts = np.flatnonzero(moved_YL[layer])
         places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
-        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], most_rows=most_Y[layer]))
+        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], max_rows=most_Y[layer]))
     return plan
 
 

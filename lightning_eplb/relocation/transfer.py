@@ -1,4 +1,4 @@
-"""Move primaries between ranks as planned: weights, optimizer state and, where they are still wanted, gradients."""
+"""Transfer of primaries between ranks as planned: weights, optimizer state and gradients that are still needed."""
 
 import math
 from collections import deque
@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.packing import Stack, most_rows_together
-from lightning_eplb.parallel.row_exchange import Route, RowsUnderway
+from lightning_eplb.parallel.packing import Stack, max_rows_together
+from lightning_eplb.parallel.row_exchange import Route, RowExchange
 from lightning_eplb.relocation.optimizer_state import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
 
-_Kind: TypeAlias = "tuple[torch.Size, torch.dtype, torch.device]"
+_Layout: TypeAlias = "tuple[torch.Size, torch.dtype, torch.device]"
 
 
 def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gradients: bool) -> list[Tensor]:
-    """What this rank holds of every tensor with a row for each primary of a converted module, ``[n, ...]`` each."""
+    """Return this rank's shard of every tensor with a row for each primary of a converted module, ``[n, ...]`` each."""
     _reshard(module)
     tensors: list[Tensor] = []
     for parameter in module.parameters(recurse=False):
@@ -34,13 +34,13 @@ def tensors_to_move(module: nn.Module, optimizers: Sequence[Optimizer], with_gra
 
 
 def gradients_to_move(module: nn.Module) -> list[Tensor]:
-    """The gradients among those tensors."""
+    """Return the gradients among the tensors of :func:`tensors_to_move`."""
     _reshard(module)
     return [local_shard(p.grad) for p in module.parameters(recurse=False) if p.grad is not None]
 
 
 def route_of(layers: Sequence[LayerMoves], num_primaries: int, groups: ExpertGroups) -> Route:
-    """How this rank's rows of these layers travel; each layer's are counted on from those of the one before it."""
+    """Return this rank's route for several layers, whose rows are numbered through."""
     source_rank, target_rank = (
         np.concatenate(ranks) for ranks in ([m.source_rank for m in layers], [m.target_rank for m in layers])
     )
@@ -49,20 +49,20 @@ def route_of(layers: Sequence[LayerMoves], num_primaries: int, groups: ExpertGro
     return Route.of_moves(source_rank, source_row, target_rank, target_row, groups.rank, groups.size)
 
 
-class LayersUnderway:
-    """Layers whose primaries move together, in the same collectives: few large ones are faster.
+class LayerTransfer:
+    """Transfer of several layers in the same collectives, since few large ones are faster.
 
-    All ranks of ``group`` make it alike, and :meth:`send`. The tensors must stay as they are from then on until
-    :meth:`put_in_place`.
+    All ranks of ``group`` create it and call its methods alike. The tensors must not change from :meth:`send` until
+    :meth:`commit`.
 
     Args:
-        plan: Layers that wait; those that this takes are taken off its head.
-        tensors_of: Of a layer, its tensors as :func:`tensors_to_move` gives them: of the same shapes and dtypes on
-            every rank.
-        groups: Of the layers.
-        group: What they travel on.
-        most_bytes: No layer more is taken once the fullest rank sends or receives so many.
-        is_behind: Training goes on meanwhile.
+        plan: Moves of the layers that wait. The transfer pops those that it takes.
+        tensors_of: Returns a layer's tensors, see :func:`tensors_to_move`, with the same shapes and dtypes on every
+            rank.
+        groups: Process groups of the layers.
+        group: Process group that the rows travel on.
+        max_bytes: Bytes of the fullest rank from which on no further layer is taken. Defaults to no bound.
+        overlaps_training: Training goes on meanwhile. Defaults to ``False``.
     """
 
     def __init__(
@@ -71,58 +71,55 @@ class LayersUnderway:
         tensors_of: Callable[[int], Sequence[Tensor]],
         groups: ExpertGroups,
         group: dist.ProcessGroup,
-        most_bytes: float = math.inf,
-        is_behind: bool = False,
+        max_bytes: float = math.inf,
+        overlaps_training: bool = False,
     ) -> None:
         self.moves: list[LayerMoves] = []
-        """Of the layers that it took."""
-        self.bytes_of_fullest = 0
-        """What the rank sends or receives that does so most."""
+        """Moves of the layers that it took."""
+        self.max_rank_bytes = 0
+        """Bytes that the fullest rank sends or receives."""
         self.num_bytes = 0
-        """What crosses ranks, over all ranks of the EP group."""
+        """Bytes that cross ranks, over all ranks of the EP group."""
         tensors_of_layers: list[Sequence[Tensor]] = []
-        kinds_of_first: list[_Kind] = []
+        first_layout: list[_Layout] = []
         num_rows = row_bytes = 0
         while plan:
             tensors = tensors_of(plan[0].layer)
-            kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-            num_rows += plan[0].most_rows * len(tensors)
+            layout = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+            num_rows += plan[0].max_rows * len(tensors)
             if not self.moves:
-                kinds_of_first = kinds
-                row_bytes = sum(math.prod(shape[1:]) * dtype.itemsize for shape, dtype, _ in kinds)
-            elif (
-                self.bytes_of_fullest >= most_bytes
-                or num_rows > most_rows_together(tensors[0])
-                or kinds != kinds_of_first
-            ):
+                first_layout = layout
+                row_bytes = sum(math.prod(shape[1:]) * dtype.itemsize for shape, dtype, _ in layout)
+            elif self.max_rank_bytes >= max_bytes or num_rows > max_rows_together(tensors[0]) or layout != first_layout:
                 break
             self.moves.append(plan.popleft())
             tensors_of_layers.append(tensors)
-            self.bytes_of_fullest += row_bytes * self.moves[-1].most_rows
+            self.max_rank_bytes += row_bytes * self.moves[-1].max_rows
             self.num_bytes += row_bytes * self.moves[-1].num_rows_between_ranks
-        self._parts: list[tuple[list[Stack], RowsUnderway]] = []
+        self._parts: list[tuple[list[Stack], RowExchange]] = []
         stacks = list(zip(*tensors_of_layers, strict=True))
         if stacks:
             route = route_of(self.moves, len(stacks[0][0]), groups)
             with torch.no_grad():
                 self._parts = [
-                    (part, RowsUnderway(part, route, group, is_behind=is_behind)) for part in _by_device(stacks)
+                    (part, RowExchange(part, route, group, overlaps_training=overlaps_training))
+                    for part in _by_device(stacks)
                 ]
 
     def send(self) -> None:
-        """Send the rows off."""
+        """Send the rows."""
         with torch.no_grad():
             for _, rows in self._parts:
                 rows.send()
 
-    def aim(self) -> None:
-        """Prepare what the host can of :meth:`put_in_place`; it waits for nothing."""
+    def prepare_commit(self) -> None:
+        """Prepare :meth:`commit` on the host, without waiting."""
         with torch.no_grad():
             for stacks, rows in self._parts:
-                rows.aim(stacks)
+                rows.prepare_write(stacks)
 
-    def put_in_place(self) -> None:
-        """Wait for the rows, and put them where :meth:`aim` was told."""
+    def commit(self) -> None:
+        """Wait for the rows and write them in place."""
         with torch.no_grad():
             for _, rows in self._parts:
                 rows.write()
@@ -131,37 +128,38 @@ class LayersUnderway:
 def relocate(plan: Sequence[LayerMoves], tensors_of: Callable[[int], Sequence[Tensor]], groups: ExpertGroups) -> int:
     """Move the rows of primaries, in place. All ranks of the EP group call it with the same plan.
 
-    While the last rows of some layers are put in place, the first of the next travel: the buffers of two exchanges are
-    held.
+    The first rows of some layers travel while the last rows of the layers before are written. So the buffers of two
+    exchanges exist at a time.
 
     Args:
-        plan: What moves, layer by layer.
-        tensors_of: See :class:`LayersUnderway`.
+        plan: Moves, layer by layer.
+        tensors_of: Returns a layer's tensors, see :class:`LayerTransfer`.
+        groups: Process groups of the layers.
 
     Returns:
         Bytes that crossed ranks, over all ranks of the EP group.
     """
     assert groups.ep_group is not None
-    num_bytes, waiting, before = 0, deque(plan), None
+    num_bytes, waiting, previous = 0, deque(plan), None
     while waiting:
-        underway = LayersUnderway(waiting, tensors_of, groups, groups.ep_group)
-        underway.send()
-        num_bytes += underway.num_bytes
-        if before is not None:
-            before.put_in_place()
-        underway.aim()
-        before = underway
-    if before is not None:
-        before.put_in_place()
+        transfer = LayerTransfer(waiting, tensors_of, groups, groups.ep_group)
+        transfer.send()
+        num_bytes += transfer.num_bytes
+        if previous is not None:
+            previous.commit()
+        transfer.prepare_commit()
+        previous = transfer
+    if previous is not None:
+        previous.commit()
     return num_bytes
 
 
 def _by_device(stacks: Sequence[Stack]) -> list[list[Stack]]:
-    """Optimizer state may lie elsewhere than weights (offloading); a collective takes tensors of one device."""
+    """Split stacks by device. Optimizer state may be offloaded, and a collective takes tensors of one device."""
     devices = sorted({str(stack[0].device) for stack in stacks})
     return [[stack for stack in stacks if str(stack[0].device) == device] for device in devices]
 
 
 def _reshard(module: nn.Module) -> None:
     if isinstance(module, FSDPModule):
-        module.reshard()  # what was gathered for a forward would not see its shards change
+        module.reshard()  # parameters unsharded for a forward would not see their shards change

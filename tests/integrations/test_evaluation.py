@@ -82,7 +82,7 @@ def predict(redundancy: Literal["window", "batch"], ep_size: int | None = None) 
     assert writer.batches == writer.epoch == len(predictions)
     with torch.no_grad():
         expected = reference(input_ids=tokens[dist.get_rank() :: 2], use_cache=False).logits
-    assert all(layer.uneven is None for layer, _ in expert_layers(model))
+    assert all(layer.join is None for layer, _ in expert_layers(model))
     return float((torch.cat(predictions) - expected).abs().max()), len(predictions)  # type: ignore[arg-type]
 
 
@@ -255,7 +255,7 @@ def validate_with_gradients(*count_of_rank: int) -> tuple[str, int]:
     try:
         trainer.validate(module, shard(*count_of_rank), verbose=False)
     except RuntimeError as error:
-        assert all(layer.uneven is None for layer, _ in expert_layers(module))
+        assert all(layer.join is None for layer, _ in expert_layers(module))
         return str(error), len(module.evaluated)
     return "", len(module.evaluated)
 

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_eplb import ExpertLoadBalancer, fully_shard_moe, parallelize_experts
 from lightning_eplb.checkpoint import install_optimizer_hooks
-from lightning_eplb.parallel.dtensor import local_shard, shard_dimension
+from lightning_eplb.parallel.dtensor import local_shard
+from lightning_eplb.parallel.fully_shard import shard_dimension
 from lightning_eplb.parallel.groups import ExpertGroups
 from tests.fidelity import ShufflePolicy, whole
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel.dispatch import Dispatch, TokenDispatcher
+from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.dispatch_plan import DispatchPlan
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import ShufflePolicy
 from tests.models import hugging_face_model
@@ -265,7 +266,7 @@ class GatheringDispatcher(TokenDispatcher):
 
     bytes_in_parts = math.inf
 
-    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> "GatheredTrip":
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "GatheredTrip":
         (part,) = plan.parts
         sent: list[list[int]] = [[] for _ in range(self.groups.size)]
         dist.all_gather_object(sent, part.send_counts, group=self.groups.ep_group)
@@ -300,7 +301,7 @@ class LabelledDispatcher(TokenDispatcher):
 
     bytes_in_parts = 0
 
-    def dispatch(self, hidden_TD: Tensor, plan: Dispatch, top_k: int) -> "LabelledTrip":
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "LabelledTrip":
         slots = plan.parts[-1].sent.shape[1] + plan.parts[-1].primaries.start
         labels = []
         for part in plan.parts:
@@ -339,7 +340,7 @@ class LabelledDispatcher(TokenDispatcher):
 
 @dataclass
 class LabelledTrip:
-    plan: Dispatch
+    plan: DispatchPlan
     rows: Tensor
     slots: Tensor
     mixed: Tensor
@@ -348,7 +349,7 @@ class LabelledTrip:
 
 @dataclass
 class GatheredTrip:
-    plan: Dispatch
+    plan: DispatchPlan
     sent: list[list[int]]
     rows: Tensor
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, parallelize_experts
 from lightning_eplb.parallel import gradient_sync
-from lightning_eplb.parallel.gradient_sync import ReplicaAverage
+from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
@@ -93,14 +93,14 @@ def accumulate(
     steps = 3
     model = Stack(order, run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient_sync.ReplicaAverage.__init__, "__defaults__", (bucket_bytes,))
+        patch.setattr(gradient_sync.ExpertGradientSync.__init__, "__defaults__", (bucket_bytes,))
         parallelize_experts(model, two_groups())
     layers = list(expert_layers(model))
-    average = layers[0][0].average
-    assert average is not None
+    sync = layers[0][0].gradient_sync
+    assert sync is not None
     grads = {}
     for step in range(steps):
-        average.blocked = lambda step=step: step in blocked_steps
+        sync.block_while(lambda step=step: step in blocked_steps)
         model(hidden_of(dist.get_rank(), step).requires_grad_(), 10 * step + dist.get_rank()).square().sum().backward()
         for name, parameter in model.named_parameters():  # the tensors stay the same
             assert grads.setdefault(name, parameter.grad) is parameter.grad
@@ -132,8 +132,8 @@ def order_of_events() -> list[str]:
     model = Stack((0, 1, 2), plainly)
     parallelize_experts(model, two_groups())
     (first, _), *_ = expert_layers(model)
-    assert first.average is not None
-    first.average._bucket_bytes = sum(parameter.nbytes for parameter in model.layers[0].parameters())
+    assert first.gradient_sync is not None
+    first.gradient_sync._bucket_bytes = sum(parameter.nbytes for parameter in model.layers[0].parameters())
     events: list[str] = []
     original = dist.all_reduce
     model.layers[0].register_full_backward_pre_hook(lambda *_: events.append("backward of layer 0"))
@@ -179,14 +179,14 @@ def test_lightning_averages_once_a_step(workers: Workers) -> None:
 def accumulating_run() -> tuple[int, int]:
     """Backward passes, and those that ended with an average."""
     finished: list[int] = []
-    original = ReplicaAverage._finish
+    original = ExpertGradientSync._finish
 
-    def watched(self: ReplicaAverage) -> None:
+    def watched(self: ExpertGradientSync) -> None:
         original(self)
         finished.append(len(self._accumulated))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReplicaAverage, "_finish", watched)
+        patch.setattr(ExpertGradientSync, "_finish", watched)
         module = LanguageModel(hugging_face_model("mixtral"), "adamw")
         trainer = trainer_for(4, max_steps=2, accumulate_grad_batches=4, callbacks=[EPLBCallback(ep_size=2)])
         trainer.fit(module, loader(token_batches(4 * 8 * 2), 2))

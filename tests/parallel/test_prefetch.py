@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.row_exchange import RowsUnderway
+from lightning_eplb.parallel.row_exchange import RowExchange
 from tests.parallel.test_redundant_experts import EXPERTS, HOT_RANK_ZERO, WIDTH, Experts
 from tests.workers import Workers
 
@@ -66,9 +66,9 @@ def spread() -> tuple[nn.Module, ExpertLoadBalancer]:
 def events(paths: list[tuple[int, ...]]) -> list[str]:
     """On every worker: when copies are sent, and when tokens are, in the forward of the last path."""
     model, balancer = spread()
-    start, dispatch = RowsUnderway.__init__, TokenDispatcher.dispatch
+    start, dispatch = RowExchange.__init__, TokenDispatcher.dispatch
 
-    def noted_start(self: RowsUnderway, *args: Any, **kwargs: Any) -> None:
+    def noted_start(self: RowExchange, *args: Any, **kwargs: Any) -> None:
         log.append("copies")
         start(self, *args, **kwargs)
 
@@ -80,7 +80,7 @@ def events(paths: list[tuple[int, ...]]) -> list[str]:
     log.clear()
     with (
         torch.no_grad(),
-        patch.object(RowsUnderway, "__init__", noted_start),
+        patch.object(RowExchange, "__init__", noted_start),
         patch.object(TokenDispatcher, "dispatch", noted_dispatch),
     ):
         model(torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64), paths[-1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.protocol_trial import check_protocol, what_differs
+from lightning_eplb.parallel.protocol_trial import check_protocol, find_deviation
 from tests.parallel.test_parallelize import FAMILIES, experts_of
 from tests.workers import Workers
 
@@ -185,7 +185,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_trial_of_another_protocol_says_what_differs(kind: type[Experts]) -> None:
-    reason = what_differs(kind())
+    reason = find_deviation(kind())
     assert reason is not None
     assert REFUSED[kind] in reason
 
@@ -251,7 +251,7 @@ class HasBuffers(Experts):
     ],
 )
 def test_trial_of_the_protocol_passes(kind: type[Experts]) -> None:
-    assert what_differs(kind()) is None
+    assert find_deviation(kind()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8])
@@ -262,10 +262,10 @@ def test_trial_needs_no_weights_of_the_model(device: str, dtype: torch.dtype) ->
         for name in ("up", "down"):
             rows = getattr(experts, name).detach().to(dtype)
             setattr(experts, name, nn.Parameter(rows, requires_grad=False))
-        assert what_differs(experts) is None
+        assert find_deviation(experts) is None
     else:
-        assert what_differs(Normalizes(device, dtype)) is not None
-        assert what_differs(Experts(device, dtype)) is None
+        assert find_deviation(Normalizes(device, dtype)) is not None
+        assert find_deviation(Experts(device, dtype)) is None
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
@@ -273,7 +273,7 @@ def test_trial_needs_no_weights_of_the_model(device: str, dtype: torch.dtype) ->
 def test_trial_of_hugging_face_families_passes(family: str, implementation: str) -> None:
     for experts in experts_of(family):
         experts.config._experts_implementation = implementation  # type: ignore[union-attr]
-        assert what_differs(experts) is None
+        assert find_deviation(experts) is None
 
 
 class Counts(Experts):
@@ -305,7 +305,7 @@ def test_trial_leaves_no_trace() -> None:
     before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     try:
-        assert what_differs(experts) is None
+        assert find_deviation(experts) is None
     finally:
         handle.remove()
     assert called == []
@@ -320,7 +320,7 @@ def test_trial_leaves_no_trace() -> None:
 
 def test_trial_of_layers_that_are_alike_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    monkeypatch.setattr("lightning_eplb.parallel.protocol_trial.what_differs", tried.append)
+    monkeypatch.setattr("lightning_eplb.parallel.protocol_trial.find_deviation", tried.append)
     layers: dict[str, nn.Module] = {name: Experts() for name in "abc"} | {"d": Experts(dtype=torch.float64)}
     check_protocol(layers)
     assert tried == [layers["a"], layers["d"]]

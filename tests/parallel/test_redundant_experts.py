@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel.row_exchange import RowsUnderway
+from lightning_eplb.parallel.row_exchange import RowExchange
 from tests.workers import Workers
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 5
@@ -67,18 +67,18 @@ def run(experts: nn.Module, with_gradient: bool = True) -> Tensor:
 def order_of_events() -> tuple[list[str], list[str]]:
     """On every worker: what happened in the forward, and what in the backward pass."""
     experts, _ = converted()
-    start, take = RowsUnderway.__init__, RowsUnderway.take
+    start, take = RowExchange.__init__, RowExchange.take
 
-    def noted_start(self: RowsUnderway, *args: Any, **kwargs: Any) -> None:
+    def noted_start(self: RowExchange, *args: Any, **kwargs: Any) -> None:
         log.append("send")
         start(self, *args, **kwargs)
 
-    def noted_take(self: RowsUnderway) -> list[Tensor]:
+    def noted_take(self: RowExchange) -> list[Tensor]:
         log.append("wait")
         return take(self)
 
     log.clear()
-    with patch.object(RowsUnderway, "__init__", noted_start), patch.object(RowsUnderway, "take", noted_take):
+    with patch.object(RowExchange, "__init__", noted_start), patch.object(RowExchange, "take", noted_take):
         output = run(experts)
         forward = log.copy()
         log.clear()

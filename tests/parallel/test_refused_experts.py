@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune, weight_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel.parallelize import check_experts, find_experts
+from lightning_eplb.parallel.discovery import check_experts, find_experts
 from tests.fidelity import trainer_for
 from tests.models import LanguageModel, hugging_face_model
 from tests.parallel.test_per_expert_state import EXPERTS, TOLERANCE, WIDTH, Experts

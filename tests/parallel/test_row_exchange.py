@@ -14,9 +14,9 @@ from lightning_eplb.parallel import packing
 from lightning_eplb.parallel import row_exchange as rows_module
 from lightning_eplb.parallel.row_exchange import (
     Route,
-    RowsUnderway,
-    _chunk_columns,
-    _column_windows,
+    RowExchange,
+    _chunk_widths,
+    _cut_columns,
     exchange_rows,
     gather_rows,
 )
@@ -36,14 +36,14 @@ def route_of(moves: Iterable[Tensor], rank: int, size: int) -> Route:
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
-@pytest.mark.parametrize("most_pieces", [0, 10**6])
-def test_a_permutation_in_place(max_bytes: int, most_pieces: int, workers: Workers) -> None:
-    workers.run(3, permute_in_place, max_bytes, most_pieces)
+@pytest.mark.parametrize("max_views", [0, 10**6])
+def test_a_permutation_in_place(max_bytes: int, max_views: int, workers: Workers) -> None:
+    workers.run(3, permute_in_place, max_bytes, max_views)
 
 
-def permute_in_place(max_bytes: int, most_pieces: int) -> None:
+def permute_in_place(max_bytes: int, max_views: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MOST_VIEWS", most_pieces)
+        patch.setattr(packing, "MAX_VIEWS", max_views)
         check_permutation(max_bytes)
 
 
@@ -77,7 +77,7 @@ def permute_stacks(max_bytes: int) -> None:
     mine = [tensor[rank * n : rank * n + n].clone() for tensor in whole]
     stacks = [[tensor[:1].clone(), tensor[1:].t().contiguous().t()] for tensor in mine]
     moves = permutation_moves(n, seed=5)
-    RowsUnderway(stacks, route_of(moves, rank, size), dist.group.WORLD, max_bytes).send().aim(stacks).write()
+    RowExchange(stacks, route_of(moves, rank, size), dist.group.WORLD, max_bytes).send().prepare_write(stacks).write()
     source_rank, source_row, target_rank, target_row = moves
     for stack, before in zip(stacks, whole, strict=True):
         expected = torch.empty_like(before)
@@ -135,21 +135,21 @@ def gather() -> None:
 
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50), st.integers(1, 50))
-def test_windows_cover_every_column_once(widths: list[int], columns: int, alone: int) -> None:
-    windows = _column_windows(widths, itertools.repeat(columns), alone)
-    covered = [(i, c) for window in windows for i, start, stop in window for c in range(start, stop)]
+def test_chunks_cover_every_column_once(widths: list[int], columns: int, alone: int) -> None:
+    chunks = _cut_columns(widths, itertools.repeat(columns), alone)
+    covered = [(i, c) for chunk in chunks for i, start, stop in chunk for c in range(start, stop)]
     assert covered == [(i, c) for i, width in enumerate(widths) for c in range(width)]
-    assert all(sum(stop - start for _, start, stop in window) <= columns for window in windows)
-    for window in windows:
-        assert len(window) == 1 or all(widths[i] < alone for i, _, _ in window)
+    assert all(sum(stop - start for _, start, stop in chunk) <= columns for chunk in chunks)
+    for chunk in chunks:
+        assert len(chunk) == 1 or all(widths[i] < alone for i, _, _ in chunk)
     if all(width < alone for width in widths):
-        assert all(sum(stop - start for _, start, stop in window) == columns for window in windows[:-1])
+        assert all(sum(stop - start for _, start, stop in chunk) == columns for chunk in chunks[:-1])
 
 
 @given(st.integers(1, 500), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
 def test_chunks_hold_all_columns_and_the_outer_ones_are_narrow(total: int, most: int, least: int, aligned: int) -> None:
     most -= most % aligned if most > aligned else 0
-    columns = _chunk_columns(total, most, least, aligned)
+    columns = _chunk_widths(total, most, least, aligned)
     assert sum(columns[:-2]) < total <= sum(columns)
     assert all(0 < width <= most for width in columns)
     assert most % aligned or all(width % aligned == 0 for width in columns)
@@ -172,10 +172,10 @@ def take_rows(max_bytes: int, alone: int) -> None:
     # Both rows of rank 0 go to rank 1, one of rank 2 too; rank 2 gets one of rank 1; rank 0 gets nothing.
     moves = torch.tensor([[2, 0, 1, 0], [1, 0, 0, 1], [1, 1, 2, 1], [0, 1, 0, 2]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "LEAST_ALONE_BYTES", alone)
+        patch.setattr(rows_module, "MIN_OWN_CHUNK_BYTES", alone)
         stacks = [[source] for source in sources]
-        underway = RowsUnderway(stacks, route_of(moves, rank, 3), dist.group.WORLD, max_bytes).send()
-    *taken, empty = underway.take()
+        exchange = RowExchange(stacks, route_of(moves, rank, 3), dist.group.WORLD, max_bytes).send()
+    *taken, empty = exchange.take()
     expected = {0: [], 1: [(0, 0), (0, 1), (2, 1)], 2: [(1, 0)]}[rank]
     for tensor, dtype in zip(taken, dtypes, strict=True):
         assert tensor.dtype == dtype

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.token_exchange import PartsUnderway
+from lightning_eplb.parallel.token_exchange import TokenExchange
 from tests.workers import Workers
 
 EXPERTS, WIDTH, TOKENS = 8, 6, 24
@@ -66,17 +66,17 @@ def order_of_events() -> tuple[list[str], list[str]]:
     experts = spread()
 
     def noted(name: str) -> Any:
-        method = getattr(PartsUnderway, name)
+        method = getattr(TokenExchange, name)
 
-        def call(self: PartsUnderway, *args: Any) -> Any:
-            parts = args[1] if name == "send_out" else args[:1]
+        def call(self: TokenExchange, *args: Any) -> Any:
+            parts = args[1] if name == "send_parts" else args[:1]
             log.append(" ".join([name, *map(str, parts)]))
             return method(self, *args)
 
-        return patch.object(PartsUnderway, name, call)
+        return patch.object(TokenExchange, name, call)
 
     log.clear()
-    with noted("send_out"), noted("receive_part"), noted("send_part_back"), noted("receive_back"):
+    with noted("send_parts"), noted("receive_part"), noted("send_part_back"), noted("receive_back"):
         _, output = run(experts)
         forward = log.copy()
         log.clear()
@@ -87,7 +87,7 @@ def order_of_events() -> tuple[list[str], list[str]]:
 def test_one_half_travels_while_the_other_is_computed(workers: Workers) -> None:
     def in_turn(*parts: int) -> list[str]:
         each = ((f"receive_part {part}", "compute", f"send_part_back {part}") for part in parts)
-        return [" ".join(["send_out", *map(str, parts)]), *itertools.chain(*each), "receive_back"]
+        return [" ".join(["send_parts", *map(str, parts)]), *itertools.chain(*each), "receive_back"]
 
     for forward, backward in workers.run(2, order_of_events):
         assert forward == in_turn(0, 1)

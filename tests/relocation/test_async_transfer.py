@@ -30,7 +30,7 @@ def train(
     parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
     optimizer = optimizer_of("adamw", model)
     seen: list[Seen] = []
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", most_bytes):
+    with patch("lightning_eplb.balancer.pace.MAX_BYTES_IN_FLIGHT", most_bytes):
         balancer = ExpertLoadBalancer(
             model, [optimizer], policy=ShufflePolicy(), step_interval=step_interval, use_async=use_async
         )
@@ -188,7 +188,7 @@ def train_two(other_is_moving: bool) -> list[Trained]:
     """Two models on the same ranks; what moves in the first fails."""
     batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
     before = 2 if other_is_moving else 0
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.pace.MAX_BYTES_IN_FLIGHT", 1):
         (balancer, optimizer), (other, its_optimizer) = training(), training(seed=1)
         for batch in batches[:2]:
             train_step(balancer, optimizer, batch)
@@ -206,7 +206,7 @@ def train_two(other_is_moving: bool) -> list[Trained]:
 def train_after_a_failure(is_same_model: bool) -> Trained:
     """The balancer under which training failed is told nothing; another one goes on, or starts with another model."""
     batches = token_batches(STEPS * 2 * SEQUENCES).split(2 * SEQUENCES)
-    with patch("lightning_eplb.balancer.pace.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.pace.MAX_BYTES_IN_FLIGHT", 1):
         balancer, optimizer = training()
         for batch in batches[:2]:
             train_step(balancer, optimizer, batch)

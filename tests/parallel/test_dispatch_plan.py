@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_eplb.parallel.layout import lay_out
+from lightning_eplb.parallel.dispatch_plan import lay_out_pairs
 
 
 @st.composite
@@ -38,7 +38,7 @@ def test_each_pair_is_served_once_by_the_slot_that_it_is_for(
         redundant = np.flatnonzero(slots_RS[rank, primaries:] >= 0)[::-1]  # weights can arrive in any order
         order = np.concatenate((np.arange(primaries), primaries + redundant))
         received_RS = sent_RRS[:, rank, :]
-        table, counts = lay_out(counts_RL[rank], slots_RS, sent_RRS[rank], received_RS, order, primaries, starts)
+        table, counts = lay_out_pairs(counts_RL[rank], slots_RS, sent_RRS[rank], received_RS, order, primaries, starts)
         runs = (len(table) - len(order)) // 2
         index = np.repeat(table[:runs], table[runs : 2 * runs]) + np.arange(table[runs : 2 * runs].sum())
         pairs = [(rank, expert, i) for expert in range(counts_RL.shape[1]) for i in range(counts_RL[rank, expert])]
