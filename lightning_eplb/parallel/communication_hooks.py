@@ -1,7 +1,7 @@
-"""Communication hooks of ``DistributedDataParallel``: those that average gradients over all ranks, as without a hook.
+"""Checks of DDP communication hooks, which must average gradients over all ranks.
 
-The gradients of experts are averaged over the ranks by the layers themselves. A hook that sums would leave a factor of
-the number of ranks between them and all other gradients.
+Expert layers average their own gradients over all ranks. A hook that sums would scale all other gradients by the number
+of ranks.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,17 @@ _SUPPORTED = (
 )
 _WRAPPERS = (default_hooks.fp16_compress_wrapper, default_hooks.bf16_compress_wrapper)
 _WRAPPED_CODES = [wrapper(default_hooks.allreduce_hook).__code__ for wrapper in _WRAPPERS]
-"""Code of the closures that the wrappers return."""
+"""Code objects of the closures that the wrappers return."""
 
 
 def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Callable | None = None) -> None:
     """Raise ``ValueError`` unless a communication hook averages gradients over all ranks. Needs no communication.
 
     Args:
-        source: The call that the hook was given to, for the message.
-        hook: Called by DDP with ``state`` and a bucket of gradients.
-        state: The hook's first argument.
-        wrapper: Applied to ``hook`` before it is registered.
+        source: Call that the hook was passed to, for the message.
+        hook: Communication hook, called by DDP with ``state`` and a bucket of gradients.
+        state: First argument of the hook.
+        wrapper: Wrapper that is applied to ``hook`` before it is registered.
     """
     if wrapper is not None and wrapper not in _WRAPPERS:
         raise ValueError(
@@ -57,7 +57,7 @@ def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Call
 
 
 def check_registered_hooks(ddp: DistributedDataParallel) -> None:
-    """Raise ``ValueError`` if a hook that was registered with ``ddp`` does not average over all ranks."""
+    """Raise ``ValueError`` if a registered hook of ``ddp`` does not average over all ranks."""
     for hook, state in ddp._comm_hooks:
         check_averages(f"DistributedDataParallel.register_comm_hook(hook={_name_of(hook)})", hook, state)
 
@@ -67,7 +67,7 @@ def _name_of(hook: Any) -> str:
 
 
 def _unwrapped(hook: Any) -> Any:
-    """The hook within torch's wrappers."""
+    """Return the hook inside torch's wrappers."""
     while getattr(hook, "__code__", None) in _WRAPPED_CODES:
         (cell,) = hook.__closure__
         hook = cell.cell_contents

@@ -207,8 +207,8 @@ class ExtraArgumentResolver:
             if value != values[0]:
                 raise ValueError(
                     f"{self._where}: argument {name!r} differs between ranks, {described_R[0]} on EP rank 0 and"
-                    f" {described_R[rank]} on {rank}, and an expert computes the tokens of all; give all ranks the same,"
-                    " or a tensor with a row for each token"
+                    f" {described_R[rank]} on {rank}, and an expert computes the tokens of all; give all ranks the"
+                    " same, or a tensor with a row for each token"
                 )
 
     def _has_rows(

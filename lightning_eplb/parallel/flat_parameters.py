@@ -1,4 +1,4 @@
-"""``FullyShardedDataParallel`` (FSDP1): experts are no part of its flat parameters."""
+"""Experts under FSDP1 (``FullyShardedDataParallel``), which must not flatten them."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def spread_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of converted modules that every rank has other rows of, by name: FSDP must ignore them."""
+    """Return the expert parameters whose rows differ between ranks, by name. FSDP must ignore them."""
     return {
         f"{layer.name}.{name}": parameter
         for layer, module in expert_layers(model)
@@ -21,16 +21,16 @@ def spread_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prepare_for_flattening(model: nn.Module, device: torch.device, compute_dtype: torch.dtype | None) -> None:
-    """Do for the experts what FSDP does for all that it does not ignore. Before the optimizer is made.
+    """Move and cast experts, which FSDP ignores, as FSDP does all else. Call it before the optimizer is created.
 
     Args:
-        model: Converted; FSDP is about to wrap it.
-        device: Where experts are to be; they stay the same parameters.
-        compute_dtype: What their weights are cast to in a forward, FSDP's ``MixedPrecision.param_dtype``; their
-            gradients are accumulated in their own dtype. ``None``: they are not cast.
+        model: Converted model that FSDP is about to wrap.
+        device: Device to move experts to, in place.
+        compute_dtype: Dtype that weights are cast to in forward passes, FSDP's ``MixedPrecision.param_dtype``.
+            Gradients are accumulated in the parameters' own dtype. ``None`` casts nothing.
 
     Raises:
-        ValueError: An expert has no memory (it is on the meta device), which FSDP would not give it.
+        ValueError: An expert is on the meta device, and FSDP does not materialize parameters that it ignores.
     """
     for name, parameter in spread_parameters(model).items():
         if parameter.is_meta:
@@ -44,7 +44,7 @@ def prepare_for_flattening(model: nn.Module, device: torch.device, compute_dtype
 
 
 def check_not_flattened(model: nn.Module) -> None:
-    """Raise ``ValueError`` if FSDP took an expert into a flat parameter: a rank's experts are then cut once more."""
+    """Raise ``ValueError`` if FSDP flattened an expert, since it would shard a rank's experts once more."""
     for name, parameter in spread_parameters(model).items():
         if is_flattened(parameter):
             raise ValueError(
@@ -55,12 +55,12 @@ def check_not_flattened(model: nn.Module) -> None:
 
 
 def is_flattened(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is part of a flat parameter, or one itself."""
+    """Return ``True`` if a parameter is a flat parameter or part of one."""
     return getattr(parameter, "_fsdp_flattened", False)
 
 
 def shard_groups(model: nn.Module) -> Mapping[int, dist.ProcessGroup]:
-    """Over which ranks FSDP has cut each parameter, by its ``id``; those that each rank has whole are not in it."""
+    """Return the process groups that FSDP shards parameters over, by ``id`` of each sharded parameter."""
     groups: dict[int, dist.ProcessGroup] = {}
     for wrapped in FullyShardedDataParallel.fsdp_modules(model):  # outer ones first
         for parameter in filter(is_flattened, wrapped.parameters()):

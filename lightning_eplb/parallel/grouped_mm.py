@@ -1,8 +1,8 @@
-"""Hugging Face's grouped experts on rows that are in the experts' order already.
+"""Grouped matrix products of Hugging Face's experts on rows that are sorted by expert.
 
-transformers' ``grouped_mm`` sorts its tokens by expert, computes, and puts them back. Behind the dispatch of expert
-parallelism the rows are sorted, and how many each expert has is known: two products and an activation are left. They
-are registered with transformers as one more implementation of experts, and chosen on a copy of the module's config.
+transformers' ``grouped_mm`` sorts its tokens by expert, computes and restores their order. After the dispatch rows are
+sorted already and their number for each expert is known, so that two products and an activation remain. They are
+registered with transformers as an implementation of experts, and selected on a copy of the module's config.
 
 Shape suffixes: ``M`` rows, ``D`` model width, ``S`` experts.
 """
@@ -19,17 +19,17 @@ NAME = "grouped_mm_of_sorted_rows"
 
 
 def takes_sorted_rows(experts: nn.Module) -> bool:
-    """Whether ``experts`` computes with transformers' ``grouped_mm``, and transformers has what ours needs."""
+    """Return ``True`` if ``experts`` uses transformers' ``grouped_mm``, and transformers has what ours needs."""
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     return implementation == "grouped_mm" and _is_registered()
 
 
 def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
-    """Have the forward of ``experts`` compute rows that are in the order of its experts, each with a weight of one.
+    """Make the forward of ``experts`` compute rows that are sorted by expert, each with a weight of one.
 
     Args:
-        experts: A module that :func:`takes_sorted_rows`, whose attributes are its own to change.
-        ends_S: Where each expert's rows end, int32.
+        experts: Module for which :func:`takes_sorted_rows` holds, and that owns its attributes.
+        ends_S: End of each expert's rows, int32.
     """
     config = copy.copy(experts.config)
     config._experts_implementation = NAME
@@ -38,7 +38,7 @@ def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
 
 @functools.cache
 def _is_registered() -> bool:
-    """Register :func:`_forward`. Whoever has such experts has imported transformers."""
+    """Register :func:`_forward`. Such experts exist only if transformers is imported."""
     moe = sys.modules.get("transformers.integrations.moe")
     if not all(hasattr(moe, name) for name in ("ALL_EXPERTS_FUNCTIONS", "_grouped_linear")):
         return False

@@ -83,7 +83,7 @@ class JoinableExperts(Protocol):
 
 
 class ExpertJoin:
-    """Allows the ranks of an EP group to call layers unequally often. All ranks of the group use it at the same time.
+    """Join of layer calls that the ranks of an EP group make unequally often. All ranks of the group use it together.
 
     Each call starts with the exchange of counts, in which every rank also names the layer that it calls. The ranks then
     compute the first of the layers that are called. Ranks that call another layer, or none, have no tokens in it, and

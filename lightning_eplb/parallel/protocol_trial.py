@@ -70,7 +70,7 @@ def check_protocol(found: dict[str, nn.Module]) -> set[str]:
 
 
 def find_deviation(module: nn.Module) -> str | None:
-    """Describe how ``module``, not converted yet, departs from the protocol. ``None`` if it does not or can't be tried."""
+    """Describe how an unconverted module departs from the protocol. ``None`` if it complies or is not tried."""
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if any(parameter.dtype not in floats for parameter in module.parameters()):
         return None  # quantized: random bits are no weights
@@ -346,7 +346,7 @@ class _Trial:
         return None
 
     def _of_no_expert(self, token: Tensor, output: Tensor, alone: Tensor) -> str | None:
-        """Check that ids from ``num_experts`` up add nothing. Routers must avoid them if they raise or mean the last."""
+        """Check that ids from ``num_experts`` up add nothing. Routers must avoid ids that raise or mean the last."""
         if self.device.type != "cpu":
             return None  # what they read there is not caught
         count = len(next(iter(self.clones.experts.values())))

@@ -21,7 +21,7 @@ ALIGNMENT_BYTES = 512
 thirds of the bandwidth were measured (180 and 268 GB/s between four H200)."""
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-"""The collective under its newer name, where torch has it (2.13); the older name warns there."""
+"""All-gather of one tensor, by its new name if torch has it (2.13), where the old name warns."""
 
 MIN_CHUNK_BYTES = 2 * 2**20
 """Lower bound of the outer chunks, which are cut smaller only to start the transfer earlier."""

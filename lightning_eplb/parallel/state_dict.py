@@ -1,4 +1,4 @@
-"""A converted module's state dict is the unmodified model's: all experts, in logical order."""
+"""State dict of converted modules: that of the unmodified model, with all experts in logical order."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_ro
 
 
 def install_state_dict_hooks(module: nn.Module) -> None:
-    """Make ``module.state_dict()`` gather all ranks' rows, and ``load_state_dict()`` keep this rank's.
+    """Make ``module.state_dict()`` gather the rows of all ranks, and ``load_state_dict()`` keep this rank's.
 
-    So do those of its copies, whose rows stay where they are when those of ``module`` move.
+    Deep copies inherit the hooks. Their rows stay when those of ``module`` move.
     """
     module.register_state_dict_post_hook(_gather)
-    module.register_load_state_dict_pre_hook(_cut)
+    module.register_load_state_dict_pre_hook(_select_rows)
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -31,23 +31,23 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadat
         state[prefix + name] = to_logical(parameter.detach(), layer)
 
 
-def _cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _select_rows(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     for name, _ in module.named_parameters(recurse=False):
         if (full := state.get(prefix + name)) is not None:
             state[prefix + name] = to_local(full, _layer_of(module), prefix + name)
 
 
 def _layer_of(module: nn.Module) -> ExpertLayer:
-    """What a copy of a converted module knows is its own."""
+    """Return the module's own state. A deep copy of a module has its own, too."""
     assert isinstance(module, ParallelExperts)
     return module.expert_layer
 
 
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
-    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
+    """Gather all experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
 
-    A DTensor stays one, where it is, and rows that are to be saved in shards become one: each rank gets the rows that
-    it would hold, had no expert moved, and nothing is gathered.
+    A DTensor stays a DTensor on its device, and rows to be saved in shards become one. Each rank then gets the rows of
+    the initial placement, and nothing is gathered.
     """
     assert layer.groups.ep_group is not None
     if isinstance(rows, DTensor):
@@ -58,9 +58,9 @@ def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
-    """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``; of a DTensor one in the order of the placement.
+    """Select this rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``. Reorder a DTensor to the placement.
 
-    The latter only where parameters are DTensors, too.
+    A DTensor is expected only if parameters are DTensors or saved in shards.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
@@ -73,12 +73,12 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
     if isinstance(full, DTensor):
         rows = _reordered(full, layer, torch.argsort(layer.row_order))
         return local_shard(rows) if layer.saves_shards else rows
-    full = torch.detach(full)  # reads what Lightning has not read from its file yet; indexing it does not
+    full = torch.detach(full)  # reads Lightning's lazily loaded tensors, which indexing does not
     return full[layer.local_experts.to(full.device)]
 
 
 def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
-    """A copy in which row ``i`` of ``rows`` is row ``order[i]``; ``rows`` itself where that changes nothing."""
+    """Copy ``rows`` such that its row ``i`` becomes row ``order[i]``, or return it if that changes nothing."""
     groups, places = layer.groups, torch.arange(len(order))
     if torch.equal(order, places):
         return rows

@@ -1,4 +1,4 @@
-"""Which tensors of an optimizer, and of the optimizers inside it, have a row for each expert."""
+"""Optimizer state with a row for each expert, also of nested optimizers."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,17 +11,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_eplb.parallel.dtensor import local_shard
 
-MOST_DEPTH = 6
-"""Attributes and items that are followed from an optimizer to what it holds."""
+MAX_DEPTH = 6
+"""Attributes and items that are followed from an optimizer to its contents."""
 
 
 def state_rows(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tensor]:
-    """The tensors that the optimizers keep for ``parameter`` and that have its rows: moments, momentum, fp32 masters,
-    row-wise factors. Scalars, such as AdamW's ``step``, belong to the whole parameter and stay where they are.
+    """Return the optimizers' state tensors for ``parameter`` that have its rows.
+
+    These are moments, momentum, fp32 masters and row-wise factors. Scalars, such as AdamW's ``step``, belong to the
+    whole parameter and stay on their rank.
 
     Args:
-        optimizers: With those inside them, see :func:`nested_optimizers`.
-        parameter: Of experts.
+        optimizers: Optimizers with those nested in them, see :func:`nested_optimizers`.
+        parameter: Expert parameter.
 
     Returns:
         Tensors ``[n, ...]``, each once, in an order that is the same on every rank.
@@ -30,23 +32,23 @@ def state_rows(optimizers: Iterable[Optimizer], parameter: Tensor) -> list[Tenso
     for optimizer in optimizers:
         for value in leaves(state_of(optimizer, parameter)):
             if has_rows(value, parameter.shape[0]):
-                found.setdefault(id(value), value)  # a wrapper may show the state of what it wraps as its own
+                found.setdefault(id(value), value)  # a wrapper may expose the state of the wrapped optimizer
     return list(found.values())
 
 
 def state_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The entries of ``optimizer.state[parameter]``; none where there is no such state."""
+    """Return ``optimizer.state[parameter]``, or an empty dictionary."""
     state = getattr(optimizer, "state", {}).get(parameter, {})
     return state if isinstance(state, dict) else {}
 
 
 def has_rows(value: Any, num_rows: int) -> bool:
-    """Whether a value of a parameter's state is a tensor with a row for each of its experts."""
+    """Return ``True`` if a value of a parameter's state is a tensor with a row for each of its experts."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == num_rows
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """The values of a parameter's state: what is in its dictionaries and lists, in the same order on every rank."""
+    """Yield the values in the dictionaries and lists of a parameter's state, in the same order on every rank."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):  # ranks that resumed may have the keys in another order
             yield from leaves(value[key])
@@ -58,7 +60,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same dictionaries and lists with ``function`` of each value, called in the order of :func:`leaves`."""
+    """Apply ``function`` to each value in dictionaries and lists, in the order of :func:`leaves`."""
     if isinstance(value, Mapping):
         mapped = {key: map_leaves(function, value[key]) for key in sorted(value, key=str)}
         return {key: mapped[key] for key in value}
@@ -70,7 +72,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def nested_optimizers(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """The optimizers, each followed by those that it holds in attributes, lists and dictionaries, at any depth.
+    """Return the optimizers, each followed by those that it holds in attributes, lists and dictionaries.
 
     Returns:
         Each optimizer once, in an order that is the same on every rank.
@@ -84,7 +86,7 @@ def nested_optimizers(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 
 def call_after_steps(optimizers: Iterable[Optimizer], hook: Callable[..., None]) -> list[RemovableHandle]:
-    """Register a hook on the steps of optimizers. A wrapper that can't have one may hold an optimizer that can."""
+    """Register a hook that is called after steps. Wrappers without hooks are skipped: nested optimizers have them."""
     handles = []
     for optimizer in optimizers:
         try:
@@ -95,13 +97,13 @@ def call_after_steps(optimizers: Iterable[Optimizer], hook: Callable[..., None])
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """The parameters of all groups of the optimizers, each once."""
+    """Return the parameters of all parameter groups, each once."""
     groups = (group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ()))
     return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
 
 
 def copied_parameters(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[str]:
-    """The expert parameters of which an optimizer updates a copy instead, such as one in float32, by name."""
+    """Yield names of expert parameters of which the optimizer updates a copy instead, such as one in float32."""
     name_of, known = _names_by_shape(parameters), {id(parameter) for parameter in parameters.values()}
     for held in parameters_of(nested_optimizers([optimizer])):
         name = name_of.get(held.shape) if id(held) not in known else None
@@ -110,10 +112,10 @@ def copied_parameters(optimizer: Optimizer, parameters: Mapping[str, Tensor]) ->
 
 
 def stray_rows(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Tensors of the shape of expert parameters that an optimizer keeps elsewhere than in ``state[parameter]``.
+    """Find tensors with the shape of expert parameters that are kept elsewhere than in ``state[parameter]``.
 
     Yields:
-        A place in the optimizer, such as ``shadow[3]``, and the name of a parameter with the shape of what is there.
+        Path in the optimizer, such as ``shadow[3]``, and the name of a parameter of that shape.
     """
     name_of, nested = _names_by_shape(parameters), nested_optimizers([optimizer])
     held = [*parameters.values(), *parameters_of(nested)]
@@ -126,14 +128,14 @@ def stray_rows(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> Iterat
 
 
 def _names_by_shape(parameters: Mapping[str, Tensor]) -> dict[torch.Size, str]:
-    """Of each shape the first parameter's name. None for those with one dimension: too much has their shape."""
+    """Map shapes to the first parameter of that shape. One-dimensional shapes are too common to be included."""
     return {parameter.shape: name for name, parameter in reversed(list(parameters.items())) if parameter.ndim > 1}
 
 
 def contents(root: Any) -> Iterator[tuple[str, Any]]:
-    """The root and what is reached from it by attributes, items and elements, each object once, with its place.
+    """Yield all objects reachable from the root by attributes, items and elements, each once, with its path.
 
-    Modules are not entered, nor what is no container and comes from torch or from Python, nor the state of a parameter.
+    Modules, other objects of torch and Python that are no containers, and the state of parameters are not entered.
     """
     seen: dict[int, Any] = {}
     waiting: list[tuple[str, Any, int]] = [("", root, 0)]
@@ -143,7 +145,7 @@ def contents(root: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen[id(value)] = value
         yield place.removeprefix("."), value
-        if depth < MOST_DEPTH and not isinstance(value, (Tensor, nn.Module)):
+        if depth < MAX_DEPTH and not isinstance(value, (Tensor, nn.Module)):
             waiting += [(place + step, inner, depth + 1) for step, inner in reversed(list(_inside(value)))]
 
 
@@ -174,6 +176,6 @@ def _tensors(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_copy(tensor: Tensor, parameter: Tensor) -> bool:
-    """Another parameter may have the same shape; a copy has the values, too."""
+    """Return ``True`` if values are equal, too. Another parameter may have the same shape."""
     one, other = local_shard(tensor.detach()), local_shard(parameter.detach())
     return one.shape == other.shape and bool(other.any()) and torch.equal(one.to(other), other)

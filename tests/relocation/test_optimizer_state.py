@@ -103,7 +103,7 @@ SEPARABLE: dict[str, Make] = {
 def test_an_update_by_expert_is_welcome(name: str) -> None:
     optimizer, parameter = made(SEPARABLE[name])
     before = [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]
-    check_optimizers([optimizer], {"experts.up": parameter}, moves_behind_steps=True)
+    check_optimizers([optimizer], {"experts.up": parameter}, use_async=True)
     after = [each for group in optimizer.param_groups for each in group["params"]]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(each.grad is None for each in after)
@@ -229,7 +229,7 @@ def test_steps_that_no_hook_sees_are_refused_where_rows_move_behind_them() -> No
     optimizer, parameter = made(Silent)
     check_optimizers([optimizer], {"up": parameter})
     with pytest.raises(ValueError, match=r"Silent calls no hooks .* and use_async=True must know"):
-        check_optimizers([optimizer], {"up": parameter}, moves_behind_steps=True)
+        check_optimizers([optimizer], {"up": parameter}, use_async=True)
 
 
 class Blockwise(AdamW):
