@@ -161,10 +161,10 @@ def hooked(hook: Any, wrapper: Any = None) -> str:
 
 def test_a_communication_hook_that_may_sum_is_refused(workers: Workers) -> None:
     (message,) = set(workers.run(2, hooked, summing_hook))
-    assert message.startswith("DDPStrategy(ddp_comm_hook=summing_hook) is not supported with experts that are spread")
+    assert message.startswith("DDPStrategy(ddp_comm_hook=summing_hook) is not supported with expert parallelism")
     assert "Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook" in message
     (message,) = set(workers.run(2, hooked, noop_hook))
-    assert message.startswith("DDPStrategy(ddp_comm_hook=noop_hook) is not supported with experts that are spread")
+    assert message.startswith("DDPStrategy(ddp_comm_hook=noop_hook) is not supported with expert parallelism")
     (message,) = set(workers.run(2, hooked, default_hooks.allreduce_hook, compressing_wrapper))
     assert message.startswith("DDPStrategy(ddp_comm_hook=allreduce_hook) in compressing_wrapper is not supported with")
     assert message.endswith("Use fp16_compress_wrapper or bf16_compress_wrapper, or no wrapper")

@@ -165,6 +165,6 @@ def check_scaled_optimizer(optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for an optimizer that checks for overflows within its step, where they can't be shared."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
-            f"{type(optimizer).__name__}(fused=True) looks for overflows of its own rank only, and with"
-            " precision='16-mixed' every rank would skip other steps; foreach=True or precision='bf16-mixed' would do"
+            f"{type(optimizer).__name__}(fused=True) checks for overflows of its own rank only, and with"
+            " precision='16-mixed' ranks would skip different steps. Use foreach=True or precision='bf16-mixed'."
         )

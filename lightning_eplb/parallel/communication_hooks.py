@@ -37,22 +37,22 @@ def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Call
     """
     if wrapper is not None and wrapper not in _WRAPPERS:
         raise ValueError(
-            f"{source} in {_name_of(wrapper)} is not supported with experts that are spread over ranks: their gradients"
-            " are averaged over all ranks, and so must all others be. Use"
+            f"{source} in {_name_of(wrapper)} is not supported with expert parallelism: expert gradients are averaged"
+            " over all ranks, and so must all others be. Use"
             f" {' or '.join(_name_of(each) for each in _WRAPPERS)}, or no wrapper"
         )
     inner = _unwrapped(hook)
     if inner not in _SUPPORTED and inner is not _reducer_allreduce_and_upcast_hook:
         raise ValueError(
-            f"{source} is not supported with experts that are spread over ranks: their gradients are averaged over all"
-            f" ranks, and so must all others be, which {_name_of(inner)} may not do. Use one of torch's hooks that"
+            f"{source} is not supported with expert parallelism: expert gradients are averaged over all ranks, and so"
+            f" must all others be, which {_name_of(inner)} may not do. Use one of torch's hooks that"
             f" average, {', '.join(_name_of(each) for each in _SUPPORTED)}, or none"
         )
     group = state if isinstance(state, dist.ProcessGroup) else getattr(state, "process_group", None)
     if isinstance(group, dist.ProcessGroup) and group.size() != dist.get_world_size():
         raise ValueError(
-            f"{source} averages gradients over a process group of {group.size()} ranks, and those of experts are"
-            f" averaged over all {dist.get_world_size()}. Leave the process group out of the hook's state"
+            f"{source} averages gradients over a process group of {group.size()} ranks, and expert gradients are"
+            f" averaged over all {dist.get_world_size()}. Leave the process group out of the hook's state."
         )
 
 

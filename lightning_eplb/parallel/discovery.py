@@ -73,9 +73,9 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
     others = num_experts - num_experts // size
     if size > 1 and num_redundant_experts > others * size:
         raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} is more than {size} ranks can use: each has"
-            f" {num_experts // size} of the {num_experts} experts, and could hold a replica of every other with"
-            f" {others * size}"
+            f"num_redundant_experts={num_redundant_experts} is more than {size} ranks can use. Each has"
+            f" {num_experts // size} of the {num_experts} experts, and holds a replica of every other with"
+            f" {others * size}."
         )
     owners: dict[int, str] = {}
     for name, module in found.items():
@@ -84,7 +84,7 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
             if id(parameter) in owners:
                 raise ValueError(
                     f"{full_name} is the same parameter as {owners[id(parameter)]};"
-                    " layers that share experts can't be spread over ranks"
+                    " layers that share experts are not supported"
                 )
             owners[id(parameter)] = full_name
     if size > 1:
@@ -102,14 +102,14 @@ def _check_owners(model: nn.Module, found: dict[str, nn.Module]) -> None:
         inner = next((experts[id(child)] for child in module.children() if id(child) in experts), None)
         if inner is not None and hasattr(module, "base_layer"):
             raise ValueError(
-                f"{inner} is wrapped in a {type(module).__name__}, an adapter for the weights of all experts, and these"
-                " are to be spread over ranks; leave experts out of PEFT's target_parameters, and name the modules to"
-                " adapt in the place of target_modules='all-linear', which takes experts, too"
+                f"{inner} is wrapped in a {type(module).__name__}, an adapter for the weights of all experts, which is"
+                " not supported with expert parallelism. Leave experts out of PEFT's target_parameters, and name the"
+                " modules to adapt instead of target_modules='all-linear', which includes experts."
             )
         if isinstance(module, AveragedModel) and any(id(child) in experts for child in module.modules()):
             raise ValueError(
-                f"{name or 'the model'} is an AveragedModel: it averages the rows of experts by the place where they"
-                " are, and they move; average what state_dict() returns instead"
+                f"{name or 'the model'} is an AveragedModel: it averages the rows of experts by their position,"
+                " which changes. Average what state_dict() returns instead."
             )
 
 
@@ -117,8 +117,8 @@ def _check_module(name: str, module: nn.Module) -> None:
     """Reject a module whose parameters, or whose forward, differ from those of its class."""
     if "forward" in vars(module):
         raise ValueError(
-            f"{name}.forward was replaced on the module itself, and experts that are spread over ranks call that of"
-            f" {type(module).__name__}; put the new forward into a subclass, or undo it with del {name}.forward"
+            f"{name}.forward was replaced on the module itself, and expert parallelism calls that of"
+            f" {type(module).__name__}. Put the new forward into a subclass, or undo it with del {name}.forward."
         )
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
@@ -128,23 +128,23 @@ def _check_module(name: str, module: nn.Module) -> None:
         is_quantized = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state")
         if is_quantized and not isinstance(parameter, DTensor):
             raise ValueError(
-                f"{name}.{parameter_name} is a {type(parameter).__name__}, whose rows can't be moved between ranks as"
-                " they are; leave experts out of quantization, or hold them in plain tensors, of integers and scales"
+                f"{name}.{parameter_name} is a {type(parameter).__name__}, whose rows can't be moved between ranks."
+                " Leave experts out of quantization, or hold them in plain tensors of integers and scales."
             )
     number = module.num_experts
     part = make_part(module, type(module), {}, (), [0])
     if (found := part.num_experts) != 1:
         raise ValueError(
-            f"{name}.num_experts is {found} also where the module is to compute 1 of its {number} experts; make it an"
-            " attribute that is set in __init__, not a property"
+            f"{name}.num_experts is {found} also where the module is to compute 1 of its {number} experts. Make it an"
+            " attribute that is set in __init__, not a property."
         )
 
 
 def _computed(name: str, parameter: str, by: str) -> str:
     return (
-        f"{name}.{parameter} is computed in each forward, by {by}, from what all experts have, and experts are to be"
-        " spread over ranks; make it a plain parameter before (torch.nn.utils.prune.remove,"
-        " torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)"
+        f"{name}.{parameter} is computed in each forward, by {by}, from the weights of all experts, which is not"
+        " supported with expert parallelism. Make it a plain parameter first (torch.nn.utils.prune.remove,"
+        " torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)."
     )
 
 

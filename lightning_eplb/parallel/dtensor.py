@@ -53,8 +53,8 @@ def check_mesh(mesh: DeviceMesh, model: nn.Module, world_size: int) -> None:
     names = mesh.mesh_dim_names or ()
     if EP not in names:
         raise ValueError(
-            f"group: the mesh has dimensions {names}; it must have one named 'ep', the ranks that share the experts,"
-            " as ExpertParallelStrategy makes it"
+            f"group: the mesh has dimensions {names}. It must have one named 'ep', the ranks that share the experts,"
+            " as the mesh of ExpertParallelStrategy."
         )
     sizes = dict(zip(names, mesh.shape, strict=True))
     others = [name for name, size in sizes.items() if name not in (EP, EFSDP, REPLICATE) and size > 1]
@@ -72,6 +72,6 @@ def check_mesh(mesh: DeviceMesh, model: nn.Module, world_size: int) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
-                f"{name} is a DTensor already; call parallelize_experts before fully_shard, and without tensor"
-                " parallelism"
+                f"{name} is a DTensor already. Call parallelize_experts before fully_shard, and without tensor"
+                " parallelism."
             )

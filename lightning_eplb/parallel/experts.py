@@ -208,8 +208,8 @@ class ExpertLayer:
         names = [name for name, parameter in module._parameters.items() if parameter is not None]
         if names != self.parameter_names:
             raise RuntimeError(
-                f"{self.name} had the parameters {self.parameter_names} when its experts were spread over ranks, and"
-                f" has {names} now; pruning and parametrizations of experts are not supported, so take them away"
+                f"{self.name} had the parameters {self.parameter_names} when its experts were distributed over ranks,"
+                f" and has {names} now. Remove pruning and parametrizations of experts, which are not supported."
             )
 
     def check_ddp(self, module: nn.Module) -> None:
@@ -228,9 +228,9 @@ class ExpertLayer:
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
         if any(id(parameter) in rows for parameter in ddp._module_parameters):
             raise RuntimeError(
-                f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and gave all"
-                " ranks those of rank 0; add EPLBCallback to the trainer, or call"
-                " lightning_eplb.leave_experts_out_of_ddp(model) before you wrap the model"
+                f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and has"
+                " overwritten them by those of rank 0. Add EPLBCallback to the trainer, or call"
+                " lightning_eplb.leave_experts_out_of_ddp(model) before you wrap the model."
             )
         self._checked_ddp = weakref.ref(ddp)
 

@@ -35,8 +35,8 @@ def prepare_for_flattening(model: nn.Module, device: torch.device, compute_dtype
     for name, parameter in spread_parameters(model).items():
         if parameter.is_meta:
             raise ValueError(
-                f"{name} is on the meta device, and FSDP gives no memory to parameters that it ignores; build the model"
-                " on the CPU, or use lightning_eplb.ExpertParallelStrategy()"
+                f"{name} is on the meta device, and FSDP does not materialize parameters that it ignores. Build the"
+                " model on the CPU, or use lightning_eplb.ExpertParallelStrategy()."
             )
         parameter.data = parameter.data.to(device)
     for layer, _ in expert_layers(model):
@@ -48,7 +48,7 @@ def check_not_flattened(model: nn.Module) -> None:
     for name, parameter in spread_parameters(model).items():
         if is_flattened(parameter):
             raise ValueError(
-                f"{name} was sharded by FullyShardedDataParallel; let FSDPStrategy wrap the model, or wrap it with"
+                f"{name} was sharded by FullyShardedDataParallel. Let FSDPStrategy wrap the model, or wrap it with"
                 " ignored_states=[parameter for _, experts in expert_layers(model) for parameter in"
                 " experts.parameters(recurse=False)]"
             )

@@ -60,8 +60,8 @@ def fully_shard_moe(
     """
     if not isinstance(mesh, DeviceMesh):
         raise ValueError(
-            f"mesh={mesh!r} must be the mesh that ExpertParallelStrategy makes, self.device_mesh in configure_model;"
-            " under DDP call parallelize_experts(model, num_redundant_experts=...) instead"
+            f"mesh={mesh!r} must be the mesh of ExpertParallelStrategy, self.device_mesh in configure_model. Under"
+            " DDP call parallelize_experts(model, num_redundant_experts=...) instead."
         )
     check_mesh(mesh, model, dist.get_world_size())
     if EFSDP not in (mesh.mesh_dim_names or ()):
@@ -91,14 +91,14 @@ def _check_shapes(name: str, experts: nn.Module, size: int) -> None:
     for parameter_name, parameter in experts.named_parameters(recurse=False):
         if shard_dimension(parameter.shape, size) is None:
             raise ValueError(
-                f"mesh: efsdp={size} must divide a dimension behind the first of {name}.{parameter_name}, whose shape"
-                f" is {list(parameter.shape)}; a smaller efsdp and a larger ep would do"
+                f"mesh: efsdp={size} must divide a dimension after the first of {name}.{parameter_name}, whose shape"
+                f" is {list(parameter.shape)}. Use a smaller efsdp and a larger ep."
             )
     shared = [f"{name}.{inner}" for inner, _ in experts.named_parameters() if "." in inner]
     if shared:
         raise ValueError(
-            f"{shared[0]}: a parameter that all experts of a module share can't be sharded, as ranks without a token"
-            " would not take part; 'ddp' would do"
+            f"{shared[0]}: a parameter that all experts of a module share can't be sharded, since ranks without tokens"
+            " would not join its collectives. Use 'ddp'."
         )
 
 

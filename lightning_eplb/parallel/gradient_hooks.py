@@ -29,8 +29,8 @@ FINGERPRINT_BITS = 22
 """Bits of the number that ranks compare."""
 
 NOT_UNDER_FSDP = (
-    "which ExpertParallelStrategy and fully_shard would run with a shard of it, or not at all. strategy='ddp' or"
-    " FSDPStrategy() would do"
+    "which ExpertParallelStrategy and fully_shard would run with a shard of it, or not at all. Use strategy='ddp' or"
+    " FSDPStrategy()."
 )
 """Reason why a hook on an expert parameter is not supported under FSDP2, and the remedy."""
 
@@ -92,8 +92,8 @@ def check_hooks(fingerprints_R: np.ndarray, module: nn.Module, layer: HookedLaye
     mismatched = np.flatnonzero(fingerprints_R != fingerprints_R[0]).tolist()
     if mismatched:
         raise ValueError(
-            f"EP ranks {mismatched} have other gradient hooks on the parameters of {layer.name} than EP rank 0; a hook"
-            " sees the gradients of all experts, which ranks gather for it: register the same hooks on every rank"
+            f"EP ranks {mismatched} have other gradient hooks on the parameters of {layer.name} than EP rank 0. A hook"
+            " gets the gradients of all experts, which ranks gather for it. Register the same hooks on every rank."
         )
     return bool(fingerprints_R[0])
 
@@ -104,7 +104,7 @@ def check_wrapped(parameters: Sequence[nn.Parameter], layer: HookedLayer) -> Non
         if any(not isinstance(hook, _GlobalHook) for hook in _users_hooks(parameter)):
             raise ValueError(
                 f"a gradient hook was registered on a parameter of {layer.name} between its forward and its backward"
-                " pass; register it before the forward pass"
+                " pass. Register it before the forward pass."
             )
 
 
@@ -146,8 +146,8 @@ class _GlobalHook:
         if not isinstance(whole, Tensor) or whole.shape != shape:
             made = list(whole.shape) if isinstance(whole, Tensor) else type(whole).__name__
             raise ValueError(
-                f"a gradient hook on a parameter of {self._layer.name} made a gradient of shape {made}; it must be"
-                f" that of all experts, {list(shape)}"
+                f"a gradient hook on a parameter of {self._layer.name} returned a gradient of shape {made}. It must be"
+                f" that of all experts, {list(shape)}."
             )
         with torch.no_grad():
             return whole.detach()[to_device(self._layer.local_experts.numpy(), whole.device)]

@@ -166,8 +166,8 @@ def check_nodes(ep_size: int, ranks_a_node: int) -> None:
     if ep_size % ranks_a_node and ranks_a_node % ep_size:
         sizes = [size for size in range(1, ranks_a_node + 1) if ranks_a_node % size == 0]
         raise ValueError(
-            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks;"
-            f" one of {sizes}, or a multiple of {ranks_a_node}, would do"
+            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks."
+            f" Use one of {sizes}, or a multiple of {ranks_a_node}."
         )
 
 
@@ -182,7 +182,7 @@ def _ep_groups(mine: Sequence[int], cpu_group: dist.ProcessGroup) -> list[list[i
     if sum(len(ranks) for ranks in groups) != world or len(sizes) != 1:
         raise ValueError(
             f"group: the ranks' expert-parallel groups {[list(g) for g in groups]} must split all {world} ranks"
-            " into equal parts without overlap; torch.distributed.new_subgroups(group_size) makes such groups"
+            " into equal parts without overlap. Use torch.distributed.new_subgroups(group_size)."
         )
     return [list(ranks) for ranks in groups]
 

@@ -163,7 +163,7 @@ class ExpertJoin:
         if others and any(call.payload & HAS_EXTRA_ARGUMENTS for call in calls):
             raise RuntimeError(
                 f"{self._layers[turn][0]} was called with extra arguments while EP ranks {others} did not call it,"
-                " and these don't know them. Give all ranks as many batches and calls in evaluation"
+                " which have no such arguments. Give all ranks as many batches and calls in evaluation."
             )
         return turn
 

@@ -124,8 +124,8 @@ def _check_stray_rows(named: Optimizer, optimizer: Optimizer, parameters: Mappin
     for place, name in stray_rows(optimizer, parameters):
         raise ValueError(
             f"{type(named).__name__} keeps a copy of {name}, or something else with its rows, in {place} and not in"
-            f" state[parameter]; these rows can't follow the experts. {_REMEDY}; so would averages of what"
-            " model.state_dict() returns"
+            f" state[parameter]; these rows can't follow the experts. Average what model.state_dict() returns instead."
+            f" {_REMEDY}"
         )
 
 
@@ -136,8 +136,8 @@ def _held(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, T
 
 
 _REMEDY = (
-    "Optimizers with state by element or by row would do (AdamW, SGD with momentum, Lion, ...), as would another"
-    " optimizer for the experts alone"
+    "Use an optimizer with state by element or by row (AdamW, SGD with momentum, Lion, ...), or another optimizer for"
+    " the experts alone."
 )
 
 

@@ -422,7 +422,7 @@ def test_a_communication_hook_that_may_not_average_is_refused(
 ) -> None:
     for message in workers.run(2, hooked, name):
         assert message == (
-            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with experts that are spread"
+            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with expert parallelism: exp"
             " over ranks: their gradients are averaged over all ranks, and so must all others be, which"
             f" {inner} may not do. Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook,"
             " bf16_compress_hook, powerSGD_hook, batched_powerSGD_hook, quantization_pertensor_hook,"

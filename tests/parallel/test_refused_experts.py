@@ -134,13 +134,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "property": (
         Property,
-        "model.experts.num_experts is 8 also where the module is to compute 1 of its 8 experts; make",
+        "model.experts.num_experts is 8 also where the module is to compute 1 of its 8 experts. Make",
     ),
-    "pruned": (pruned, "model.experts.up is computed in each forward, by L1Unstructured, from what all experts have"),
-    "weight norm": (weight_normed, "model.experts.down is computed in each forward, by WeightNorm, from what all exp"),
-    "parametrized": (parametrized, "model.experts.up is computed in each forward, by a parametrization, from what all"),
-    "patched": (patched, "model.experts.forward was replaced on the module itself, and experts that are spread over"),
-    "quantized": (quantized, "model.experts.up is a TwoTensor, whose rows can't be moved between ranks as they are;"),
+    "pruned": (pruned, "model.experts.up is computed in each forward, by L1Unstructured, from the weights of all"),
+    "weight norm": (
+        weight_normed,
+        "model.experts.down is computed in each forward, by WeightNorm, from the weights of",
+    ),
+    "parametrized": (
+        parametrized,
+        "model.experts.up is computed in each forward, by a parametrization, from the weigh",
+    ),
+    "patched": (patched, "model.experts.forward was replaced on the module itself, and expert parallelism calls"),
+    "quantized": (quantized, "model.experts.up is a TwoTensor, whose rows can't be moved between ranks."),
 }
 
 
@@ -249,7 +255,9 @@ def parametrize_up(experts: nn.Module) -> None:
 @pytest.mark.parametrize("change", [prune_up, parametrize_up])
 def test_experts_that_are_pruned_after_they_were_spread(change: Callable, workers: Workers) -> None:
     for message in workers.run(2, changed_after_conversion, change):
-        assert message.startswith("experts had the parameters ['up', 'down'] when its experts were spread over ranks")
+        assert message.startswith(
+            "experts had the parameters ['up', 'down'] when its experts were distributed over ranks"
+        )
 
 
 class Float8(Experts):

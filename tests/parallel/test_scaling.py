@@ -78,4 +78,4 @@ def refused() -> str:
 
 def test_an_optimizer_that_looks_by_itself(workers: Workers) -> None:
     for message in workers.run(2, refused):
-        assert message.startswith("AdamW(fused=True) looks for overflows of its own rank only")
+        assert message.startswith("AdamW(fused=True) checks for overflows of its own rank only")
