@@ -53,8 +53,8 @@ def clip_grad_norm_(
     if norm_type != 2:
         raise ValueError(f"norm_type={norm_type} is not supported where experts are on several ranks. Use 2.0.")
     layers = list(expert_layers(model))
-    experts = [parameter for _, module in layers for parameter in module.parameters(recurse=False)]
-    groups = layers[0][0].groups if layers else ExpertGroups()
+    experts = [parameter for each in layers for parameter in each.parameters.values()]
+    groups = layers[0].layer.groups if layers else ExpertGroups()
     clipped = model.parameters() if parameters is None else parameters
     return clip_by_norm_of_all_(clipped, max_norm, experts, groups, shard_groups(model), error_if_nonfinite)
 

@@ -13,10 +13,10 @@ from lightning_eplb.parallel.parallelize import expert_layers
 def spread_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the expert parameters whose rows differ between ranks, by name. FSDP must ignore them."""
     return {
-        f"{layer.name}.{name}": parameter
-        for layer, module in expert_layers(model)
-        if layer.groups.size > 1
-        for name, parameter in module.named_parameters(recurse=False)
+        name: parameter
+        for experts in expert_layers(model)
+        if experts.layer.groups.size > 1
+        for name, parameter in experts.parameters.items()
     }
 
 

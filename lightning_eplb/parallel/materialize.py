@@ -152,10 +152,10 @@ def _initialize_hugging_face(module: nn.Module, names: set[str]) -> None:
 def broadcast_replicated(model: nn.Module, names: Collection[str]) -> None:
     """Broadcast these tensors from the lowest of the ranks that hold them. Collective."""
     layers = list(expert_layers(model))
-    if not layers or layers[0][0].groups.cpu_group is None:
+    if not layers or layers[0].layer.groups.cpu_group is None:
         return  # one rank, or no expert parallelism, and DDP broadcasts its parameters
-    groups = layers[0][0].groups
-    layer_of = {id(tensor): layer for layer, module in layers for tensor in module.parameters(recurse=False)}
+    groups = layers[0].layer.groups
+    layer_of = {id(tensor): each.layer for each in layers for tensor in each.parameters.values()}
     tensors = named_tensors(model)
     with torch.no_grad():
         for name in sorted(names):

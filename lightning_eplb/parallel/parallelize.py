@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,55 +31,56 @@ def parallelize_experts(
     num_redundant_experts: int = 0,
     dispatcher: type[TokenDispatcher] = TokenDispatcher,
 ) -> nn.Module:
-    """Spread the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
+    """Distribute the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
-    Afterwards rank ``r`` holds ``L/R`` experts of each layer as its parameters, and the forward pass sends tokens to
-    the ranks of their experts and back: the outputs and the gradients are those of the unmodified model. Modules,
-    parameters and state-dict keys keep their names; ``state_dict()`` gathers all experts in the model's own order, and
-    ``load_state_dict()`` cuts them, so both speak of the unmodified model and every rank must call them. Like DDP,
-    it starts from rank 0's weights. Gradients of experts are averaged over the losses of the ranks, so these
-    parameters must be kept out of ``DistributedDataParallel`` (``EPLBCallback`` does; in a loop of your own call
-    :func:`~lightning_eplb.leave_experts_out_of_ddp` before you wrap the model).
+    Afterwards rank ``r`` holds ``L/R`` experts of each layer as its parameters. The forward pass dispatches tokens to
+    the ranks of their experts and combines the outputs. Outputs and gradients are those of the unmodified model.
+    Modules, parameters and state-dict keys keep their names. ``state_dict()`` gathers all experts in the model's own
+    order, and ``load_state_dict()`` selects this rank's, so that every rank must call them. As under DDP, all ranks
+    start from rank 0's weights. Expert gradients are averaged over the losses of the ranks, so these parameters must be
+    kept out of ``DistributedDataParallel``. ``EPLBCallback`` does so. In a loop of your own call
+    :func:`~lightning_eplb.leave_experts_out_of_ddp` before you wrap the model.
 
-    ``named_parameters()`` has this rank's experts only, in the order of the placement: a checkpoint, an average or a
-    norm that is built from it lacks the experts of other ranks, and nothing warns of that. Use ``state_dict()``, or
-    :func:`~lightning_eplb.logical_parameters`, which returns all of them; to clip,
-    :func:`~lightning_eplb.clip_grad_norm_`.
+    ``named_parameters()`` has this rank's experts only, in the order of the placement. A checkpoint, an average or a
+    norm that is built from it misses the experts of other ranks, without a warning. Use ``state_dict()`` or
+    :func:`~lightning_eplb.logical_parameters` for all of them, and :func:`~lightning_eplb.clip_grad_norm_` to clip.
 
-    Gradient hooks on expert parameters, ``register_hook`` and ``register_post_accumulate_grad_hook``, registered before
-    or after, run on what one process would have: the gradient of all experts in logical order, ``[L, ...]``, averaged
-    over EP groups; this rank keeps its own rows. All ranks must register the same, and gather the gradient for each. A
-    hook can't use weights (a ``ValueError`` in the backward pass), and there can be none on a mesh, for FSDP2.
+    Gradient hooks on expert parameters (``register_hook``, ``register_post_accumulate_grad_hook``), registered before
+    or after, get the gradient that one process would have: of all experts in logical order, ``[L, ...]``, averaged over
+    EP groups. This rank keeps its own rows of the result. All ranks must register the same hooks, and gather the
+    gradient for each. A hook that uses weights raises a ``ValueError`` in the backward pass. Hooks are not supported on
+    a mesh, for FSDP2.
 
-    Where a layer gets no token on any rank, experts have no gradient, or one of zeros, as in the unmodified module.
-    With several EP groups it is always zeros. DDP communication hooks must average: torch's own, or none.
+    If no rank has a token for a layer, its experts have no gradient, or one of zeros, as in the unmodified module. With
+    several EP groups it is always zeros. DDP communication hooks must average: use torch's own, or none.
 
-    Any module is converted that follows the protocol of Hugging Face's MoE models (transformers 5):
+    A module is converted if it follows the protocol of Hugging Face's MoE models (transformers 5):
 
-    1. it has an int attribute ``num_experts``, which its forward reads when it needs the number of experts;
-    2. its own parameters, biases too, have the expert as dimension 0; those of its submodules, such as a norm behind
-       the experts, are shared by all experts and stay on every rank;
-    3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``, each token's sum over
-       its K experts of weight times expert output: linear in the weights, every token by itself;
-    4. ids that are no expert's, ``num_experts`` or -1 as routers emit them, mean no expert.
+    1. It has an int attribute ``num_experts``, which its forward reads for the number of experts.
+    2. Its own parameters, biases too, have the expert as dimension 0. Parameters of its submodules, such as a norm
+       after the experts, are shared by all experts and stay on every rank.
+    3. ``forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K])`` returns ``[T, D]``: for each token the sum
+       over its K experts of weight times expert output. It is linear in the weights and independent of other tokens.
+    4. Ids outside ``0 ... num_experts - 1``, as routers emit them (``num_experts`` or -1), mean no expert.
 
-    On several ranks a small clone of each kind of layer is tried with random weights and tokens before anything is
-    changed, and a module whose forward computes something else is refused. Forward may take further arguments, by
-    position or name. A tensor whose first dimension is the number of tokens has a row for each token and is dispatched
-    with it; gradients flow back. All else is passed on, and must be the same on all ranks: numbers, strings, ``None``,
-    modules, functions, other tensors. The gradient of such a tensor is that of the tokens that a rank computes; the
-    mean over ranks, as of the model's parameters, is right. Where shapes don't tell, a class attribute
-    ``token_arguments`` names the arguments that have a row for each token.
+    On several ranks a small clone of each kind of layer runs on random weights and tokens before anything is changed. A
+    module whose forward computes something else is not supported, and raises an error.
 
-    It may hold more with an element for each expert, on dimension 0 or in order: buffers, tensors, lists, dictionaries,
-    ``nn.ModuleList`` and its like. These stay whole on every rank, and ``forward`` gets the elements of the experts
-    that it computes. It may add to such a buffer what each token brings (a counter): every rank then has the sum over
-    all. A trial with random values tells, at conversion, which of them ``forward`` uses so; what it uses otherwise by
-    expert, or changes otherwise, is refused. An element of an ``nn.ModuleList`` whose expert got no token has a zero
-    gradient where one process has none.
+    Forward may take extra arguments, by position or name. A tensor whose first dimension is the number of tokens has a
+    row for each token. It is dispatched with the tokens and gets a gradient. All else is passed on and must be the
+    same on all ranks: numbers, strings, ``None``, modules, functions, other tensors. The gradient of such a tensor is
+    that of the tokens that a rank computes: average it over ranks, like those of parameters. If shapes don't tell, set
+    a class attribute ``token_arguments`` to the names of the arguments that have a row for each token.
 
-    From then on a parameter's rows are this rank's experts, in any order. Code of your own that indexes rows by expert
-    (an initialization, a mask, a log) must run before, or on what ``state_dict()`` returns.
+    A module may hold other state with an element for each expert, on dimension 0 or in order: buffers, tensors, lists,
+    dictionaries, ``nn.ModuleList`` and the like. It stays whole on every rank, and ``forward`` gets the elements of the
+    experts that it computes. Forward may add to such a buffer, such as a counter of tokens. Every rank then has the sum
+    over all ranks. At conversion a trial with random values finds the state that ``forward`` uses this way. Other uses
+    by expert, and other changes, raise an error. An element of an ``nn.ModuleList`` whose expert got no token has a
+    gradient of zeros where one process has none.
+
+    Rows of a parameter are this rank's experts from then on, in any order. Code that indexes rows by expert, such as an
+    initialization, a mask or a log, must run before, or use what ``state_dict()`` returns.
 
     Example::
 
@@ -98,25 +100,25 @@ def parallelize_experts(
                 return output
 
     Args:
-        model: The model, on any device, before its optimizer is made. Modules that were converted before stay as they
-            are.
-        group: The ranks that share the experts of a layer; ``None`` for all. Groups of different ranks must be equally
+        model: Model on any device, before its optimizer is created. A model that is converted already stays as it is.
+        group: Ranks that share the experts of a layer. Defaults to all ranks. Groups of different ranks must be equally
             large and cover all ranks (``torch.distributed.new_subgroups``). For FSDP2 a mesh with a dimension ``ep``,
-            as ``ExpertParallelStrategy`` makes it: parameters become DTensors over it, ready for ``fully_shard``, which
-            must then average their gradients over the other ranks (see
-            :func:`~lightning_eplb.parallel.fully_shard.fully_shard_moe`).
-        num_redundant_experts: Redundant slots of a layer over all ranks of the group; a multiple of its size.
-        dispatcher: What exchanges the tokens, one for each layer: a subclass of
-            :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher` for a library or a network of your own.
+            such as that of ``ExpertParallelStrategy``: parameters become DTensors over it, ready for ``fully_shard``,
+            which must average their gradients over the other ranks, see
+            :func:`~lightning_eplb.parallel.fully_shard.fully_shard_moe`.
+        num_redundant_experts: Redundant slots of a layer over all ranks of the group, a multiple of its size. Defaults
+            to 0.
+        dispatcher: Class of the layers' token dispatchers: a subclass of
+            :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher` for another transport.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, the numbers of experts don't divide by the group's size, layers differ, or
-            a module's experts can't be told apart: its forward was replaced, or computes something else than the
-            protocol says, its parameters are pruned, parametrized or quantized, or see above; or ``group`` is a mesh
-            and an expert parameter has a gradient hook. All ranks raise it, before any communication.
+        ValueError: No MoE layer was found, its experts can't be divided equally, layers differ, or a module is not
+            supported: its forward was replaced or breaks the protocol, its parameters are pruned, parametrized or
+            quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before
+            any communication.
     """
     if any(expert_layers(model)):
         return model
@@ -146,11 +148,24 @@ def parallelize_experts(
     return model
 
 
-def expert_layers(model: nn.Module) -> Iterator[tuple[ExpertLayer, nn.Module]]:
-    """Yield the state and the module of every converted expert module in ``model``, in the order of layers."""
+class ConvertedExperts(NamedTuple):
+    """Converted expert module and its state."""
+
+    layer: ExpertLayer
+    module: nn.Module
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Expert parameters of this rank by name, ``[n, ...]`` each."""
+        named = self.module.named_parameters(recurse=False)
+        return {f"{self.layer.name}.{name}": parameter for name, parameter in named}
+
+
+def expert_layers(model: nn.Module) -> Iterator[ConvertedExperts]:
+    """Yield every converted expert module in ``model``, in the order of layers."""
     for module in model.modules():
         if isinstance(module, ParallelExperts):
-            yield module.expert_layer, module
+            yield ConvertedExperts(module.expert_layer, module)
 
 
 def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:

@@ -6,13 +6,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_eplb.parallel.consensus import ConsensusCheck
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import ConvertedExperts
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.async_transfer import AsyncTransfer
 from lightning_eplb.relocation.optimizer_state import call_after_steps, has_rows, leaves, nested_optimizers, state_of
@@ -29,19 +30,17 @@ class ExpertMover:
     A model has one mover. A transfer of a former mover, as after a failure, is cancelled.
 
     Args:
-        modules: State and module of every converted module, in the order of layers.
+        modules: Converted expert modules, in the order of layers.
         optimizers: Optimizers of expert parameters, whose state moves with the experts.
         use_async: Allow transfers to overlap with training. Ranks get a process group for them.
     """
 
-    def __init__(
-        self, modules: Sequence[tuple[ExpertLayer, nn.Module]], optimizers: Iterable[Optimizer], use_async: bool
-    ) -> None:
+    def __init__(self, modules: Sequence[ConvertedExperts], optimizers: Iterable[Optimizer], use_async: bool) -> None:
         self._modules = modules
-        first_layer, _ = modules[0]
+        first_layer = modules[0].layer
         self.groups: ExpertGroups = first_layer.groups
         self.placement = ExpertPlacement(
-            np.stack([layer.physical_to_logical for layer, _ in modules]),
+            np.stack([each.layer.physical_to_logical for each in modules]),
             first_layer.num_logical_experts,
             self.groups.size,
         )
@@ -72,7 +71,7 @@ class ExpertMover:
 
     def _on_step(self, *_: Any) -> None:
         self._has_stepped = True
-        self._modules[0][0].cancel_prefetch()  # fused optimizers don't increment the weights' versions
+        self._modules[0].layer.cancel_prefetch()  # fused optimizers don't increment the weights' versions
 
     @property
     def is_in_flight(self) -> bool:
@@ -86,7 +85,7 @@ class ExpertMover:
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """Return the tensors that move with a layer's primaries, ``[n, ...]`` each."""
-        return tensors_to_move(self._modules[layer_index][1], self._all_optimizers, with_gradients)
+        return tensors_to_move(self._modules[layer_index].module, self._all_optimizers, with_gradients)
 
     def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
         """Move to the placement ``after`` now. All ranks verify that they agree before the first row moves.
@@ -137,7 +136,7 @@ class ExpertMover:
         if plan:
             self._relocation_groups.acquire(number)
             self._group_number = number
-            self._transfer = _IN_FLIGHT[self._modules[0][0]] = transfer
+            self._transfer = _IN_FLIGHT[self._modules[0].layer] = transfer
             transfer.send()
         self._has_stepped = False
         self.num_bytes = 0
@@ -177,7 +176,7 @@ class ExpertMover:
         if transfer is None or not transfer.is_in_flight:
             return
         start = time.perf_counter()
-        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in transfer.layers_in_flight}
+        gradients = {layer: gradients_to_move(self._modules[layer].module) for layer in transfer.layers_in_flight}
         check = ConsensusCheck(self.placement, self._goal, gradients, self.groups)
         transfer.prepare_commit()
         check.wait()
@@ -195,7 +194,7 @@ class ExpertMover:
         """Drop rows that are not committed. Performs no communication, so it is safe after a failure."""
         if self._transfer is not None:
             self._transfer.cancel()
-            _IN_FLIGHT.pop(self._modules[0][0], None)
+            _IN_FLIGHT.pop(self._modules[0].layer, None)
         self._transfer = None
 
     def _prepare(self, plan: Sequence[LayerMoves], number: int, max_bytes: int) -> AsyncTransfer:
@@ -208,7 +207,7 @@ class ExpertMover:
         """Release the process group, since all rows that were sent have been received."""
         assert self._relocation_groups is not None
         self._relocation_groups.release(self._group_number)
-        _IN_FLIGHT.pop(self._modules[0][0], None)
+        _IN_FLIGHT.pop(self._modules[0].layer, None)
         self._transfer = None
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:
@@ -218,7 +217,7 @@ class ExpertMover:
         """Return the classes of the optimizers, and the names of their state with rows of these layers' experts."""
         names = [type(optimizer).__qualname__ for optimizer in self._all_optimizers]
         for layer in layers:
-            for parameter in self._modules[layer][1].parameters(recurse=False):
+            for parameter in self._modules[layer].module.parameters(recurse=False):
                 for optimizer in self._all_optimizers:
                     state = state_of(optimizer, parameter)
                     kept = {key: sum(has_rows(each, len(parameter)) for each in leaves(state[key])) for key in state}
@@ -232,4 +231,4 @@ class ExpertMover:
         slots_YP[layers] = after.physical_to_logical[layers]
         self.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
         for index in layers:
-            self._modules[index][0].set_placement(self.placement, self._capacity)
+            self._modules[index].layer.set_placement(self.placement, self._capacity)

@@ -136,11 +136,11 @@ def mixtral() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...], str]] = {
-    "no ep": (mixtral, (4,), ("data_parallel",), "group: the mesh has dimensions ('data_parallel',); it must have one"),
+    "no ep": (mixtral, (4,), ("data_parallel",), "group: the mesh has dimensions ('data_parallel',). It must have one"),
     "no efsdp": (mixtral, (4,), ("ep",), "mesh has dimensions ('ep',); 'efsdp' must be among them"),
     "tensor parallel": (mixtral, (1, 2, 2), NAMES, "group: the mesh has 'tensor_parallel' of size 2; its ranks would"),
     "a part of the world": (mixtral, (1, 2, 1), NAMES, "group: the mesh has 2 ranks in dimensions ('efsdp', 'ep'"),
-    "sharded before": (distributed_norm, (2, 2, 1), NAMES, "lm_head.weight is a DTensor already; call parallelize_exp"),
+    "sharded before": (distributed_norm, (2, 2, 1), NAMES, "lm_head.weight is a DTensor already. Call parallelize_exp"),
     "odd sizes": (OddExperts, (2, 2, 1), NAMES, "mesh: efsdp=2 must divide a dimension after the first of experts.up"),
     "a shared norm": (
         SharedNorm,

@@ -1,4 +1,4 @@
-"""Further arguments of the experts' call, against the unmodified module in one process."""
+"""Extra arguments of the experts' call, against the unmodified module in one process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_eplb import ExpertLoadBalancer, leave_experts_out_of_ddp, paralle
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import ShufflePolicy
-from tests.parallel.test_experts import GatheringDispatcher, HalvesDispatcher, LabelledDispatcher, largest
+from tests.parallel.test_forward import GatheringDispatcher, HalvesDispatcher, LabelledDispatcher, largest
 from tests.workers import Workers
 
 EXPERTS, WIDTH, HIDDEN = 8, 6, 5
@@ -146,7 +146,7 @@ def reentrant(
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 @pytest.mark.parametrize("run", [with_all, with_gate, with_frozen_tokens, checkpointed, reentrant])
-def test_further_arguments_compute_the_same(run: Callable[..., Tensor], redundancy: str, workers: Workers) -> None:
+def test_extra_arguments_compute_the_same(run: Callable[..., Tensor], redundancy: str, workers: Workers) -> None:
     assert max(workers.run(2, difference, run, (9, 5), redundancy)) < 1e-12
 
 
@@ -268,7 +268,7 @@ def plain(rank: int, tokens: int) -> dict[str, Any]:
         ),
     ],
 )
-def test_further_arguments_are_refused_on_all_ranks(
+def test_extra_arguments_are_refused_on_all_ranks(
     given: Callable[[int, int], dict[str, Any]], tokens: tuple[int, int], message: str, workers: Workers
 ) -> None:
     for refused in workers.run(2, refusal, given, tokens):
@@ -278,7 +278,7 @@ def test_further_arguments_are_refused_on_all_ranks(
 @pytest.mark.parametrize(
     ("given", "tokens"), [(plain, (9, 5)), (gate, (9, 9)), (gate, (WIDTH, 5)), (gate, (1, 1)), (gate, (0, 0))]
 )
-def test_further_arguments_are_taken(given: Any, tokens: tuple[int, int], workers: Workers) -> None:
+def test_extra_arguments_are_taken(given: Any, tokens: tuple[int, int], workers: Workers) -> None:
     assert workers.run(2, refusal, given, tokens) == ["", ""]
 
 
@@ -358,5 +358,5 @@ def gradients_without_tokens(wraps: bool) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("wraps", [False, True])
-def test_what_makes_further_arguments_is_trained_where_no_rank_has_a_token(wraps: bool, workers: Workers) -> None:
+def test_what_makes_extra_arguments_is_trained_where_no_rank_has_a_token(wraps: bool, workers: Workers) -> None:
     assert workers.run(2, gradients_without_tokens, wraps) == [(True, False)] * 2

@@ -286,11 +286,11 @@ def sharded_after() -> None:
 REFUSED = {
     on_rank_zero_only: r"EP ranks \[1\] have other gradient hooks on the parameters of model.layers.0.mlp.experts than"
     " EP rank 0. .* Register the same hooks on every rank",
-    behind_the_forward: "registered on a parameter of .*experts between its forward and its backward pass; register it"
+    behind_the_forward: "registered on a parameter of .*experts between its forward and its backward pass. Register it"
     " before the forward pass",
     one_that_reads_weights: r"hook on a parameter of .*experts uses the parameter itself \(detach\)",
     one_that_steps: "uses the parameter itself .* step an optimizer after the backward pass",
-    one_that_makes_rows: r"made a gradient of shape \[4, 48, 16\]; it must be that of all experts, \[8, 48, 16\]",
+    one_that_makes_rows: r"returned a gradient of shape \[4, 48, 16\]. It must be that of all experts, \[8, 48, 16\]",
     on_the_meta_device: "is on the meta device and has a gradient hook, which would be lost",
     sharded_before: r"model.layers.0.mlp.experts.gate_up_proj has a gradient hook, which ExpertParallelStrategy .*"
     r"FSDPStrategy\(\)\.",

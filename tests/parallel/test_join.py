@@ -12,7 +12,7 @@ from lightning_eplb import parallelize_experts
 from lightning_eplb.parallel.join import ExpertJoin
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.models import hugging_face_model
-from tests.parallel.test_experts import WIDTH, routing
+from tests.parallel.test_forward import WIDTH, routing
 from tests.workers import Workers
 
 
@@ -28,9 +28,9 @@ def differences(calls_of_rank: tuple[list[int], ...], dtype: torch.dtype, infere
     parallelize_experts(converted, num_redundant_experts=2)
     found = list(expert_layers(converted))
     named: list[Any] = [(layer.name, layer.num_logical_experts, module) for layer, module in found]
-    uneven = ExpertJoin(named, found[0][0].groups, torch.device("cpu"))
+    join = ExpertJoin(named, found[0][0].groups, torch.device("cpu"))
     for layer, _ in found:
-        layer.set_join(uneven)
+        layer.set_join(join)
     outputs: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode(inference), torch.no_grad():
         for number, index in enumerate(calls_of_rank[dist.get_rank()]):
@@ -38,8 +38,8 @@ def differences(calls_of_rank: tuple[list[int], ...], dtype: torch.dtype, infere
             inputs = hidden.to(dtype), experts, weights.to(dtype)
             outputs.append((converted[index](*inputs), original[index](*inputs)))
             if number == 2:
-                uneven.pause()
-        uneven.finish()
+                join.pause()
+        join.finish()
     return [float((ours - theirs).abs().max()) for ours, theirs in outputs]
 
 
@@ -70,10 +70,10 @@ def test_ranks_without_a_call_compute_in_the_dtype_of_the_call(workers: Workers)
 def with_gradients() -> str:
     model = parallelize_experts(layers())
     ((layer, module), *_) = expert_layers(model)
-    uneven = ExpertJoin([("experts", 8, module)], layer.groups, torch.device("cpu"))  # type: ignore[list-item]
-    layer.set_join(uneven)
+    join = ExpertJoin([("experts", 8, module)], layer.groups, torch.device("cpu"))  # type: ignore[list-item]
+    layer.set_join(join)
     inputs = torch.ones(1, WIDTH, dtype=torch.float64), torch.tensor([[0]]), torch.ones(1, 1)
-    call = functools.partial(module, *inputs) if dist.get_rank() == 0 else uneven.finish
+    call = functools.partial(module, *inputs) if dist.get_rank() == 0 else join.finish
     with pytest.raises(RuntimeError, match=r"experts was called with gradients enabled while EP ranks \[1\] did not"):
         call()
     return "raised"

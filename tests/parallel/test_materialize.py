@@ -170,5 +170,5 @@ def test_shared_parameters_stay_shared() -> None:
 
 
 def test_a_device_without_memory() -> None:
-    with pytest.raises(ValueError, match=r"device='meta' has no memory; leave `with torch.device\('meta'\)` before"):
+    with pytest.raises(ValueError, match=r"device='meta' has no memory. Leave `with torch.device\('meta'\)` first"):
         materialize(nn.Linear(2, 2), "meta")

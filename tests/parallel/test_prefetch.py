@@ -1,4 +1,4 @@
-"""Copies that are sent one layer ahead: when they are, and that what is stale is never used."""
+"""Prefetch of redundant weights: when they are sent, and that stale ones are never used."""
 
 import gc
 import weakref
@@ -87,7 +87,7 @@ def events(paths: list[tuple[int, ...]]) -> list[str]:
     return log.copy()
 
 
-def test_the_next_layers_copies_travel_while_one_computes(workers: Workers) -> None:
+def test_the_next_layers_weights_are_prefetched_while_one_computes(workers: Workers) -> None:
     for seen in workers.run(2, events, [(0, 1, 2), (0, 1, 2)]):
         assert seen == [
             *("layer 0", "tokens", "copies", "copies"),  # its own and the next one's
@@ -110,7 +110,7 @@ def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:
     "paths",
     [
         [(0, 1, 2)] * 3,
-        [(0, 1, 2), (0, 2), (0, 1, 2), (1, 2), (0, 2)],  # another layer follows than the one that was sent ahead
+        [(0, 1, 2), (0, 2), (0, 1, 2), (1, 2), (0, 2)],  # another layer follows than the one that was prefetched
         [(0, 1, 2), (0, -1), (1, 2), (0, -1), (0, 1)],  # broken off, the weights change, and it goes on behind
         [(0, 1), (1, 0), (0, 1, 1, 2)],
     ],
@@ -175,7 +175,7 @@ def output_of_changed_weights(change: str) -> float:
 
 
 @pytest.mark.parametrize("change", ["step", "fused", "load_state_dict"])
-def test_copies_of_weights_that_changed_are_sent_again(change: str, workers: Workers) -> None:
+def test_prefetched_weights_that_changed_are_sent_again(change: str, workers: Workers) -> None:
     assert max(workers.run(2, output_of_changed_weights, change)) < 1e-12
 
 

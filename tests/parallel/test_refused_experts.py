@@ -239,7 +239,9 @@ def changed_after_conversion(change: Callable[[nn.Module], object]) -> str:
     parallelize_experts(nn.ModuleDict({"experts": experts}))
     change(experts)
     hidden, weights = torch.randn(4, WIDTH, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="pruning and parametrizations of experts are not supported") as raised:
+    with pytest.raises(
+        RuntimeError, match="pruning and parametrizations of experts, which are not supported"
+    ) as raised:
         experts(hidden, torch.arange(4).unsqueeze(-1), weights)
     return str(raised.value)
 

@@ -121,7 +121,7 @@ def test_a_second_decision_waits_for_the_first(workers: Workers) -> None:
         assert [step for step, (_, _, done) in enumerate(seen[:-1], start=1) if done is not None] == [5, 9]
 
 
-def test_what_is_under_way_at_the_end_is_put_in_place(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
+def test_rows_in_flight_at_the_end_are_committed(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
     for seen in workers.run(2, train, True, 24):  # decided in the seventh step
         assert changed_layers(seen[0][1], seen[-1][1]) == [0, 1, 2]
         assert changed_layers(seen[-2][1], seen[-1][1]) == []
@@ -152,7 +152,7 @@ def test_the_same_is_moved_and_told(workers: Workers) -> None:
         assert behind.num_bytes == sync.num_bytes * 4 // 3  # weights and two moments; and gradients
 
 
-def test_training_goes_on_after_ranks_disagreed_about_what_is_under_way(
+def test_training_goes_on_after_ranks_disagreed_about_rows_in_flight(
     workers: Workers, expected: list[dict[str, Tensor]]
 ) -> None:
     """Rank 0 has gradients that rank 1 has not: what moves later must not meet what was sent for them."""

@@ -225,7 +225,7 @@ class Silent(SGD):
             parameter.sub_(parameter.grad, alpha=0.1)
 
 
-def test_steps_that_no_hook_sees_are_refused_where_rows_move_behind_them() -> None:
+def test_steps_without_hooks_are_refused_with_use_async() -> None:
     optimizer, parameter = made(Silent)
     check_optimizers([optimizer], {"up": parameter})
     with pytest.raises(ValueError, match=r"Silent calls no hooks .* and use_async=True must know"):

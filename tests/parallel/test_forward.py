@@ -266,33 +266,33 @@ class GatheringDispatcher(TokenDispatcher):
 
     bytes_in_parts = math.inf
 
-    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "GatheredTrip":
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "GatheredHandle":
         (part,) = plan.parts
         sent: list[list[int]] = [[] for _ in range(self.groups.size)]
         dist.all_gather_object(sent, part.send_counts, group=self.groups.ep_group)
         rank = self.groups.rank
         pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.ep_group)
         received = [pairs.split(counts)[rank] for pairs, counts in zip(pairs_of, sent, strict=True)]
-        return GatheredTrip(plan, sent, torch.cat(received))
+        return GatheredHandle(plan, sent, torch.cat(received))
 
-    def receive(self, trip: "GatheredTrip", part: int) -> tuple[Tensor, Tensor]:
-        rows = trip.plan.parts[part]
-        return trip.rows[rows.primary_rows], trip.rows[rows.copy_rows]
+    def receive(self, handle: "GatheredHandle", part: int) -> tuple[Tensor, Tensor]:
+        rows = handle.plan.parts[part]
+        return handle.rows[rows.primary_rows], handle.rows[rows.copy_rows]
 
-    def send_home(self, trip: "GatheredTrip", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
-        rows = trip.plan.parts[part]
+    def send_home(self, handle: "GatheredHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        rows = handle.plan.parts[part]
         places = torch.cat((rows.primary_rows, rows.copy_rows))
-        trip.rows = torch.cat((primaries_MD, copies_MD))[torch.argsort(places)]
+        handle.rows = torch.cat((primaries_MD, copies_MD))[torch.argsort(places)]
 
-    def combine(self, trip: "GatheredTrip", weights_TK: Tensor) -> Tensor:
+    def combine(self, handle: "GatheredHandle", weights_TK: Tensor) -> Tensor:
         rank = self.groups.rank
-        served = [sum(counts[server] for counts in trip.sent) for server in range(self.groups.size)]
+        served = [sum(counts[server] for counts in handle.sent) for server in range(self.groups.size)]
         home = [
-            rows.split([counts[server] for counts in trip.sent])[rank]
-            for server, rows in enumerate(_gather(trip.rows, served, self.groups.ep_group))
+            rows.split([counts[server] for counts in handle.sent])[rank]
+            for server, rows in enumerate(_gather(handle.rows, served, self.groups.ep_group))
         ]
-        pairs = torch.zeros(weights_TK.numel(), trip.rows.shape[1], dtype=trip.rows.dtype)
-        pairs = pairs.index_copy(0, trip.plan.pairs, torch.cat(home))
+        pairs = torch.zeros(weights_TK.numel(), handle.rows.shape[1], dtype=handle.rows.dtype)
+        pairs = pairs.index_copy(0, handle.plan.pairs, torch.cat(home))
         return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
 
 
@@ -301,7 +301,7 @@ class LabelledDispatcher(TokenDispatcher):
 
     bytes_in_parts = 0
 
-    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "LabelledTrip":
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "LabelledHandle":
         slots = plan.parts[-1].sent.shape[1] + plan.parts[-1].primaries.start
         labels = []
         for part in plan.parts:
@@ -312,34 +312,34 @@ class LabelledDispatcher(TokenDispatcher):
         dist.all_gather_object(sent, mine, group=self.groups.ep_group)
         rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.ep_group))
         mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
-        return LabelledTrip(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
+        return LabelledHandle(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
 
-    def receive(self, trip: "LabelledTrip", part: int) -> tuple[Tensor, Tensor]:
-        slots, own = trip.plan.parts[part].served, len(trip.plan.parts[part].primary_ends)
-        places = [torch.where(trip.slots == slot)[0] for slot in slots.tolist()]
+    def receive(self, handle: "LabelledHandle", part: int) -> tuple[Tensor, Tensor]:
+        slots, own = handle.plan.parts[part].served, len(handle.plan.parts[part].primary_ends)
+        places = [torch.where(handle.slots == slot)[0] for slot in slots.tolist()]
         first, second = (torch.cat([torch.empty(0, dtype=torch.int64), *some]) for some in (places[:own], places[own:]))
-        trip.served.append([first, second])
-        return trip.rows[first], trip.rows[second]
+        handle.served.append([first, second])
+        return handle.rows[first], handle.rows[second]
 
-    def send_home(self, trip: "LabelledTrip", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
-        trip.served[part] += [primaries_MD, copies_MD]
+    def send_home(self, handle: "LabelledHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        handle.served[part] += [primaries_MD, copies_MD]
 
-    def combine(self, trip: "LabelledTrip", weights_TK: Tensor) -> Tensor:
-        all_MD = torch.zeros_like(trip.rows)
-        for first, second, primaries_MD, copies_MD in trip.served:
+    def combine(self, handle: "LabelledHandle", weights_TK: Tensor) -> Tensor:
+        all_MD = torch.zeros_like(handle.rows)
+        for first, second, primaries_MD, copies_MD in handle.served:
             all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, copies_MD)))
-        all_MD = torch.zeros_like(all_MD).index_copy(0, trip.mixed, all_MD)
+        all_MD = torch.zeros_like(all_MD).index_copy(0, handle.mixed, all_MD)
         summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.ep_group))
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups.size)]
-        dist.all_gather(lengths, torch.tensor([len(trip.plan.pairs)]), group=self.groups.ep_group)
+        dist.all_gather(lengths, torch.tensor([len(handle.plan.pairs)]), group=self.groups.ep_group)
         home_ND = summed_MD.split([int(length) for length in lengths])[self.groups.rank]  # type: ignore[union-attr]
         pairs = torch.zeros(weights_TK.numel(), home_ND.shape[1], dtype=home_ND.dtype)
-        pairs = pairs.index_copy(0, trip.plan.pairs, home_ND)
+        pairs = pairs.index_copy(0, handle.plan.pairs, home_ND)
         return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
 
 
 @dataclass
-class LabelledTrip:
+class LabelledHandle:
     plan: DispatchPlan
     rows: Tensor
     slots: Tensor
@@ -348,7 +348,7 @@ class LabelledTrip:
 
 
 @dataclass
-class GatheredTrip:
+class GatheredHandle:
     plan: DispatchPlan
     sent: list[list[int]]
     rows: Tensor
@@ -422,8 +422,8 @@ def test_a_communication_hook_that_may_not_average_is_refused(
 ) -> None:
     for message in workers.run(2, hooked, name):
         assert message == (
-            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with expert parallelism: exp"
-            " over ranks: their gradients are averaged over all ranks, and so must all others be, which"
+            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with expert parallelism:"
+            " expert gradients are averaged over all ranks, and so must all others be, which"
             f" {inner} may not do. Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook,"
             " bf16_compress_hook, powerSGD_hook, batched_powerSGD_hook, quantization_pertensor_hook,"
             " quantization_perchannel_hook, or none"
@@ -434,7 +434,7 @@ def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers
     for message in workers.run(2, hooked, "allreduce of a part"):
         assert message == (
             "DistributedDataParallel.register_comm_hook(hook=allreduce_hook) averages gradients over a process group of"
-            " 1 ranks, and those of experts are averaged over all 2. Leave the process group out of the hook's state"
+            " 1 ranks, and expert gradients are averaged over all 2. Leave the process group out of the hook's state."
         )
 
 
@@ -463,7 +463,7 @@ def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
     """It would average the gradients of different experts, in silence: as where EPLBCallback was forgotten."""
     for message in workers.run(2, wrapped, False):
         assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
-        assert "add EPLBCallback" in message
+        assert "Add EPLBCallback" in message
     assert workers.run(2, wrapped, True) == ["", ""]
 
 
