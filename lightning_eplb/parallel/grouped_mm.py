@@ -4,7 +4,7 @@ transformers' ``grouped_mm`` sorts its tokens by expert, computes and restores t
 sorted already and their number for each expert is known, so that two products and an activation remain. They are
 registered with transformers as an implementation of experts, and selected on a copy of the module's config.
 
-Shape suffixes: ``M`` rows, ``D`` model width, ``S`` experts.
+Shape suffixes: ``M`` rows, ``D`` model width, ``S`` experts of a rank.
 """
 
 import copy

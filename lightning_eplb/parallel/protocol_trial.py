@@ -4,7 +4,7 @@ Random tokens run through a small clone of the module. Its experts have random w
 the meta device, zero or quantized. Outputs are compared with those of one token, one expert and a weight of one. The
 clone shares nothing with the module that a forward could change, and calls no hook.
 
-Shape suffixes: ``T`` tokens, ``K`` top-k, ``D`` model width, ``S`` sequence length, ``B`` sequences.
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``D`` model width.
 """
 
 import collections
@@ -359,15 +359,15 @@ class _Trial:
     def _other_protocol(self) -> str | None:
         """Describe the protocol of a forward that raises for ours, or returns zeros."""
         hidden_TD, index_TK = self.hidden(3), torch.tensor([[0, 1], [1, 0], [0, 1]], device=self.device)
-        hidden_BSD, weights_TK = hidden_TD[None], hidden_TD.new_full((3, 2), 0.5)
+        hidden_1TD, weights_TK = hidden_TD[None], hidden_TD.new_full((3, 2), 0.5)
         experts, num_experts = self.clones.experts, self.clones.num_experts
         if self._runs(experts, hidden_TD, index_TK, weights_TK):
             return "its forward does not take one token alone (statistics of the batch)"
         if self._runs(experts, hidden_TD, weights_TK, index_TK):
             return "its forward takes weights before indices"
-        if self._runs(experts, hidden_BSD, index_TK, weights_TK):
+        if self._runs(experts, hidden_1TD, index_TK, weights_TK):
             return "its forward takes hidden [B, S, D]"
-        if self._runs(experts, hidden_BSD, index_TK[None], weights_TK[None]):
+        if self._runs(experts, hidden_1TD, index_TK[None], weights_TK[None]):
             return "its forward takes hidden [B, S, D]"
         if num_experts * self.clones.row_size <= 2 * MAX_PARAMETERS:
             experts = {name: rows[:1].expand(num_experts, *rows.shape[1:]) for name, rows in experts.items()}
