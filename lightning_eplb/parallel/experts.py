@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachingTorchDispatchMode
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel import dispatch, grouped, hooks
 from lightning_eplb.parallel.ahead import CopiesAhead, SentAhead
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
@@ -167,7 +166,7 @@ class ExpertLayer:
 
     def check_parameters(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` where parameters of ``module`` were replaced since it was converted, as by pruning."""
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        names = [name for name, parameter in _compat.registered(module).parameters.items() if parameter is not None]
         if names != self.parameter_names:
             raise RuntimeError(
                 f"{self.name} had the parameters {self.parameter_names} when its experts were spread over ranks, and"
@@ -179,14 +178,14 @@ class ExpertLayer:
 
         ``ValueError`` where it does not average what it has over all ranks.
         """
-        ddp = DistributedDataParallel._active_ddp_module
+        ddp = _compat.active_ddp()
         if ddp is None:
             return
         check_registered_hooks(ddp)  # at any time before a backward pass
         if self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
-        if any(id(parameter) in rows for parameter in ddp._module_parameters):
+        if any(id(parameter) in rows for parameter in _compat.ddp_parameters(ddp)):
             raise RuntimeError(
                 f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and gave all"
                 " ranks those of rank 0; add EPLBCallback to the trainer, or call"
@@ -210,12 +209,7 @@ class ExpertLayer:
 
 
 def _is_recomputing() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _is_cached() -> bool:
-    """Whether selective checkpointing keeps some operations' outputs: recomputation must then run the same ones."""
-    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
+    return _compat.backward_id() != -1
 
 
 class ParallelExperts(nn.Module):
@@ -331,7 +325,7 @@ class ParallelExperts(nn.Module):
         seconds = time.perf_counter() - start
         check = functools.partial(hooks.check_wrapped, parameters, layer)
         copies = CopiesUnderway(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
-        if sends_ahead := not _is_recomputing() and not _is_cached():
+        if sends_ahead := not _is_recomputing() and not _compat.keeps_outputs():
             copies.underway = layer.ahead.take(layer.index, routes, self._versions(), self._send_ahead)
         else:
             layer.ahead.discard()
@@ -418,7 +412,7 @@ class ParallelExperts(nn.Module):
 
     def _versions(self) -> list[int]:
         """Rise with the weights' changes. Those of inference tensors, which never train, are not counted."""
-        return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
+        return [_compat.version_of(p) for p in self.parameters(recurse=False) if not p.is_inference()]
 
     def _serve(self, served: "_Served", call: "_Call") -> Tensor:
         """Run the original forward on tokens in the order of their experts.

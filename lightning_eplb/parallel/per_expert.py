@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.pieces import to_device
 
 
@@ -58,9 +59,10 @@ def part_of(
     """
     part = object.__new__(original)
     part.__dict__.update(module.__dict__, num_experts=len(experts))
-    part.__dict__["_parameters"] = module._parameters | dict(parameters)
+    own = _compat.registered(module)
+    _compat.replace_registered(part, own.parameters | dict(parameters))
     if taken:
-        part.__dict__.update(_buffers=dict(module._buffers), _modules=dict(module._modules))
+        _compat.replace_registered(part, buffers=dict(own.buffers), children=dict(own.children))
     give_elements(part, taken, experts)
     return part
 
@@ -69,8 +71,9 @@ def give_elements(part: nn.Module, taken: Sequence[str], experts: Sequence[int])
     """Let a module, whose buffers and submodules are in dictionaries of its own, have the elements of some experts."""
     for name in taken:
         elements = _elements(getattr(part, name), experts)
-        part._buffers.pop(name, None)
-        part._modules.pop(name, None)
+        own = _compat.registered(part)
+        own.buffers.pop(name, None)
+        own.children.pop(name, None)
         part.__dict__[name] = elements
 
 
@@ -177,7 +180,8 @@ def _with_an_element_each(module: nn.Module) -> tuple[str, ...]:
     """Names of buffers, tensors, arrays, lists and dictionaries, of modules too, with as many elements as experts."""
     number = module.num_experts
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    found = own | module._buffers | module._modules
+    _, buffers, children = _compat.registered(module)
+    found = own | buffers | children
     return tuple(name for name, value in found.items() if _num_elements(value) == number)
 
 
@@ -193,7 +197,8 @@ def _inner_state(module: nn.Module) -> Iterator[object]:
     number = module.num_experts
     for child in module.children():
         for inner in child.modules():
-            own = chain(inner._parameters.values(), inner._modules.values(), vars(inner).values())
+            parameters, _, children = _compat.registered(inner)
+            own = chain(parameters.values(), children.values(), vars(inner).values())
             yield from (value for value in [inner, *own] if _num_elements(value) == number)
 
 
@@ -221,12 +226,13 @@ class _Trial:
             key: torch.rand((1, *value.shape[1:]), device=device).sub_(0.5).to(value.dtype)
             for key, value in module.named_parameters(recurse=False)
         }
+        _, buffers, children = _compat.registered(module)
         self._tensors = {
             key: _other_values(value, device)
-            for key, value in (vars(module) | module._buffers).items()
+            for key, value in (vars(module) | buffers).items()
             if isinstance(value, Tensor)
         }
-        self._children = {key: _other_child(child, device) for key, child in module._modules.items()}
+        self._children = {key: _other_child(child, device) for key, child in children.items()}
         self._call = self._find_call()
 
     def differences(self, taken: Sequence[str]) -> str | None:
@@ -306,16 +312,18 @@ class _Trial:
         whole.__dict__.update(self._module.__dict__, training=training)
         whole.__dict__.update(_lists(self._module))
         tensors = {key: value.clone() for key, value in self._tensors.items()}
-        whole.__dict__.update({key: value for key, value in tensors.items() if key not in whole._buffers})
-        whole.__dict__.update(
-            _parameters=whole._parameters | self._rows(self._number),
-            _buffers={key: tensors.get(key) for key in whole._buffers},
-            _modules=copy.deepcopy(self._children),
+        parameters, buffers, _ = _compat.registered(whole)
+        whole.__dict__.update({key: value for key, value in tensors.items() if key not in buffers})
+        _compat.replace_registered(
+            whole,
+            parameters | self._rows(self._number),
+            {key: tensors.get(key) for key in buffers},
+            copy.deepcopy(self._children),
         )
         for child in whole.children():
             child.train(training)
             for inner in child.modules():
-                inner._compiled_call_impl = inner.forward  # calls no hook
+                _compat.call_without_hooks(inner)
         return whole
 
     def _rows(self, number: int) -> dict[str, Tensor]:

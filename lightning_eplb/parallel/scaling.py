@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.groups import ExpertGroups
 
 
@@ -18,7 +19,7 @@ def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: E
         optimizer: Whose gradients were unscaled.
         groups: As the converted modules' ``expert_layer.groups``.
     """
-    found = list(scaler._found_inf_per_device(optimizer).values())
+    found = _compat.found_overflow(scaler, optimizer)
     overflow = torch.stack([one.detach().cpu().reshape(()) for one in found]).max() if found else torch.zeros(())
     dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=groups.control)
     for one in found:
@@ -27,7 +28,7 @@ def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: E
 
 def check_scaled_optimizer(optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for an optimizer that looks for overflows within its step, where they can't be shared."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if _compat.unscales_in_step(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__}(fused=True) looks for overflows of its own rank only, and with"
             " precision='16-mixed' every rank would skip other steps; foreach=True or precision='bf16-mixed' would do"
