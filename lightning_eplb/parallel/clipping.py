@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.flat_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -154,7 +155,7 @@ def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: E
         optimizer: Optimizer whose gradients were unscaled.
         groups: Process groups of the experts, such as ``balancer.groups``.
     """
-    found = list(scaler._found_inf_per_device(optimizer).values())
+    found = _compat.found_overflow(scaler, optimizer)
     overflow = torch.stack([one.detach().cpu().reshape(()) for one in found]).max() if found else torch.zeros(())
     dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=groups.cpu_group)
     for one in found:
@@ -163,7 +164,7 @@ def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: E
 
 def check_scaled_optimizer(optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for an optimizer that checks for overflows within its step, where they can't be shared."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if _compat.unscales_in_step(optimizer):
         raise ValueError(
             f"{type(optimizer).__name__}(fused=True) checks for overflows of its own rank only, and with"
             " precision='16-mixed' ranks would skip different steps. Use foreach=True or precision='bf16-mixed'."

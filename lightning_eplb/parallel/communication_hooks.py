@@ -9,8 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
-from torch.distributed.algorithms.ddp_comm_hooks.mixed_precision_hooks import _reducer_allreduce_and_upcast_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_eplb import _compat
 
 _SUPPORTED = (
     default_hooks.allreduce_hook,
@@ -42,7 +43,7 @@ def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Call
             f" {' or '.join(_name_of(each) for each in _WRAPPERS)}, or no wrapper"
         )
     inner = _unwrapped(hook)
-    if inner not in _SUPPORTED and inner is not _reducer_allreduce_and_upcast_hook:
+    if inner not in _SUPPORTED and inner is not _compat.ddp_mixed_precision_hook():
         raise ValueError(
             f"{source} is not supported with expert parallelism: expert gradients are averaged over all ranks, and so"
             f" must all others be, which {_name_of(inner)} may not do. Use one of torch's hooks that"
@@ -58,7 +59,7 @@ def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Call
 
 def check_registered_hooks(ddp: DistributedDataParallel) -> None:
     """Raise ``ValueError`` if a registered hook of ``ddp`` does not average over all ranks."""
-    for hook, state in ddp._comm_hooks:
+    for hook, state in _compat.ddp_comm_hooks(ddp):
         check_averages(f"DistributedDataParallel.register_comm_hook(hook={_name_of(hook)})", hook, state)
 
 

@@ -10,8 +10,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_eplb import _compat
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.parallel.per_expert_state import make_part
 
@@ -120,12 +120,11 @@ def _check_module(name: str, module: nn.Module) -> None:
             f"{name}.forward was replaced on the module itself, and expert parallelism calls that of"
             f" {type(module).__name__}. Put the new forward into a subclass, or undo it with del {name}.forward."
         )
-    for hook in module._forward_pre_hooks.values():
+    for hook in _compat.forward_pre_hooks(module):
         if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
-            parameter = getattr(hook, "_tensor_name", None) or hook.name  # type: ignore[union-attr]
-            raise ValueError(_computed(name, parameter, type(hook).__name__))
+            raise ValueError(_computed(name, _compat.pruned_tensor(hook), type(hook).__name__))
     for parameter_name, parameter in module.named_parameters(recurse=False):
-        is_quantized = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state")
+        is_quantized = _compat.is_tensor_wrapper(parameter) or hasattr(parameter, "quant_state")
         if is_quantized and not isinstance(parameter, DTensor):
             raise ValueError(
                 f"{name}.{parameter_name} is a {type(parameter).__name__}, whose rows can't be moved between ranks."

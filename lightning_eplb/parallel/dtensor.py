@@ -7,6 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_eplb import _compat
+
 EP, EFSDP, REPLICATE = "ep", "efsdp", "replicate"
 """Mesh dimensions: ranks that share the experts of a layer, that share each expert, that hold the same shards."""
 
@@ -39,8 +41,7 @@ def sharded_parameters(module: nn.Module) -> list[nn.Parameter]:
 
     Within a forward pass the module itself has unsharded parameters.
     """
-    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-    return [parameter.sharded_param for parameter in group.fsdp_params] if group is not None else []
+    return _compat.fsdp2_parameters(module) if isinstance(module, FSDPModule) else []
 
 
 def as_distributed(rows: Tensor, group: dist.ProcessGroup) -> DTensor:

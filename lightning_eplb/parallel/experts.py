@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
@@ -205,7 +206,7 @@ class ExpertLayer:
 
     def check_parameters(self, module: nn.Module) -> None:
         """Raise ``RuntimeError`` if parameters of ``module`` were replaced after conversion, as by pruning."""
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        names = [name for name, parameter in _compat.registered(module).parameters.items() if parameter is not None]
         if names != self.parameter_names:
             raise RuntimeError(
                 f"{self.name} had the parameters {self.parameter_names} when its experts were distributed over ranks,"
@@ -219,14 +220,14 @@ class ExpertLayer:
             RuntimeError: DDP averages parameters of ``module``.
             ValueError: DDP does not average its parameters over all ranks.
         """
-        ddp = DistributedDataParallel._active_ddp_module
+        ddp = _compat.active_ddp()
         if ddp is None:
             return
         check_registered_hooks(ddp)  # at any time before a backward pass
         if self.ddp is ddp:
             return
         rows = {id(parameter) for parameter in module.parameters(recurse=False)}
-        if any(id(parameter) in rows for parameter in ddp._module_parameters):
+        if any(id(parameter) in rows for parameter in _compat.ddp_parameters(ddp)):
             raise RuntimeError(
                 f"DistributedDataParallel averages {self.name}, whose rows are other experts on each rank, and has"
                 " overwritten them by those of rank 0. Add EPLBCallback to the trainer, or call"
@@ -251,4 +252,4 @@ class ExpertLayer:
 
 def is_recomputing() -> bool:
     """Return ``True`` within a backward pass, in which activation checkpointing calls a forward again."""
-    return torch._C._current_graph_task_id() != -1
+    return _compat.backward_id() != -1

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.parallelize import expert_layers
 
 
@@ -56,7 +57,7 @@ def check_not_flattened(model: nn.Module) -> None:
 
 def is_flattened(parameter: nn.Parameter) -> bool:
     """Return ``True`` if a parameter is a flat parameter or part of one."""
-    return getattr(parameter, "_fsdp_flattened", False)
+    return _compat.is_flattened(parameter)
 
 
 def shard_groups(model: nn.Module) -> Mapping[int, dist.ProcessGroup]:

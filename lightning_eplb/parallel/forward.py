@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachingTorchDispatchMode
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel import gradient_hooks, grouped_mm
 from lightning_eplb.parallel.dispatch_plan import DispatchPlan, count_tokens, gather_counts, plan_dispatch, sort_pairs
 from lightning_eplb.parallel.experts import ExpertLayer, LayerLoad, is_recomputing
@@ -140,7 +139,7 @@ class ParallelExperts(nn.Module):
         plan_seconds = time.perf_counter() - start
         check = functools.partial(gradient_hooks.check_wrapped, list(self.parameters(recurse=False)), layer)
         redundant = RedundantExperts(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
-        if prefetches := not is_recomputing() and not _keeps_outputs():
+        if prefetches := not is_recomputing() and not _compat.keeps_outputs():
             redundant.in_flight = layer.prefetcher.take(layer.index, routes, self._versions(), self._prefetch)
         else:
             layer.cancel_prefetch()
@@ -233,7 +232,7 @@ class ParallelExperts(nn.Module):
 
     def _versions(self) -> list[int]:
         """Return the parameters' version counters. Inference tensors have none, and never train."""
-        return [p._version for p in self.parameters(recurse=False) if not p.is_inference()]
+        return [_compat.version_of(p) for p in self.parameters(recurse=False) if not p.is_inference()]
 
     def _compute_rows(self, rows: "_ExpertRows", call: "_CallState") -> Tensor:
         """Run the original forward on rows in the order of their experts.
@@ -319,11 +318,6 @@ class ParallelExperts(nn.Module):
         layer = self.expert_layer
         parameters = dict(zip((name for name, _ in self.named_parameters(recurse=False)), weights, strict=True))
         return make_part(self, layer.original_class, parameters, layer.per_expert.attributes, experts)
-
-
-def _keeps_outputs() -> bool:
-    """Return ``True`` under selective checkpointing, whose recomputation must run the same operations."""
-    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
 class _CallState(NamedTuple):

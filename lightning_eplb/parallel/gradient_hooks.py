@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import sharded_parameters
 from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -64,7 +65,7 @@ def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
     numbers = [
         _wrap(hooks, kind, parameters, layer)
         for parameter in parameters
-        for hooks, kind in zip(_hooks_of(parameter), (_GradientHook, _PostAccumulateHook), strict=True)
+        for hooks, kind in zip(_compat.gradient_hooks(parameter), (_GradientHook, _PostAccumulateHook), strict=True)
     ]
     if not any(numbers):
         return 0
@@ -234,13 +235,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _users_hooks(parameter: Tensor) -> Iterator[Any]:
-    for hooks in _hooks_of(parameter):
+    for hooks in _compat.gradient_hooks(parameter):
         yield from (hook for hook in (hooks or {}).values() if not _is_ours(hook))
-
-
-def _hooks_of(parameter: Tensor) -> tuple[dict[int, Any] | None, dict[int, Any] | None]:
-    """Return the hooks on a parameter's gradient, and those after its accumulation."""
-    return parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
 def _is_sharded(module: nn.Module) -> bool:

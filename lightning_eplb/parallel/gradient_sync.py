@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.groups import ExpertGroups
 
 BUCKET_BYTES = 25 * 2**20
@@ -71,10 +72,10 @@ class ExpertGradientSync:
         self._accumulated[id(parameter)] = parameter
         if self._is_blocked():
             return
-        task = torch._C._current_graph_task_id()
+        task = _compat.backward_id()
         if task != self._task:  # reentrant checkpointing runs a backward pass within the backward pass
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            _compat.call_after_backward(self._finish)
         if self._buckets is None:
             self._buckets = self._fill_buckets()
         # In the order of buckets, never of arrival, which may differ between ranks.

@@ -7,7 +7,6 @@ registered with transformers as an implementation of experts, and selected on a 
 Shape suffixes: ``M`` rows, ``D`` model width, ``S`` experts of a rank.
 """
 
-import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -15,13 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
+
 NAME = "grouped_mm_of_sorted_rows"
 
 
 def takes_sorted_rows(experts: nn.Module) -> bool:
     """Return ``True`` if ``experts`` uses transformers' ``grouped_mm``, and transformers has what ours needs."""
-    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    return implementation == "grouped_mm" and _is_registered()
+    return _compat.experts_implementation(experts) == "grouped_mm" and _is_registered()
 
 
 def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
@@ -31,8 +31,7 @@ def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
         experts: Module for which :func:`takes_sorted_rows` holds, and that owns its attributes.
         ends_S: End of each expert's rows, int32.
     """
-    config = copy.copy(experts.config)
-    config._experts_implementation = NAME
+    config = _compat.with_experts_implementation(experts.config, NAME)
     experts.__dict__.update(config=config, row_ends=ends_S)
 
 
@@ -40,10 +39,10 @@ def let_take_sorted_rows(experts: Any, ends_S: Tensor) -> None:
 def _is_registered() -> bool:
     """Register :func:`_forward`. Such experts exist only if transformers is imported."""
     moe = sys.modules.get("transformers.integrations.moe")
-    if not all(hasattr(moe, name) for name in ("ALL_EXPERTS_FUNCTIONS", "_grouped_linear")):
+    linear, implementations = _compat.grouped_linear(moe), getattr(moe, "ALL_EXPERTS_FUNCTIONS", None)
+    if linear is None or implementations is None:
         return False
-    assert moe is not None
-    moe.ALL_EXPERTS_FUNCTIONS.register(NAME, functools.partial(_forward, moe._grouped_linear))
+    implementations.register(NAME, functools.partial(_forward, linear))
     return True
 
 
@@ -58,7 +57,7 @@ def _forward(
         return grouped_linear(rows, getattr(experts, name), experts.row_ends, bias, experts.is_transposed)
 
     if experts.has_gate:
-        inner = experts._apply_gate(linear("gate_up_proj", hidden_MD))
+        inner = _compat.apply_gate(experts, linear("gate_up_proj", hidden_MD))
     else:
         inner = experts.act_fn(linear("up_proj", hidden_MD))
     output_MD = linear("down_proj", inner)

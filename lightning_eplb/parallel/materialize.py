@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.gradient_hooks import has_hooks
@@ -89,7 +90,9 @@ def allocate(model: nn.Module, device: torch.device) -> set[str]:
         )
     if not empty:
         return empty
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    _compat.apply_to_tensors(
+        model, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
     first_name: dict[int, str] = {}
     for name, tensor in before.items():
         first = first_name.setdefault(id(tensor), name)
@@ -143,10 +146,9 @@ def _initialize(module: nn.Module, prefix: str, names: set[str], forgotten: set[
 def _initialize_hugging_face(module: nn.Module, names: set[str]) -> None:
     """Mark tensors that Hugging Face's models are to initialize, and those that they are not."""
     for name, tensor in named_tensors(module).items():
-        tensor._is_hf_initialized = name not in names  # type: ignore[attr-defined]
+        _compat.mark_initialized(tensor, name not in names)
         if name in names:
-            owner = module.get_submodule(name.rpartition(".")[0])
-            owner._is_hf_initialized = False  # type: ignore[assignment]
+            _compat.mark_initialized(module.get_submodule(name.rpartition(".")[0]), False)
 
 
 def broadcast_replicated(model: nn.Module, names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.permute import has_kernels
 
 MAX_VIEWS = 256
@@ -190,4 +191,4 @@ def _row_bytes(tensor: Tensor) -> int:
 
 def _copy_views(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
-        torch.ops.aten._foreach_copy_(targets, sources)
+        _compat.copy_all(targets, sources)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.packing import to_device
 
 
@@ -54,9 +55,10 @@ def make_part(
     """
     part = object.__new__(original)
     part.__dict__.update(module.__dict__, num_experts=len(experts))
-    part.__dict__["_parameters"] = module._parameters | dict(parameters)
+    own = _compat.registered(module)
+    _compat.replace_registered(part, own.parameters | dict(parameters))
     if attributes:
-        part.__dict__.update(_buffers=dict(module._buffers), _modules=dict(module._modules))
+        _compat.replace_registered(part, buffers=dict(own.buffers), children=dict(own.children))
     select_elements(part, attributes, experts)
     return part
 
@@ -65,8 +67,9 @@ def select_elements(part: nn.Module, attributes: Sequence[str], experts: Sequenc
     """Replace attributes of ``part``, which owns its dictionaries, by their elements for some experts."""
     for name in attributes:
         elements = _elements(getattr(part, name), experts)
-        part._buffers.pop(name, None)
-        part._modules.pop(name, None)
+        own = _compat.registered(part)
+        own.buffers.pop(name, None)
+        own.children.pop(name, None)
         part.__dict__[name] = elements
 
 

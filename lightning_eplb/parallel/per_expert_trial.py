@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.per_expert_state import DICTIONARIES, CounterUpdates, PerExpertState, make_part
 
 
@@ -51,7 +52,8 @@ def _with_an_element_each(module: nn.Module) -> tuple[str, ...]:
     """Return names of buffers, tensors, arrays, lists and dictionaries, also of modules, with one element an expert."""
     number = module.num_experts
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    found = own | module._buffers | module._modules
+    _, buffers, children = _compat.registered(module)
+    found = own | buffers | children
     return tuple(name for name, value in found.items() if _num_elements(value) == number)
 
 
@@ -67,7 +69,8 @@ def _inner_state(module: nn.Module) -> Iterator[object]:
     number = module.num_experts
     for child in module.children():
         for inner in child.modules():
-            own = chain(inner._parameters.values(), inner._modules.values(), vars(inner).values())
+            parameters, _, children = _compat.registered(inner)
+            own = chain(parameters.values(), children.values(), vars(inner).values())
             yield from (value for value in [inner, *own] if _num_elements(value) == number)
 
 
@@ -95,12 +98,13 @@ class _Trial:
             key: torch.rand((1, *value.shape[1:]), device=device).sub_(0.5).to(value.dtype)
             for key, value in module.named_parameters(recurse=False)
         }
+        _, buffers, children = _compat.registered(module)
         self._tensors = {
             key: _other_values(value, device)
-            for key, value in (vars(module) | module._buffers).items()
+            for key, value in (vars(module) | buffers).items()
             if isinstance(value, Tensor)
         }
-        self._children = {key: _other_child(child, device) for key, child in module._modules.items()}
+        self._children = {key: _other_child(child, device) for key, child in children.items()}
         self._call = self._find_call()
 
     def differences(self, taken: Sequence[str]) -> str | None:
@@ -180,16 +184,18 @@ class _Trial:
         whole.__dict__.update(self._module.__dict__, training=training)
         whole.__dict__.update(_lists(self._module))
         tensors = {key: value.clone() for key, value in self._tensors.items()}
-        whole.__dict__.update({key: value for key, value in tensors.items() if key not in whole._buffers})
-        whole.__dict__.update(
-            _parameters=whole._parameters | self._rows(self._number),
-            _buffers={key: tensors.get(key) for key in whole._buffers},
-            _modules=copy.deepcopy(self._children),
+        parameters, buffers, _ = _compat.registered(whole)
+        whole.__dict__.update({key: value for key, value in tensors.items() if key not in buffers})
+        _compat.replace_registered(
+            whole,
+            parameters | self._rows(self._number),
+            {key: tensors.get(key) for key in buffers},
+            copy.deepcopy(self._children),
         )
         for child in whole.children():
             child.train(training)
             for inner in child.modules():
-                inner._compiled_call_impl = inner.forward  # calls no hook
+                _compat.call_without_hooks(inner)
         return whole
 
     def _rows(self, number: int) -> dict[str, Tensor]:

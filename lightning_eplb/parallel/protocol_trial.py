@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.per_expert_state import select_elements
 from lightning_eplb.parallel.per_expert_trial import find_per_expert_state
 
@@ -44,7 +45,6 @@ _OF_TRANSFORMERS = ("batched_mm", "grouped_mm", "sonicmoe", "deepgemm")
 
 FIRST_CHOICE = "only the first of a token's choices counts"
 _NOT_TRIED = "not tried"
-_REGISTERED = ("_parameters", "_buffers", "_modules")
 _log = logging.getLogger(__name__)
 
 
@@ -166,23 +166,26 @@ class _Clones:
     def forward(self, experts: dict[str, Tensor], *args: Tensor) -> Any:
         """Run the forward of any number of experts on copies of the arguments."""
         local, rows = self._clone(self.module), len(next(iter(experts.values())))
-        local.__dict__["_parameters"].update(experts)
+        _compat.registered(local).parameters.update(experts)  # type: ignore[arg-type]
         local.__dict__["num_experts"] = rows
         order = [0, 1, *[0] * rows][:rows] if rows == len(next(iter(self.experts.values()))) else [0] * rows
         select_elements(local, self.attributes, order)
-        config = copy.copy(getattr(local, "config", None))
-        if getattr(config, "_experts_implementation", None) in _OF_TRANSFORMERS:
-            config._experts_implementation = "eager"  # type: ignore[union-attr]
-            local.__dict__["config"] = config
+        if _compat.experts_implementation(local) in _OF_TRANSFORMERS:
+            local.__dict__["config"] = _compat.with_experts_implementation(local.config, "eager")
         return type(self.module).forward(local, *(arg.clone() for arg in args))
 
     def _clone(self, module: nn.Module) -> nn.Module:
         clone = object.__new__(type(module))
-        clone.__dict__.update({k: _copied(value) for k, value in vars(module).items() if k not in _REGISTERED})
-        clone.__dict__["_parameters"] = {k: self._random_instead_of(p) for k, p in module._parameters.items()}
-        clone.__dict__["_buffers"] = {k: self._copy_of(buffer) for k, buffer in module._buffers.items()}
-        clone.__dict__["_modules"] = {k: child and self._clone(child) for k, child in module._modules.items()}
-        clone.__dict__.update(training=self.is_training, _compiled_call_impl=clone.forward)  # calls no hook
+        clone.__dict__.update({k: _copied(value) for k, value in vars(module).items() if k not in _compat.REGISTRIES})
+        parameters, buffers, children = _compat.registered(module)
+        _compat.replace_registered(
+            clone,
+            {k: self._random_instead_of(p) for k, p in parameters.items()},
+            {k: self._copy_of(buffer) for k, buffer in buffers.items()},
+            {k: child and self._clone(child) for k, child in children.items()},
+        )
+        clone.__dict__["training"] = self.is_training
+        _compat.call_without_hooks(clone)
         return clone
 
     def _random_instead_of(self, parameter: nn.Parameter | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import local_shard
 
 MAX_DEPTH = 6
@@ -163,7 +164,7 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         for name, inner in list(getattr(value, "__dict__", {}).items()):
             if name == "state" and isinstance(inner, Mapping):
                 yield ".state", {key: entry for key, entry in inner.items() if not isinstance(key, Tensor)}
-            elif not name.startswith("_optimizer_"):  # hooks
+            elif not _compat.is_hook_attribute(name):
                 yield f".{name}", inner
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
 from lightning_eplb.relocation.optimizer_state import (
     call_after_steps,
     contents,
@@ -172,7 +173,7 @@ class _Toys:
         for each in self._nested:
             shell = shells[id(each)]
             for name, value in list(vars(each).items()):
-                if name.startswith("_optimizer_"):
+                if _compat.is_hook_attribute(name):
                     vars(shell)[name] = OrderedDict()
                 elif not callable(getattr(type(each), name, None)):  # a replaced method acts on the original
                     vars(shell)[name] = copy.deepcopy(value, memo)
