@@ -54,8 +54,8 @@ class LayerContext:
     Attributes:
         groups: Process groups of the layers.
         dispatcher: Class of the layers' token dispatchers.
-        gradient_sync: Averages gradients over several EP groups. ``None`` if there is one, or FSDP2 averages them.
-        prefetcher: Prefetches redundant weights of one layer while another computes.
+        gradient_sync: Average of gradients over several EP groups. ``None`` if there is one, or FSDP2 averages them.
+        prefetcher: Prefetcher of redundant weights of one layer while another computes.
     """
 
     groups: ExpertGroups

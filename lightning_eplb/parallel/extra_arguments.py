@@ -149,7 +149,7 @@ class ExtraArguments:
 
 
 class ExtraArgumentResolver:
-    """Finds which extra arguments of a layer have a row for each token, and remembers it.
+    """Resolver of the extra arguments of a layer that have a row for each token. It remembers its findings.
 
     Args:
         name: Name of the layer, for messages.

@@ -15,7 +15,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class ExpertGradientSync:
-    """Averages expert gradients over the EP groups, as ``DistributedDataParallel`` averages all other gradients.
+    """Average of expert gradients over the EP groups, as ``DistributedDataParallel`` averages all other gradients.
 
     A bucket of gradients is sent once the backward pass has accumulated the last of them. All have arrived when the
     backward pass ends. An average of averages stays the same, so each backward pass may average what was accumulated

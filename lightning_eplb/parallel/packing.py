@@ -48,7 +48,7 @@ def make_packer(stacks: Sequence[Stack], rows: Tensor, chunks: Sequence[Chunk], 
 
 
 class RowPacker:
-    """Packs rows of stacks into one buffer for each chunk of columns, and unpacks them. See :func:`make_packer`.
+    """Packer of rows of stacks into one buffer for each chunk of columns, and back. See :func:`make_packer`.
 
     A tensor that is not contiguous or not aligned is replaced by a copy until :meth:`finish`.
     """

@@ -25,7 +25,7 @@ _IN_FLIGHT: WeakKeyDictionary[ExpertLayer, AsyncTransfer] = WeakKeyDictionary()
 
 
 class ExpertMover:
-    """Moves primaries between ranks and updates the layers' placements. All ranks call its methods alike.
+    """Relocation of a model's primaries, with the layers' placements. All ranks call its methods alike.
 
     A model has one mover. A transfer of a former mover, as after a failure, is cancelled.
 
