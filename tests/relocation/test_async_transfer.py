@@ -24,7 +24,7 @@ def train(
 ) -> list[Seen]:
     """On every worker: after each step, the weights in logical order, the placement, and what was rearranged.
 
-    In the step ``fault_in`` rank 1 first has frozen a parameter whose rows are under way.
+    In the step ``fault_in`` rank 1 first has frozen a parameter whose rows are in flight.
     """
     model = hugging_face_model("mixtral", layers=LAYERS)
     parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
@@ -169,7 +169,7 @@ Trained = tuple[dict[str, Tensor], int]
 
 
 def training(seed: int = 0) -> tuple[ExpertLoadBalancer, torch.optim.Optimizer]:
-    """Its first rearrangement is under way after two steps."""
+    """Its first rearrangement is in flight after two steps."""
     model = hugging_face_model("mixtral", layers=LAYERS)
     parallelize_experts(model)
     optimizer = optimizer_of("adamw", model)
