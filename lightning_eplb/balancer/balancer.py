@@ -24,11 +24,11 @@ from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
-from lightning_eplb.parallel import dispatch
+from lightning_eplb.parallel import dispatch_plan
+from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
@@ -94,7 +94,7 @@ class ExpertLoadBalancer:
         min_tokens_per_copy: With ``"batch"``, tokens that a copy must take over. ``None``: as many as take as long to
             compute as its weights and its gradient to travel, as measured in the first step; 1 until then.
         use_async: Rows move behind the steps that follow a decision, a few layers in each, see
-            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Then call
+            :class:`~lightning_eplb.relocation.async_transfer.AsyncTransfer`. Then call
             :meth:`before_optimizer_step`, too.
 
     Raises:
@@ -142,8 +142,7 @@ class ExpertLoadBalancer:
         self.min_tokens_per_copy = min_tokens_per_copy
         self._copies_by_batch = redundancy == "batch"
         for layer, _ in self._modules:
-            layer.copies_by_batch = self._copies_by_batch
-            layer.min_tokens_per_copy = min_tokens_per_copy or 1
+            layer.set_redundancy(self._copies_by_batch, min_tokens_per_copy or 1)
         self._maker = DecisionMaker(
             policy if policy is not None else BalancedPolicy(), [layer for layer, _ in self._modules], step_interval
         )
@@ -190,7 +189,7 @@ class ExpertLoadBalancer:
         if use_async:  # rows in flight would overwrite weights that were loaded meanwhile
             abandon = weakref.WeakMethod(self.abandon_rearrangement)
             first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := abandon()) else None)
-        dispatch.warm_up()
+        dispatch_plan.warm_up()
         self._maker.warm_up(self.placement)
         self.record(True)
 
@@ -227,7 +226,7 @@ class ExpertLoadBalancer:
     def record(self, on: bool) -> None:
         """Count the tokens of the forward passes from now on, or don't: those of validation are no training load."""
         for layer, _ in self._modules:
-            layer.records_load = on
+            layer.set_load_recording(on)
 
     def step(self, *, with_gradients: bool = True) -> StepLoad | None:
         """Close an optimizer step: add its load to the window, and rearrange when it is time. Every rank must call it.
@@ -258,12 +257,12 @@ class ExpertLoadBalancer:
             if self.min_tokens_per_copy is None:
                 floor = self._pace.tokens_worth_a_copy()
                 for layer, _ in self._modules:
-                    layer.min_tokens_per_copy = floor
+                    layer.set_redundancy(self._copies_by_batch, floor)
             self._warn_of_drift()
         self._first_step_is_done = True
-        self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
+        self._modules[0][0].cancel_prefetch()  # of a forward that was broken off: the weights are others now
         served = take_load([layer for layer, _ in self._modules], self.groups)
-        self._mover.go_on()
+        self._mover.send_next()
         done = self._close_rearrangement() or self._untold
         self._untold = done if not served.load.any() else None
         if not served.load.any():
@@ -273,10 +272,10 @@ class ExpertLoadBalancer:
         self._maker.note(served.load)
         was_due = self._is_due
         self._is_due |= self._schedule.step(served.balancedness) and self.groups.size > 1
-        waits_for_decision = self._mover.goes_behind and not was_due  # made before the next step, behind the backward
+        waits_for_decision = self._mover.can_overlap and not was_due  # made before the next step, behind the backward
         if self._is_due and not waits_for_decision and self._under_way is None and done is None:
             decision = self._decision or self._decide(None, with_gradients)
-            done = self._carry_out(decision, with_gradients, self._mover.goes_behind)
+            done = self._carry_out(decision, with_gradients, self._mover.can_overlap)
         self.last_step = replace(served, rearrangement=done)
         return self.last_step
 
@@ -294,10 +293,10 @@ class ExpertLoadBalancer:
             RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
             ValueError: The policy raises one, see :meth:`step`.
         """
-        if not self._mover.goes_behind or (optimizer is not None and not self._is_awaited(optimizer)):
+        if not self._mover.can_overlap or (optimizer is not None and not self._is_awaited(optimizer)):
             return
-        if self._mover.is_moving:
-            self._mover.put_in_place()
+        if self._mover.is_in_flight:
+            self._mover.commit()
             self.load.placement = self.placement
         elif self._is_due and self._decision is None:
             self._decision = self._decide(None, with_gradients=False)
@@ -310,7 +309,7 @@ class ExpertLoadBalancer:
         Returns:
             What was done of the rearrangement that was under way; ``None`` if none was.
         """
-        if not self._mover.is_moving:
+        if not self._mover.is_in_flight:
             return None
         self._mover.stop()
         self.load.placement = self.placement
@@ -323,7 +322,7 @@ class ExpertLoadBalancer:
 
         It communicates with nobody, so that it will do after a failure, too.
         """
-        self._mover.abandon()
+        self._mover.cancel()
         self._under_way, self._decision = None, None
 
     def rearrange(
@@ -359,8 +358,8 @@ class ExpertLoadBalancer:
 
     def _decide(self, placement: ExpertPlacement | None, with_gradients: bool) -> Decision:
         """What the policy decides, or to go to ``placement``."""
-        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
-        if not self._mover.goes_behind:  # or the host would wait for the device, which has a backward pass to do
+        monitored_barrier(self.groups, "step() has a decision to make for all ranks")
+        if not self._mover.can_overlap:  # or the host would wait for the device, which has a backward pass to do
             self._warn_of_drift()
         begun_at = time.perf_counter()
         steps_WYL = self.load.steps().cpu().numpy()
@@ -375,7 +374,7 @@ class ExpertLoadBalancer:
         """Do what is decided, or begin with it and return ``None``."""
         self._is_due, self._decision = False, None
         if in_background:
-            self._mover.begin(decision.rearrangement.after, decision.capacity, decision.most_bytes)
+            self._mover.start(decision.rearrangement.after, decision.capacity, decision.most_bytes)
         else:
             self._mover.move(decision.rearrangement.after, decision.capacity, with_gradients)
         self.load.placement = self.placement
@@ -384,7 +383,7 @@ class ExpertLoadBalancer:
 
     def _close_rearrangement(self) -> Rearrangement | None:
         """What was done, once all experts have arrived."""
-        if self._under_way is None or self._mover.is_moving:
+        if self._under_way is None or self._mover.is_in_flight:
             return None
         done = replace(
             self._under_way,
@@ -436,7 +435,7 @@ class ExpertLoadBalancer:
             return None
         per_group_YR = step.load.view(len(step.load), self.groups.size, -1).sum(dim=2)
         plain = float(per_group_YR.max(dim=1).values.sum())
-        return (plain - step.max_tokens) / self.groups.num_replicas * self._pace.speed.seconds_per_token
+        return (plain - step.max_tokens) / self.groups.num_ep_groups * self._pace.speed.seconds_per_token
 
     def state_dict(self) -> dict[str, Any]:
         """Window and counters, as tensors and numbers, the same on every rank.
@@ -450,7 +449,7 @@ class ExpertLoadBalancer:
             "num_rearrangements": self.num_rearrangements,
             "rearranged_rows": self.rearranged_rows,
             "rearranged_bytes": self.rearranged_bytes,
-            "is_rearranging": self._mover.is_moving or self._is_due,
+            "is_rearranging": self._mover.is_in_flight or self._is_due,
             "num_ranks": self.groups.size,
             "physical_to_logical": torch.from_numpy(self.placement.physical_to_logical.astype(np.int32)),
         }

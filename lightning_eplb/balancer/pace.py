@@ -10,7 +10,7 @@ from torch import nn
 from lightning_eplb.balancer.speed import Speed, measure_speed
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.policies import Costs
-from lightning_eplb.relocation.background import BACKGROUND_BYTES
+from lightning_eplb.relocation.async_transfer import MAX_BYTES_IN_FLIGHT
 from lightning_eplb.relocation.mover import ExpertMover
 
 
@@ -65,6 +65,6 @@ class Pace:
     def bytes_behind_a_step(self) -> int:
         """As many as travel in half the time between two steps, if the staging buffers hold them."""
         if self.speed is None or self._seconds_between_steps is None:
-            return BACKGROUND_BYTES
+            return MAX_BYTES_IN_FLIGHT
         per_second = self.speed.bytes_per_second(self._groups.node_of_rank)
-        return max(1, min(int(self._seconds_between_steps / 2 * per_second), BACKGROUND_BYTES))
+        return max(1, min(int(self._seconds_between_steps / 2 * per_second), MAX_BYTES_IN_FLIGHT))

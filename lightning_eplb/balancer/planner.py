@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_eplb._compiled import will_be_kept
 from lightning_eplb.balancer.steps import Rearrangement
 from lightning_eplb.functional import balancedness, rank_tokens
-from lightning_eplb.parallel.consensus import check_successor, decided_by_rank_zero
+from lightning_eplb.parallel.consensus import check_successor, decide_on_rank_zero
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
@@ -64,7 +64,7 @@ class DecisionMaker:
         self.policy = policy
         self._layers = layers
         self._groups = layers[0].groups
-        self._copies_by_batch = layers[0].copies_by_batch
+        self._copies_by_batch = layers[0].chooses_by_batch
         self._step_interval = step_interval
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)
@@ -149,7 +149,7 @@ class DecisionMaker:
             return decided.physical_to_logical, topology.capacity, surroundings.most_bytes
 
         source = "rearrange()" if outlook is None else f"{type(self.policy).__name__}.rearrange()"
-        slots_YP, capacity, most_bytes = decided_by_rank_zero(decide, source, self._groups)
+        slots_YP, capacity, most_bytes = decide_on_rank_zero(decide, source, self._groups)
         return ExpertPlacement(slots_YP, before.num_logical_experts, before.num_ranks), capacity, most_bytes
 
     def _look_ahead(self, steps_WYL: np.ndarray, costs: Costs | None) -> Outlook:

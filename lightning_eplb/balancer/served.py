@@ -16,8 +16,8 @@ def take_load(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> StepLoad:
     counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
     loads = torch.stack([part.load for part in taken]).cpu()  # where it waits for the device, it waits once
     summed = torch.cat([loads, counts], dim=1)
-    if groups.num_replicas > 1:
-        dist.all_reduce(summed, group=groups.control)
+    if groups.num_ep_groups > 1:
+        dist.all_reduce(summed, group=groups.cpu_group)
         summed //= groups.size  # each rank of an EP group gave that group's counts
     load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
     if groups.size == 1:

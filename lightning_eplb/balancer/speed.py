@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.policies import Costs
 
 REPEATS = 3
@@ -75,8 +75,8 @@ def measure_speed(experts: nn.Module, groups: ExpertGroups) -> Speed:
         seconds = _exchange_seconds(partner, weight.device, groups)
         found.append(seconds / PROBE_BYTES)
     slowest = torch.tensor(found, dtype=torch.float64)
-    if groups.control is not None:
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.control)
+    if groups.cpu_group is not None:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.cpu_group)
     token, within, between = (2.0 ** round(math.log2(max(value, 1e-15))) for value in slowest.tolist())
     return Speed(token, 1 / within, 1 / between)
 
@@ -97,7 +97,7 @@ def _partners(groups: ExpertGroups) -> tuple[int, int]:
 
 
 def _exchange_seconds(partner: int, device: torch.device, groups: ExpertGroups) -> float:
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     size, shift = groups.size, (partner - groups.rank) % groups.size
     sent = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
@@ -107,7 +107,7 @@ def _exchange_seconds(partner: int, device: torch.device, groups: ExpertGroups) 
 
 
 def _exchange(received: Tensor, sent: Tensor, receive: list[int], send: list[int], groups: ExpertGroups) -> None:
-    dist.all_to_all_single(received, sent, receive, send, group=groups.exchange)
+    dist.all_to_all_single(received, sent, receive, send, group=groups.ep_group)
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:
