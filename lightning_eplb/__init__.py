@@ -8,9 +8,9 @@ from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.ddp import leave_experts_out_of_ddp
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.clipping import clip_grad_norm_
-from lightning_eplb.parallel.convert import parallelize_experts
 from lightning_eplb.parallel.fully_shard import fully_shard_moe
 from lightning_eplb.parallel.materialize import materialize
+from lightning_eplb.parallel.parallelize import parallelize_experts
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
 from lightning_eplb.strategies import ExpertParallelStrategy

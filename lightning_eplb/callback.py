@@ -35,10 +35,11 @@ from lightning_eplb.integrations.requirements import (
     resolve_ep_size,
 )
 from lightning_eplb.logging.fit import FitLogger
-from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts, parallelize_experts
+from lightning_eplb.parallel.clipping import check_scaled_optimizer, share_overflow
+from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.flat_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
-from lightning_eplb.parallel.scaling import check_scaled_optimizer, share_overflow
+from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts
 from lightning_eplb.policies import Policy
 from lightning_eplb.simulation.trace import TraceWriter
 from lightning_eplb.strategies import ExpertParallelStrategy

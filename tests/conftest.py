@@ -25,12 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def workers() -> Iterator["object"]:
     from lightning_eplb import BalancedPolicy, ExpertPlacement
-    from lightning_eplb.parallel import dispatch
+    from lightning_eplb.parallel import dispatch_plan
     from tests.workers import Workers
 
     # Compiled once and kept on disk, rather than by every worker at a time and against the clock.
     BalancedPolicy().warm_up(ExpertPlacement.initial(1, 4, 2, 2))
-    dispatch.warm_up()
+    dispatch_plan.warm_up()
     shared = Workers()
     yield shared
     shared.stop()

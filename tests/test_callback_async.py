@@ -101,7 +101,7 @@ def eplb(use_async: bool) -> EPLBCallback:
 def train(kind: type[Model], use_async: bool) -> tuple[dict[str, Tensor], int]:
     """On every worker: the weights at the end, and how many rearrangements were told."""
     model, callback = kind(), eplb(use_async)
-    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):  # a layer between two steps
+    with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", 1):  # a layer between two steps
         trainer_for(RANKS, max_epochs=1, callbacks=[callback]).fit(model, data())
     assert callback.balancer is not None
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}, (
@@ -144,13 +144,13 @@ def fail_and_resume(use_async: bool, folder: str) -> dict[str, Tensor]:
     """On every worker: training fails while rows are under way, and goes on from a file with the same objects."""
     model, callback = FailsOnce(), eplb(use_async)
     checkpoint = ModelCheckpoint(folder, "x", every_n_train_steps=1, enable_version_counter=False)
-    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", 1):
         with pytest.raises(ValueError, match="once"):
             trainer_for(RANKS, max_steps=4, callbacks=[callback, checkpoint], enable_checkpointing=True).fit(
                 model, data()
             )
         assert callback.balancer is not None
-        assert callback.balancer._mover.is_moving == use_async
+        assert callback.balancer._mover.is_in_flight == use_async
         trainer_for(RANKS, max_steps=8, callbacks=[callback]).fit(model, data(), ckpt_path=folder + "/x.ckpt")
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 
@@ -177,7 +177,7 @@ def save_under_way(path: str) -> tuple[int, int]:
                 trainer.save_checkpoint(path)
 
     save = Save()
-    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", 1):
         trainer_for(RANKS, max_steps=4, callbacks=[first, save]).fit(Model(), data())
         trainer_for(RANKS, max_steps=5, callbacks=[second]).fit(Model(), data(), ckpt_path=path)
     assert second.balancer is not None

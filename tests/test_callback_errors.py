@@ -95,8 +95,8 @@ def test_redundant_experts_that_do_not_divide(workers: Workers) -> None:
 def test_more_redundant_experts_than_ranks_can_use(workers: Workers) -> None:
     (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 10}))
     assert message == (
-        "num_redundant_experts=10 is more than 2 ranks can use: each has 4 of the 8 experts, and could hold a copy of"
-        " every other with 8"
+        "num_redundant_experts=10 is more than 2 ranks can use. Each has 4 of the 8 experts, and holds a replica of"
+        " every other with 8."
     )
 
 
@@ -161,10 +161,10 @@ def hooked(hook: Any, wrapper: Any = None) -> str:
 
 def test_a_communication_hook_that_may_sum_is_refused(workers: Workers) -> None:
     (message,) = set(workers.run(2, hooked, summing_hook))
-    assert message.startswith("DDPStrategy(ddp_comm_hook=summing_hook) is not supported with experts that are spread")
+    assert message.startswith("DDPStrategy(ddp_comm_hook=summing_hook) is not supported with expert parallelism")
     assert "Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook" in message
     (message,) = set(workers.run(2, hooked, noop_hook))
-    assert message.startswith("DDPStrategy(ddp_comm_hook=noop_hook) is not supported with experts that are spread")
+    assert message.startswith("DDPStrategy(ddp_comm_hook=noop_hook) is not supported with expert parallelism")
     (message,) = set(workers.run(2, hooked, default_hooks.allreduce_hook, compressing_wrapper))
     assert message.startswith("DDPStrategy(ddp_comm_hook=allreduce_hook) in compressing_wrapper is not supported with")
     assert message.endswith("Use fp16_compress_wrapper or bf16_compress_wrapper, or no wrapper")
@@ -200,7 +200,7 @@ def averaged_by_hand() -> str:
 
 def test_an_average_by_hand(workers: Workers) -> None:
     (message,) = set(workers.run(2, averaged_by_hand))
-    assert message.startswith("model.average is an AveragedModel: it averages the rows of experts by the place where")
+    assert message.startswith("model.average is an AveragedModel: it averages the rows of experts by their position")
 
 
 class ParamWrapper(nn.Module):

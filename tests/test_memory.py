@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_eplb import ExpertParallelStrategy
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
 from tests.checkpoint.test_checkpoint import batches, callback
 from tests.fidelity import trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1

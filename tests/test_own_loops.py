@@ -31,9 +31,9 @@ from lightning_eplb import (
     parallelize_experts,
 )
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm
-from lightning_eplb.parallel import waiting
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel import barrier
 from lightning_eplb.parallel.flat_parameters import spread_parameters
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import TOLERANCE, ShufflePolicy, named_state
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
 from tests.workers import Workers
@@ -180,7 +180,7 @@ def alone_in(call: str, comes_after: float | None) -> tuple[list[str], str]:
     told, failure = [], ""
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.multiple(waiting, TOLD_AFTER=timedelta(seconds=0.2), CONTROL_TIMEOUT=timedelta(seconds=1.5)),
+        mock.patch.multiple(barrier, WARN_AFTER=timedelta(seconds=0.2), CPU_GROUP_TIMEOUT=timedelta(seconds=1.5)),
     ):
         warnings.simplefilter("always")
         if dist.get_rank() == 0 or comes_after is not None:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
 from lightning_eplb.cli import COMMANDS, main
 from lightning_eplb.logging.scalars import SCALARS
-from lightning_eplb.parallel.convert import expert_layers, find_experts
+from lightning_eplb.parallel.discovery import find_experts
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.simulation.synthetic import synthetic_load
 from lightning_eplb.simulation.trace import TraceWriter
 from tests.fidelity import SEQUENCES, trainer_for

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_eplb import ExpertParallelStrategy, materialize, parallelize_experts
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
 from tests.checkpoint.test_checkpoint import (
     HALF,
     STEPS,

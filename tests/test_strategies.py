@@ -113,7 +113,7 @@ def test_sizes_that_do_not_divide_the_ranks(workers: Workers) -> None:
 
 
 def test_an_ep_group_of_unequal_parts_of_nodes() -> None:
-    with pytest.raises(ValueError, match=r"as a node has 6 ranks; one of \[1, 2, 3, 6\], or a multiple of 6, would do"):
+    with pytest.raises(ValueError, match=r"as a node has 6 ranks\. Use one of \[1, 2, 3, 6\], or a multiple of 6"):
         check_nodes(4, 6)
     for ep_size, ranks_a_node in [(4, 8), (8, 4), (16, 8), (3, 6), (4, 1), (1, 8)]:
         check_nodes(ep_size, ranks_a_node)

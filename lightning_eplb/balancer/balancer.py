@@ -18,9 +18,9 @@ from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, S
 from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
-from lightning_eplb.parallel import dispatch
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
+from lightning_eplb.parallel import dispatch_plan
+from lightning_eplb.parallel.barrier import monitored_barrier
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
 from lightning_eplb.policies.split import level_tokens
@@ -77,7 +77,7 @@ class ExpertLoadBalancer(RunTotals):
         min_tokens_per_copy: With ``"batch"``, tokens that a redundant expert must take over. ``None``: as many as take
             as long to compute as its weights and gradient to transfer, as measured in the first step; 1 until then.
         use_async: Overlap the transfer of rows with the training steps that follow, a few layers in each, see
-            :class:`~lightning_eplb.relocation.background.BackgroundRelocation`. Requires a call of
+            :class:`~lightning_eplb.relocation.async_transfer.AsyncTransfer`. Requires a call of
             :meth:`before_optimizer_step` before each optimizer step.
 
     Raises:
@@ -106,8 +106,7 @@ class ExpertLoadBalancer(RunTotals):
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
         for layer, _ in self._modules:
-            layer.copies_by_batch = redundancy == "batch"
-            layer.min_tokens_per_copy = min_tokens_per_copy or 1
+            layer.set_redundancy(redundancy == "batch", min_tokens_per_copy or 1)
         policy = policy if policy is not None else BalancedPolicy()
         self._planner = RearrangementPlanner(policy, [layer for layer, _ in self._modules], step_interval)
         self._mover = ExpertMover(self._modules, (), use_async)
@@ -136,7 +135,7 @@ class ExpertLoadBalancer(RunTotals):
         if use_async:  # rows in flight would overwrite weights that are loaded meanwhile
             cancel = weakref.WeakMethod(self.cancel_rearrangement)
             first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := cancel()) else None)
-        dispatch.warm_up()
+        dispatch_plan.warm_up()
         self._planner.warm_up(self.placement)
         self.record(True)
 
@@ -167,7 +166,7 @@ class ExpertLoadBalancer(RunTotals):
     def record(self, on: bool) -> None:
         """Start or stop counting the tokens of forward passes: those of validation are no training load."""
         for layer, _ in self._modules:
-            layer.records_load = on
+            layer.set_load_recording(on)
 
     def step(self, *, with_gradients: bool = True) -> StepStats | None:
         """End an optimizer step: add its load to the window, and rearrange if that is due. Every rank must call it.
@@ -189,9 +188,9 @@ class ExpertLoadBalancer(RunTotals):
             if not self._first_step_is_done and self.groups.size > 1:
                 self._finish_first_step()
             self._first_step_is_done = True
-            self._modules[0][0].ahead.discard()  # of a forward that was broken off: the weights are others now
+            self._modules[0][0].cancel_prefetch()  # of a forward that was broken off: the weights are others now
             stats = collect_step_stats([layer for layer, _ in self._modules], self.groups)
-            self._mover.go_on()
+            self._mover.send_next()
             result = self._finish_if_committed() or self._unreported
             if not stats.load.any():
                 self._unreported = result
@@ -223,7 +222,7 @@ class ExpertLoadBalancer(RunTotals):
         ):
             return
         if self._state.is_in_flight:
-            self._mover.put_in_place()
+            self._mover.commit()
             self.load.placement = self.placement
         elif self._state is RearrangementState.DUE:
             self._current = self._plan(None, with_gradients=False)
@@ -248,7 +247,7 @@ class ExpertLoadBalancer(RunTotals):
 
         Call it before weights change outside of optimizer steps. Performs no communication: it is safe after a failure.
         """
-        self._mover.abandon()
+        self._mover.cancel()
         self._current = None
         self._state = self._state.without_plan()
 
@@ -301,7 +300,7 @@ class ExpertLoadBalancer(RunTotals):
 
     def _plan(self, target: ExpertPlacement | None, with_gradients: bool) -> RearrangementPlan:
         """Return the policy's plan, or a plan that leads to ``target``, on every rank."""
-        wait_for_all_ranks(self.groups, "step() has a decision to make for all ranks")
+        monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
             self._warn_if_out_of_sync()
         costs = self.costs if self.costs is not None else self._cost_model.costs(with_gradients)
@@ -313,7 +312,7 @@ class ExpertLoadBalancer(RunTotals):
         """Carry out a plan and return its result, or with ``overlap`` start it and return ``None``."""
         self._state, self._current = RearrangementState.IDLE, None
         if overlap:
-            self._mover.begin(plan.after, plan.capacity, plan.overlap_bytes)
+            self._mover.start(plan.after, plan.capacity, plan.overlap_bytes)
         else:
             self._mover.move(plan.after, plan.capacity, with_gradients)
         self.load.placement = self.placement
@@ -323,7 +322,7 @@ class ExpertLoadBalancer(RunTotals):
     def _finish_if_committed(self) -> RearrangementResult | None:
         """Return the result of the rearrangement in flight once all its rows are committed."""
         plan = self._current
-        if plan is None or not self._state.is_in_flight or self._mover.is_moving:
+        if plan is None or not self._state.is_in_flight or self._mover.is_in_flight:
             return None
         self._state, self._current = self._state.without_plan(), None
         result = plan.result(self.placement, self._mover.num_bytes, self._mover.seconds)
@@ -336,7 +335,7 @@ class ExpertLoadBalancer(RunTotals):
         self._cost_model.measure()
         floor = self.min_tokens_per_copy or self._cost_model.min_tokens_per_copy()
         for layer, _ in self._modules:
-            layer.min_tokens_per_copy = floor
+            layer.set_redundancy(layer.chooses_by_batch, floor)
         self._warn_if_out_of_sync()
 
     def _warn_if_out_of_sync(self) -> None:

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eplb.balancer.step_stats import StepStats
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.shards import local_shard
 from lightning_eplb.policies import Costs
-from lightning_eplb.relocation.background import BACKGROUND_BYTES
+from lightning_eplb.relocation.async_transfer import MAX_BYTES_IN_FLIGHT
 from lightning_eplb.relocation.mover import ExpertMover
 
 REPEATS = 3
@@ -111,9 +111,9 @@ class CostModel:
     def overlap_bytes(self) -> int:
         """Return the bytes that transfer in half a step's time, as far as the staging buffers hold them."""
         if self.profile is None or self._step_seconds is None:
-            return BACKGROUND_BYTES
+            return MAX_BYTES_IN_FLIGHT
         per_second = self.profile.bytes_per_second(self._groups.node_of_rank)
-        return max(1, min(int(self._step_seconds / 2 * per_second), BACKGROUND_BYTES))
+        return max(1, min(int(self._step_seconds / 2 * per_second), MAX_BYTES_IN_FLIGHT))
 
     def seconds_saved(self, stats: StepStats) -> float | None:
         """Estimate how much less time the experts took in a step than under plain expert parallelism.
@@ -129,7 +129,7 @@ class CostModel:
             return None
         plain_YR = stats.load.view(len(stats.load), self._groups.size, -1).sum(dim=2)
         plain_max_tokens = float(plain_YR.max(dim=1).values.sum())
-        return (plain_max_tokens - stats.max_tokens) / self._groups.num_replicas * self.profile.seconds_per_token
+        return (plain_max_tokens - stats.max_tokens) / self._groups.num_ep_groups * self.profile.seconds_per_token
 
 
 def profile_hardware(experts: nn.Module, groups: ExpertGroups) -> HardwareProfile:
@@ -155,8 +155,8 @@ def profile_hardware(experts: nn.Module, groups: ExpertGroups) -> HardwareProfil
         seconds = _exchange_seconds(partner, weight.device, groups)
         durations.append(seconds / PROBE_BYTES)
     slowest = torch.tensor(durations, dtype=torch.float64)
-    if groups.control is not None:
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.control)
+    if groups.cpu_group is not None:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=groups.cpu_group)
     token, within, between = (2.0 ** round(math.log2(max(value, 1e-15))) for value in slowest.tolist())
     return HardwareProfile(token, 1 / within, 1 / between)
 
@@ -177,7 +177,7 @@ def _partners(groups: ExpertGroups) -> tuple[int, int]:
 
 
 def _exchange_seconds(partner: int, device: torch.device, groups: ExpertGroups) -> float:
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     size, shift = groups.size, (partner - groups.rank) % groups.size
     sent = torch.zeros(PROBE_BYTES, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
@@ -187,7 +187,7 @@ def _exchange_seconds(partner: int, device: torch.device, groups: ExpertGroups) 
 
 
 def _exchange(received: Tensor, sent: Tensor, receive: list[int], send: list[int], groups: ExpertGroups) -> None:
-    dist.all_to_all_single(received, sent, receive, send, group=groups.exchange)
+    dist.all_to_all_single(received, sent, receive, send, group=groups.ep_group)
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:

@@ -13,7 +13,7 @@ from lightning_eplb._compiled import will_be_kept
 from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
-from lightning_eplb.parallel.consensus import check_successor, decided_by_rank_zero
+from lightning_eplb.parallel.consensus import check_successor, decide_on_rank_zero
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
@@ -91,7 +91,7 @@ class RearrangementPlanner:
         self.policy = policy
         self._layers = layers
         self._groups = layers[0].groups
-        self._copies_by_batch = layers[0].copies_by_batch
+        self._copies_by_batch = layers[0].chooses_by_batch
         self._step_interval = step_interval
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)
@@ -158,7 +158,7 @@ class RearrangementPlanner:
             return after.physical_to_logical, topology.capacity, context.overlap_bytes
 
         source = "rearrange()" if outlook is None else f"{type(self.policy).__name__}.rearrange()"
-        slots_YP, capacity, overlap_bytes = decided_by_rank_zero(plan_on_rank_zero, source, self._groups)
+        slots_YP, capacity, overlap_bytes = decide_on_rank_zero(plan_on_rank_zero, source, self._groups)
         after = ExpertPlacement(slots_YP, before.num_logical_experts, before.num_ranks)
         predicted = self._predict(outlook, after, capacity) if outlook is not None else None
         return RearrangementPlan(

@@ -164,8 +164,8 @@ def collect_step_stats(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> S
     counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
     loads = torch.stack([part.load for part in taken]).cpu()  # one wait for the device, if the loads are on one
     summed = torch.cat([loads, counts], dim=1)
-    if groups.num_replicas > 1:
-        dist.all_reduce(summed, group=groups.control)
+    if groups.num_ep_groups > 1:
+        dist.all_reduce(summed, group=groups.cpu_group)
         summed //= groups.size  # each rank of an EP group contributed that group's counts
     load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
     if groups.size == 1:

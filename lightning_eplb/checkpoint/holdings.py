@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_eplb.checkpoint.sources import Box, whole_box
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.parallel.state_dict import to_local, to_logical
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
-from lightning_eplb.relocation.optimizer import (
+from lightning_eplb.relocation.optimizer_state import (
     has_rows,
     leaves,
     map_leaves,
@@ -60,7 +60,7 @@ def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     layer_of = _layers_by_parameter(model)
     for layer in list(layer_of.values())[:1]:
-        wait_for_all_ranks(layer.groups, "logical_parameters() gathers experts from all ranks")
+        monitored_barrier(layer.groups, "logical_parameters() gathers experts from all ranks")
     is_flattened = bool(FullyShardedDataParallel.fsdp_modules(model))
     with (
         torch.no_grad(),

@@ -13,11 +13,11 @@ from lightning_eplb.checkpoint.parts import PartFinder
 from lightning_eplb.checkpoint.recipes import Recipe, find_recipes, is_hugging_face
 from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
-    give_memory,
+    allocate,
+    broadcast_replicated,
     initialize,
     memory_device,
     named_tensors,
-    share_over_replicas,
 )
 
 
@@ -69,12 +69,12 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         made = {name for recipe in recipes for name in recipe.targets}
         _check_complete(model, held, made, [*left_over, *sorted(made - set(shapes))], path)
         _check_kinds(recipes, held, sources, path)
-        empty = give_memory(model, device)
+        empty = allocate(model, device)
         held = holdings(model)
         filled = {id(held[name].tensor) for name in made if name in held}
         left = {name for name, tensor in named_tensors(model).items() if name in empty and id(tensor) not in filled}
         initialize(model, left, device)
-        share_over_replicas(model, left & set(held))  # which a model may lack, and still be complete
+        broadcast_replicated(model, left & set(held))  # which a model may lack, and still be complete
         finder = PartFinder(model, shapes, sources)
         with torch.no_grad():
             for recipe in recipes:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def leave_experts_out_of_ddp(module: nn.Module) -> list[str]:
@@ -41,8 +41,8 @@ def average_when_ddp_does(wrapped: nn.Module | None, module: nn.Module) -> None:
     """Average the experts' gradients over EP groups in those backward passes in which DDP averages all others."""
     if isinstance(wrapped, DistributedDataParallel):
         for layer, _ in expert_layers(module):
-            if layer.average is not None:
-                layer.average.blocked = lambda: not wrapped.require_backward_grad_sync
+            if layer.gradient_sync is not None:
+                layer.gradient_sync.block_while(lambda: not wrapped.require_backward_grad_sync)
 
 
 class _IgnoredByDDP:

@@ -10,10 +10,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.per_expert import CountedApart
-from lightning_eplb.parallel.uneven import UnevenCalls
+from lightning_eplb.parallel.join import ExpertJoin
+from lightning_eplb.parallel.parallelize import expert_layers
+from lightning_eplb.parallel.per_expert_state import CounterSync
 
 _HAS_BATCH, _PAUSES, _IS_DONE = 0, 1, 2
 
@@ -36,14 +36,14 @@ class Evaluation:
     def __init__(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
         self._trainer = trainer
         self._layers = list(expert_layers(module))
-        self._uneven: UnevenCalls | None = None
-        self._counted: list[CountedApart] = []
+        self._uneven: ExpertJoin | None = None
+        self._counted: list[CounterSync] = []
         self._control: dist.ProcessGroup | None = None
         self._num_batches, self._dataloader = 0, 0
         self._loop = _loop_of(trainer)
         groups = {id(layer.groups): layer.groups for layer, _ in self._layers}
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            self._control = next((each.control for each in groups.values()), None)
+            self._control = next((each.cpu_group for each in groups.values()), None)
         elif len(groups) == 1:
             (of_all,) = groups.values()
             if of_all.size > 1:
@@ -66,7 +66,7 @@ class Evaluation:
     def stop(self) -> None:
         """Restore the layers and the trainer's loop. Performs no communication."""
         for layer, _ in self._layers:
-            layer.uneven = None
+            layer.set_join(None)
         self._layers, self._uneven, self._control, self._counted = [], None, None, []
         for name in ("_store_dataloader_outputs", "on_run_end"):
             vars(self._loop).pop(name, None)
@@ -74,15 +74,15 @@ class Evaluation:
     def _serve_uneven_calls(self, groups: ExpertGroups) -> None:
         named = [(layer.name, layer.num_logical_experts, module) for layer, module in self._layers]
         device = next(self._layers[0][1].parameters()).device
-        self._uneven = UnevenCalls(named, groups, device)  # type: ignore[arg-type]
+        self._uneven = ExpertJoin(named, groups, device)  # type: ignore[arg-type]
         for layer, _ in self._layers:
-            layer.uneven = self._uneven
+            layer.set_join(self._uneven)
         wrapped = self._trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and wrapped.will_sync_module_buffers():
             wrapped._sync_buffers()  # the first forward would, and a rank without any batch has none
             wrapped.require_forward_param_sync = False
-        if groups.replicas is not None:
-            self._counted = [CountedApart(module, layer.per_expert.counters) for layer, module in self._layers]
+        if groups.edp_group is not None:
+            self._counted = [CounterSync(module, layer.per_expert.counters) for layer, module in self._layers]
 
     def _pause(self) -> None:
         if self._uneven is not None:
@@ -93,8 +93,8 @@ class Evaluation:
         if self._uneven is not None:
             self._uneven.finish()
         for counted, (layer, _) in zip(self._counted, self._layers, strict=False):
-            assert layer.groups.replicas is not None
-            counted.share(layer.groups.replicas)
+            assert layer.groups.edp_group is not None
+            counted.all_reduce(layer.groups.edp_group)
         self._meet(_IS_DONE)
         self.stop()
 

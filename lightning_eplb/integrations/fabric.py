@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.clipping import clip_grad_norm_
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def optimizer_within(optimizer: Any) -> Any:

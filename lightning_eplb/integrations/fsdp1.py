@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 from lightning_eplb.checkpoint.consolidate import INDEX, WEIGHTS_FSDP1
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
+from lightning_eplb.parallel.parallelize import expert_layers
 
 _AVERAGING_HOOKS = (
     default_hooks.allreduce_hook,
@@ -88,7 +88,7 @@ class SpreadExperts:
         if experts := list(spread_parameters(self._module).values()):
             self._strategy.kwargs["ignored_states"] = [*(self._ignored or ()), *experts]
         for layer, _ in expert_layers(self._module):
-            layer.saved_in_shards = self._is_saved_in_shards
+            layer.save_shards_while(self._is_saved_in_shards)
         return converted
 
     def _is_saved_in_shards(self) -> bool:

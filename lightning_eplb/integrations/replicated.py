@@ -49,7 +49,7 @@ def first_that_differs(ddp: DistributedDataParallel, groups: ExpertGroups) -> st
         return None
     sums = torch.stack([_sum_of_bits(parameter.detach()) for parameter in parameters]).cpu()
     of_ranks = [torch.empty_like(sums) for _ in range(groups.world_size)]
-    dist.all_gather(of_ranks, sums, group=groups.control)
+    dist.all_gather(of_ranks, sums, group=groups.cpu_group)
     differs = (torch.stack(of_ranks) != of_ranks[0]).any(dim=0)
     return names[id(parameters[int(differs.int().argmax())])] if differs.any() else None
 

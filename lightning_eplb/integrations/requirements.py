@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb.integrations.fsdp1 import check_fsdp
 from lightning_eplb.parallel.communication_hooks import check_averages
-from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
+from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.groups import check_nodes
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 
@@ -154,7 +155,7 @@ def check_converted_model(
             f" {call}num_redundant_experts={num_redundant_experts}) at its end"
         )
     for layer, module in expert_layers(pl_module):
-        if is_sharded and layer.groups.num_replicas > 1 and not isinstance(module, FSDPModule):
+        if is_sharded and layer.groups.num_ep_groups > 1 and not isinstance(module, FSDPModule):
             raise ValueError(
                 f"{layer.name} was spread over a mesh and not sharded, so that nobody averages its gradients; call"
                 " fully_shard_moe(model, mesh), or fully_shard(experts, mesh=mesh['efsdp'],"

@@ -8,7 +8,7 @@ from lightning_eplb.logging.loggers import log_histogram, log_placement
 from lightning_eplb.logging.rearrangement import report_rearrangement
 from lightning_eplb.logging.scalars import scalars_of
 from lightning_eplb.logging.summary import FitSummary, print_table
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 class FitLogger:

@@ -1,4 +1,4 @@
-"""Gradient clipping by one global norm, in which every logical expert counts once, and by value."""
+"""Gradient clipping and overflow checks that count every logical expert once."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb import _compat
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.flat_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def clip_grad_norm_(
@@ -22,11 +24,10 @@ def clip_grad_norm_(
     *,
     parameters: Iterable[Tensor] | None = None,
 ) -> Tensor:
-    """Clip gradients in place by the norm of the whole model, experts of all ranks included. Every rank must call it.
+    """Clip gradients in place by the norm of the whole model, with experts of all ranks. Every rank must call it.
 
-    The counterpart of ``torch.nn.utils.clip_grad_norm_``, which sees this rank's experts only: each rank would scale
-    its gradients by another factor, and parameters that are to be the same on all ranks would drift apart. For loops
-    without Lightning's ``Trainer``, where ``Trainer(gradient_clip_val=...)`` does the same.
+    The counterpart of ``torch.nn.utils.clip_grad_norm_``, which sees this rank's experts only. Each rank would scale
+    its gradients by another factor, and ranks would be out of sync. ``Trainer(gradient_clip_val=...)`` does the same.
 
     Example::
 
@@ -36,12 +37,12 @@ def clip_grad_norm_(
         balancer.step()
 
     Args:
-        model: Converted by ``parallelize_experts``, or any other; plain, or wrapped in ``DistributedDataParallel``, by
-            FSDP1, by FSDP2 or by Fabric. Gradients are averaged over the ranks already, and unscaled.
-        max_norm: Greatest norm that stays as it is.
-        norm_type: 2.0; no other is supported.
-        error_if_nonfinite: Raise where the norm is infinite or NaN. Defaults to ``False``.
-        parameters: Those to clip, the same on all ranks, such as one optimizer's. Defaults to all of ``model``.
+        model: Model, plain or wrapped in ``DistributedDataParallel``, by FSDP1, by FSDP2 or by Fabric. Gradients must
+            be averaged over ranks and unscaled.
+        max_norm: Upper bound of the norm.
+        norm_type: Must be 2.0, the default.
+        error_if_nonfinite: Raise if the norm is infinite or NaN. Defaults to ``False``.
+        parameters: Parameters to clip, the same on all ranks, such as one optimizer's. Defaults to all of ``model``.
 
     Returns:
         Norm before clipping, a scalar, the same on every rank.
@@ -53,8 +54,8 @@ def clip_grad_norm_(
     if norm_type != 2:
         raise ValueError(f"norm_type={norm_type} is not supported where experts are on several ranks. Use 2.0.")
     layers = list(expert_layers(model))
-    experts = [parameter for _, module in layers for parameter in module.parameters(recurse=False)]
-    groups = layers[0][0].groups if layers else ExpertGroups()
+    experts = [parameter for each in layers for parameter in each.parameters.values()]
+    groups = layers[0].layer.groups if layers else ExpertGroups()
     clipped = model.parameters() if parameters is None else parameters
     return clip_by_norm_of_all_(clipped, max_norm, experts, groups, shard_groups(model), error_if_nonfinite)
 
@@ -67,22 +68,22 @@ def clip_by_norm_of_all_(
     shard_groups: Mapping[int, dist.ProcessGroup] | None = None,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Clip parameters of a model whose experts are spread over ranks, by one 2-norm, see :func:`clip_grad_norm_`.
+    """Clip gradients by one 2-norm over several groups of ranks, see :func:`clip_grad_norm_`.
 
-    Parameters may be DTensors of several meshes: experts are of another than the rest.
+    Parameters may be DTensors of several meshes, since experts have another mesh than all else.
 
     Args:
-        parameters: What to clip; those of experts are this rank's.
-        max_norm: The greatest norm that stays as it is.
+        parameters: Parameters to clip, those of experts on this rank.
+        max_norm: Upper bound of the norm.
         expert_parameters: All parameters of converted modules on this rank, also those that are not clipped.
-        groups: As the converted modules' ``expert_layer.groups``. All ranks of the EP group call it, each with the same
-            parameters; with DTensors all ranks of their meshes, too.
-        shard_groups: By the ``id`` of a parameter of which this rank has a part that only FSDP1 knows the place of: the
-            ranks that have the others. They call it, too.
-        error_if_nonfinite: As in :func:`clip_grad_norm_`.
+        groups: Process groups of the experts. All ranks of the EP group call it with the same parameters, and all ranks
+            of the meshes of DTensors.
+        shard_groups: Process groups that FSDP1 shards parameters over, by ``id`` of the parameter. Their ranks call
+            it, too.
+        error_if_nonfinite: Raise if the norm is infinite or NaN. Defaults to ``False``.
 
     Returns:
-        The norm before clipping, of the whole model: the same on every rank.
+        Norm of the whole model before clipping, the same on every rank.
     """
     parameters, shard_groups = list(parameters), shard_groups or {}
     expert_ids = {id(parameter) for parameter in expert_parameters}
@@ -92,8 +93,8 @@ def clip_by_norm_of_all_(
     whole = [parameter for parameter in plain if id(parameter) not in shard_groups]
     experts = [parameter for parameter in whole if id(parameter) in expert_ids]
     norms = [get_total_norm(_grads(parameter for parameter in whole if id(parameter) not in expert_ids))]
-    if experts and groups.exchange is not None:
-        norms.append(_norm_over(groups.exchange, experts))
+    if experts and groups.ep_group is not None:
+        norms.append(_norm_over(groups.ep_group, experts))
     for group in dict.fromkeys(shard_groups[id(parameter)] for parameter in parts):
         norms.append(_norm_over(group, [parameter for parameter in parts if shard_groups[id(parameter)] == group]))
     norms += [_norm_over_mesh(grads) for grads in _by_mesh(_grads(sharded))]
@@ -102,14 +103,14 @@ def clip_by_norm_of_all_(
         raise RuntimeError(
             f"the norm of all gradients is {float(norm)}, and nothing was clipped. Use error_if_nonfinite=False."
         )
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils has it
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as in torch.nn.utils
     for grad in _grads(parameters):
         local_shard(grad).mul_(scale.to(grad.device))
     return norm
 
 
 def clip_grad_value_(parameters: Iterable[Tensor], clip_value: float) -> None:
-    """``torch.nn.utils.clip_grad_value_`` for DTensors of several meshes. Needs no communication."""
+    """Clip gradients by value, also DTensors of several meshes. Needs no communication."""
     for grad in _grads(parameters):
         local_shard(grad).clamp_(-clip_value, clip_value)
 
@@ -119,7 +120,7 @@ def _grads(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _norm_over(group: dist.ProcessGroup, parameters: list[Tensor]) -> Tensor:
-    """Of what all ranks of a group have of these parameters. In float32 at least: some ranks may have no gradient."""
+    """Return the norm over all ranks of a group, in float32 at least, since some ranks may have no gradient."""
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     squares = get_total_norm(_grads(parameters)).to(parameters[0].device, dtype) ** 2
     dist.all_reduce(squares, group=group)
@@ -141,3 +142,30 @@ def _norm_over_mesh(grads: list[DTensor]) -> Tensor:
         if not placement.is_replicate():
             dist.all_reduce(squares, group=mesh.get_group(dim))
     return squares.sqrt()
+
+
+def share_overflow(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: ExpertGroups) -> None:
+    """Share overflows, so that all ranks skip the same steps. All ranks call it after ``scaler.unscale_()``.
+
+    Only the rank that holds an expert sees an overflow in its gradient. If that rank alone skipped the step, ranks
+    would be out of sync.
+
+    Args:
+        scaler: Gradient scaler of this rank, enabled.
+        optimizer: Optimizer whose gradients were unscaled.
+        groups: Process groups of the experts, such as ``balancer.groups``.
+    """
+    found = _compat.found_overflow(scaler, optimizer)
+    overflow = torch.stack([one.detach().cpu().reshape(()) for one in found]).max() if found else torch.zeros(())
+    dist.all_reduce(overflow, op=dist.ReduceOp.MAX, group=groups.cpu_group)
+    for one in found:
+        one.fill_(float(overflow))
+
+
+def check_scaled_optimizer(optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for an optimizer that checks for overflows within its step, where they can't be shared."""
+    if _compat.unscales_in_step(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__}(fused=True) checks for overflows of its own rank only, and with"
+            " precision='16-mixed' ranks would skip different steps. Use foreach=True or precision='bf16-mixed'."
+        )

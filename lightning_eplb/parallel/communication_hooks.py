@@ -1,7 +1,7 @@
-"""Communication hooks of ``DistributedDataParallel``: those that average gradients over all ranks, as without a hook.
+"""Checks of DDP communication hooks, which must average gradients over all ranks.
 
-The gradients of experts are averaged over the ranks by the layers themselves. A hook that sums would leave a factor of
-the number of ranks between them and all other gradients.
+Expert layers average their own gradients over all ranks. A hook that sums would scale all other gradients by the number
+of ranks.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook, quantization_hooks
-from torch.distributed.algorithms.ddp_comm_hooks.mixed_precision_hooks import _reducer_allreduce_and_upcast_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_eplb import _compat
 
 _SUPPORTED = (
     default_hooks.allreduce_hook,
@@ -23,42 +24,42 @@ _SUPPORTED = (
 )
 _WRAPPERS = (default_hooks.fp16_compress_wrapper, default_hooks.bf16_compress_wrapper)
 _WRAPPED_CODES = [wrapper(default_hooks.allreduce_hook).__code__ for wrapper in _WRAPPERS]
-"""Code of the closures that the wrappers return."""
+"""Code objects of the closures that the wrappers return."""
 
 
 def check_averages(source: str, hook: Callable, state: Any = None, wrapper: Callable | None = None) -> None:
     """Raise ``ValueError`` unless a communication hook averages gradients over all ranks. Needs no communication.
 
     Args:
-        source: The call that the hook was given to, for the message.
-        hook: Called by DDP with ``state`` and a bucket of gradients.
-        state: The hook's first argument.
-        wrapper: Applied to ``hook`` before it is registered.
+        source: Call that the hook was passed to, for the message.
+        hook: Communication hook, called by DDP with ``state`` and a bucket of gradients.
+        state: First argument of the hook.
+        wrapper: Wrapper that is applied to ``hook`` before it is registered.
     """
     if wrapper is not None and wrapper not in _WRAPPERS:
         raise ValueError(
-            f"{source} in {_name_of(wrapper)} is not supported with experts that are spread over ranks: their gradients"
-            " are averaged over all ranks, and so must all others be. Use"
+            f"{source} in {_name_of(wrapper)} is not supported with expert parallelism: expert gradients are averaged"
+            " over all ranks, and so must all others be. Use"
             f" {' or '.join(_name_of(each) for each in _WRAPPERS)}, or no wrapper"
         )
     inner = _unwrapped(hook)
-    if inner not in _SUPPORTED and inner is not _reducer_allreduce_and_upcast_hook:
+    if inner not in _SUPPORTED and inner is not _compat.ddp_mixed_precision_hook():
         raise ValueError(
-            f"{source} is not supported with experts that are spread over ranks: their gradients are averaged over all"
-            f" ranks, and so must all others be, which {_name_of(inner)} may not do. Use one of torch's hooks that"
+            f"{source} is not supported with expert parallelism: expert gradients are averaged over all ranks, and so"
+            f" must all others be, which {_name_of(inner)} may not do. Use one of torch's hooks that"
             f" average, {', '.join(_name_of(each) for each in _SUPPORTED)}, or none"
         )
     group = state if isinstance(state, dist.ProcessGroup) else getattr(state, "process_group", None)
     if isinstance(group, dist.ProcessGroup) and group.size() != dist.get_world_size():
         raise ValueError(
-            f"{source} averages gradients over a process group of {group.size()} ranks, and those of experts are"
-            f" averaged over all {dist.get_world_size()}. Leave the process group out of the hook's state"
+            f"{source} averages gradients over a process group of {group.size()} ranks, and expert gradients are"
+            f" averaged over all {dist.get_world_size()}. Leave the process group out of the hook's state."
         )
 
 
 def check_registered_hooks(ddp: DistributedDataParallel) -> None:
-    """Raise ``ValueError`` if a hook that was registered with ``ddp`` does not average over all ranks."""
-    for hook, state in ddp._comm_hooks:
+    """Raise ``ValueError`` if a registered hook of ``ddp`` does not average over all ranks."""
+    for hook, state in _compat.ddp_comm_hooks(ddp):
         check_averages(f"DistributedDataParallel.register_comm_hook(hook={_name_of(hook)})", hook, state)
 
 
@@ -67,7 +68,7 @@ def _name_of(hook: Any) -> str:
 
 
 def _unwrapped(hook: Any) -> Any:
-    """The hook within torch's wrappers."""
+    """Return the hook inside torch's wrappers."""
     while getattr(hook, "__code__", None) in _WRAPPED_CODES:
         (cell,) = hook.__closure__
         hook = cell.cell_contents

@@ -1,4 +1,4 @@
-"""One decision on all ranks: rank 0 makes it, the others hear of it, and all compare what they are about to do."""
+"""Consensus of all ranks: broadcast rank 0's decision, and verify that all ranks are about to do the same."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,56 +8,60 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_eplb.parallel.barrier import format_ranks, monitored_barrier
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.waiting import ranks_in_words, wait_for_all_ranks
 from lightning_eplb.placement import ExpertPlacement
 
 
-def check_same_on_all_ranks(values: Mapping[str, object], what: str, groups: ExpertGroups) -> None:
-    """Compare values that must be the same on all ranks. All ranks of the default group must call this.
+def check_same_on_all_ranks(values: Mapping[str, object], reason: str, groups: ExpertGroups) -> None:
+    """Verify that values are the same on all ranks. All ranks of the default group must call it.
 
     Args:
-        values: By name; compared and shown as ``str`` makes them.
-        what: The call and its need, see :func:`~lightning_eplb.parallel.waiting.wait_for_all_ranks`.
-        groups: Of the experts; without process groups nothing is compared.
+        values: Values by name. They are compared and shown as strings.
+        reason: The API and its need, see :func:`~lightning_eplb.parallel.barrier.monitored_barrier`.
+        groups: Process groups of the experts. Without process groups nothing is compared.
 
     Raises:
-        ValueError: On every rank, if some rank has another value than rank 0.
+        ValueError: A rank has another value than rank 0. All ranks raise it.
     """
-    if groups.control is None:
+    if groups.cpu_group is None:
         return
-    wait_for_all_ranks(groups, what)
+    monitored_barrier(groups, reason)
     of_ranks: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(of_ranks, {name: str(value) for name, value in values.items()}, group=groups.control)
+    dist.all_gather_object(of_ranks, {name: str(value) for name, value in values.items()}, group=groups.cpu_group)
     for name in values:
-        odd = [rank for rank, theirs in enumerate(of_ranks) if theirs[name] != of_ranks[0][name]]
-        if odd:
+        mismatched = [rank for rank, theirs in enumerate(of_ranks) if theirs[name] != of_ranks[0][name]]
+        if mismatched:
             raise ValueError(
-                f"{name}={of_ranks[0][name]} on rank 0 is not the same on {ranks_in_words(odd)}"
-                f" ({of_ranks[odd[0]][name]} on rank {odd[0]}). Give all ranks the same."
+                f"{name}={of_ranks[0][name]} on rank 0 is not the same on {format_ranks(mismatched)}"
+                f" ({of_ranks[mismatched[0]][name]} on rank {mismatched[0]}). Give all ranks the same."
             )
 
 
-def decided_by_rank_zero(decide: Callable[[], Any], source: str, groups: ExpertGroups) -> Any:
-    """Return on every rank the result of ``decide`` on rank 0. All ranks of the default group must call this.
+def decide_on_rank_zero(decide: Callable[[], Any], source: str, groups: ExpertGroups) -> Any:
+    """Broadcast the result of ``decide`` on rank 0. All ranks of the default group must call it.
 
     Args:
-        decide: Called on rank 0 only.
-        source: Name of what decides, for the message of a failure.
+        decide: Function that is called on rank 0 only.
+        source: Name of the decider for error messages.
+        groups: Process groups of the experts.
+
+    Returns:
+        Result of ``decide``, the same on every rank.
 
     Raises:
-        ValueError: On every rank, if ``decide`` raised one.
-        RuntimeError: On the other ranks, if ``decide`` raised anything else. Rank 0 raises that itself.
+        ValueError: ``decide`` raised a ``ValueError``. All ranks raise it.
+        RuntimeError: ``decide`` raised another exception. Rank 0 raises that exception itself.
     """
     decision: list[Any] = [None, None]
     failure: BaseException | None = None
     if dist.get_rank() == 0:
         try:
             decision[0] = decide()
-        except BaseException as error:  # KeyboardInterrupt, too: the other ranks are waiting and must hear of it
+        except BaseException as error:  # KeyboardInterrupt, too: the other ranks are waiting for the result
             failure = error
-            decision[1] = isinstance(error, ValueError), f"{source} failed on rank 0: {_in_words(error)}"
-    dist.broadcast_object_list(decision, src=0, group=groups.control)
+            decision[1] = isinstance(error, ValueError), f"{source} failed on rank 0: {_describe(error)}"
+    dist.broadcast_object_list(decision, src=0, group=groups.cpu_group)
     if decision[1] is None:
         return decision[0]
     is_value_error, message = decision[1]
@@ -66,8 +70,8 @@ def decided_by_rank_zero(decide: Callable[[], Any], source: str, groups: ExpertG
     raise (ValueError if is_value_error else RuntimeError)(message) from failure
 
 
-def _in_words(error: BaseException) -> str:
-    """Type and message of an exception, the type alone where making the message raises."""
+def _describe(error: BaseException) -> str:
+    """Return type and message of an exception, or the type alone if formatting the message raises."""
     try:
         return f"{type(error).__name__}: {error}"
     except BaseException:
@@ -75,10 +79,10 @@ def _in_words(error: BaseException) -> str:
 
 
 def check_successor(decided: Any, before: ExpertPlacement) -> ExpertPlacement:
-    """``decided``, if it is a placement that can follow ``before``.
+    """Return ``decided`` if it is a placement that can follow ``before``.
 
     Raises:
-        ValueError: It is something else, or has other layers, experts, slots or ranks.
+        ValueError: ``decided`` is no placement, or has other layers, experts, slots or ranks.
     """
     if not isinstance(decided, ExpertPlacement):
         raise ValueError(f"it returned a {type(decided).__name__}, not an ExpertPlacement")
@@ -89,16 +93,18 @@ def check_successor(decided: Any, before: ExpertPlacement) -> ExpertPlacement:
     return decided
 
 
-class Agreement:
-    """Makes sure that all ranks would move the same rows. All ranks of the default group make it, and :meth:`wait`.
+class ConsensusCheck:
+    """Asynchronous check that all ranks are about to move the same rows. All ranks must create it and :meth:`wait`.
 
-    What this rank would do travels from when this is made; until it is waited for, the host can prepare to do it.
+    The digests of all ranks travel while the host prepares the transfer.
 
     Args:
-        moved: The tensors that are to move, by layer.
-        groups: Who agrees.
-        word: What this rank has to say besides, 0 ... 2**32 - 1.
-        names: Of the optimizers, and of the state that they keep in ``moved``.
+        before: Placement now.
+        after: Placement afterwards.
+        moved: Tensors to move, by layer.
+        groups: Process groups of the experts. The check runs over all ranks of the default group.
+        payload: Number that each rank sends along with its digest, ``0 ... 2**32 - 1``. Ranks may send different ones.
+        names: Names of the optimizers and of their state in ``moved``.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class Agreement:
         after: ExpertPlacement,
         moved: Mapping[int, Sequence[Tensor]],
         groups: ExpertGroups,
-        word: int = 0,
+        payload: int = 0,
         names: Sequence[str] = (),
     ) -> None:
         signature = [
@@ -116,26 +122,26 @@ class Agreement:
             for tensor in tensors
         ]
         tensors = repr((signature, list(names))).encode()
-        mine = hashlib.sha256(before.digest() + after.digest() + tensors).digest()
-        self._said = torch.frombuffer(bytearray(mine + word.to_bytes(4, "little")), dtype=torch.uint8)
-        self._heard = [torch.empty_like(self._said) for _ in range(groups.world_size)]
-        self._work = dist.all_gather(self._heard, self._said, group=groups.control, async_op=True)
+        digest = hashlib.sha256(before.digest() + after.digest() + tensors).digest()
+        self._sent = torch.frombuffer(bytearray(digest + payload.to_bytes(4, "little")), dtype=torch.uint8)
+        self._received = [torch.empty_like(self._sent) for _ in range(groups.world_size)]
+        self._work = dist.all_gather(self._received, self._sent, group=groups.cpu_group, async_op=True)
 
     def wait(self) -> list[int]:
-        """What each rank has to say besides.
+        """Return the payloads of all ranks.
 
         Raises:
-            RuntimeError: On every rank, if one has other placements, or tensors of other shapes or dtypes, or frozen,
-                or state of other names.
+            RuntimeError: Placements, tensors' shapes, dtypes or ``requires_grad``, or state names differ between ranks.
+                All ranks raise it.
         """
         assert self._work is not None
         self._work.wait()
-        heard = [bytes(each.tolist()) for each in self._heard]
-        digests = [each[:-4] for each in heard]
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if odd:
+        received = [bytes(each.tolist()) for each in self._received]
+        digests = [each[:-4] for each in received]
+        mismatched = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if mismatched:
             raise RuntimeError(
-                f"ranks {odd} would move other rows than rank 0 (placement, optimizers, names or shapes of their state,"
-                " gradients or what is frozen differ); nothing was moved"
+                f"ranks {mismatched} would move other rows than rank 0 (placement, optimizers, names or shapes of their"
+                " state, gradients or what is frozen differ); nothing was moved"
             )
-        return [int.from_bytes(each[-4:], "little") for each in heard]
+        return [int.from_bytes(each[-4:], "little") for each in received]

@@ -1,14 +1,17 @@
-"""``fully_shard`` for a whole Mixture-of-Experts model, experts by the mesh that they need."""
+"""FSDP2 for a Mixture-of-Experts model: experts are sharded over other mesh dimensions than all else."""
 
 from collections.abc import Iterator
 
+import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
-from lightning_eplb.parallel.convert import expert_layers, find_experts, parallelize_experts
-from lightning_eplb.parallel.shards import EFSDP, EP, REPLICATE, check_mesh, expert_mesh, shard_dimension
+from lightning_eplb.parallel.discovery import find_experts
+from lightning_eplb.parallel.dtensor import EFSDP, EP, REPLICATE, check_mesh
+from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts
 
 
 def fully_shard_moe(
@@ -19,11 +22,11 @@ def fully_shard_moe(
     mp_policy: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Spread a model's experts over ``mesh["ep"]`` and shard everything else, in place. Every rank must call it.
+    """Shard experts over ``mesh["ep"]`` and ``mesh["efsdp"]``, and all else over all ranks. Every rank must call it.
 
-    Each expert is sharded over ``mesh["efsdp"]``, all other parameters over all ranks: block by block, blocks being
-    the entries of the ``nn.ModuleList`` that has the expert layers in it, and what is outside of them together. It is
-    :func:`~lightning_eplb.parallelize_experts` followed by ``fully_shard``, which one can write as well::
+    The model is changed in place. Parameters outside of experts are sharded block by block: blocks are the entries of
+    the ``nn.ModuleList`` that contains the expert layers. It is :func:`~lightning_eplb.parallelize_experts` followed by
+    ``fully_shard``, which can be written out::
 
         parallelize_experts(model, mesh, num_redundant_experts=8)
         for block in model.model.layers:
@@ -40,25 +43,25 @@ def fully_shard_moe(
                     self.model = fully_shard_moe(build_my_model(), self.device_mesh, num_redundant_experts=8)
 
     Args:
-        model: Any Hugging Face MoE model, or one with modules of the same protocol. As with ``fully_shard``, all ranks
-            must have the same weights, and the optimizer is made afterwards.
-        mesh: As ``ExpertParallelStrategy`` makes it, with dimensions ``efsdp`` and ``ep``, and ``replicate`` for
-            hybrid sharding: then each shard is held by as many ranks as that has.
-        num_redundant_experts: As in ``parallelize_experts``.
-        mp_policy: As in ``fully_shard``, for all modules.
-        reshard_after_forward: As in ``fully_shard``, for all modules but the root.
+        model: Hugging Face MoE model, or one with modules of the same protocol. As with ``fully_shard``, all ranks must
+            have the same weights, and the optimizer is created afterwards.
+        mesh: Mesh of ``ExpertParallelStrategy``, with dimensions ``efsdp`` and ``ep``, and ``replicate`` for hybrid
+            sharding, whose ranks hold the same shards.
+        num_redundant_experts: Redundant slots of a layer over all EP ranks. Defaults to 0.
+        mp_policy: Mixed-precision policy for all modules, as in ``fully_shard``.
+        reshard_after_forward: Reshard all modules but the root after the forward pass. Defaults to ``True``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: The mesh has other dimensions or ranks, or an expert can't be cut into ``efsdp`` equal parts. All
+        ValueError: The mesh has other dimensions or ranks, or no dimension of an expert is a multiple of ``efsdp``. All
             ranks raise it, before any communication.
     """
     if not isinstance(mesh, DeviceMesh):
         raise ValueError(
-            f"mesh={mesh!r} must be the mesh that ExpertParallelStrategy makes, self.device_mesh in configure_model;"
-            " under DDP call parallelize_experts(model, num_redundant_experts=...) instead"
+            f"mesh={mesh!r} must be the mesh of ExpertParallelStrategy, self.device_mesh in configure_model. Under"
+            " DDP call parallelize_experts(model, num_redundant_experts=...) instead."
         )
     check_mesh(mesh, model, dist.get_world_size())
     if EFSDP not in (mesh.mesh_dim_names or ()):
@@ -71,12 +74,12 @@ def fully_shard_moe(
     for _, experts in list(expert_layers(model)):
         fully_shard(
             experts,
-            mesh=expert_mesh(mesh),
+            mesh=_expert_mesh(mesh),
             shard_placement_fn=lambda parameter: shard_dimension(parameter.shape, size),
             mp_policy=policy,
             reshard_after_forward=reshard_after_forward,
         )
-    others = _mesh_of_all_else(mesh)
+    others = _dense_mesh(mesh)
     for block in list(_blocks(model)):
         if not isinstance(block, FSDPModule):
             fully_shard(block, mesh=others, mp_policy=policy, reshard_after_forward=reshard_after_forward)
@@ -88,18 +91,31 @@ def _check_shapes(name: str, experts: nn.Module, size: int) -> None:
     for parameter_name, parameter in experts.named_parameters(recurse=False):
         if shard_dimension(parameter.shape, size) is None:
             raise ValueError(
-                f"mesh: efsdp={size} must divide a dimension behind the first of {name}.{parameter_name}, whose shape"
-                f" is {list(parameter.shape)}; a smaller efsdp and a larger ep would do"
+                f"mesh: efsdp={size} must divide a dimension after the first of {name}.{parameter_name}, whose shape"
+                f" is {list(parameter.shape)}. Use a smaller efsdp and a larger ep."
             )
     shared = [f"{name}.{inner}" for inner, _ in experts.named_parameters() if "." in inner]
     if shared:
         raise ValueError(
-            f"{shared[0]}: a parameter that all experts of a module share can't be sharded, as ranks without a token"
-            " would not take part; 'ddp' would do"
+            f"{shared[0]}: a parameter that all experts of a module share can't be sharded, since ranks without tokens"
+            " would not join its collectives. Use 'ddp'."
         )
 
 
-def _mesh_of_all_else(mesh: DeviceMesh) -> DeviceMesh:
+def _expert_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh that the experts of one EP rank are sharded over, of two dimensions with ``replicate``."""
+    return mesh[REPLICATE, EFSDP] if REPLICATE in (mesh.mesh_dim_names or ()) else mesh[EFSDP]
+
+
+def shard_dimension(shape: torch.Size, size: int) -> Shard | None:
+    """Return the first dimension after the experts' that ``size`` ranks can share evenly, or ``None``.
+
+    Dimension 0 stays whole, so that a relocated primary moves between equal shards.
+    """
+    return next((Shard(dim) for dim in range(1, len(shape)) if shape[dim] % size == 0), None)
+
+
+def _dense_mesh(mesh: DeviceMesh) -> DeviceMesh:
     sharded = mesh[EFSDP, EP].size()
     if REPLICATE in (mesh.mesh_dim_names or ()):
         shape = (mesh[REPLICATE].size(), sharded)
@@ -108,7 +124,7 @@ def _mesh_of_all_else(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The entries of the outermost module lists that have expert layers in them, the other entries too."""
+    """Yield all entries of the outermost module lists that contain expert layers."""
     for child in model.children():
         if isinstance(child, nn.ModuleList) and any(expert_layers(child)):
             yield from child

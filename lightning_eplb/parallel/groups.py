@@ -1,4 +1,4 @@
-"""The process groups of expert parallelism: its own, never DDP's."""
+"""Process groups of expert parallelism, separate from those of DDP."""
 
 import hashlib
 import socket
@@ -10,30 +10,30 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-CONTROL_TIMEOUT = timedelta(minutes=10)
+CPU_GROUP_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertGroups:
-    """Who talks to whom. Without ``torch.distributed`` (or in a group of one) every group is ``None``.
+    """Process groups of one EP rank. Every group is ``None`` without ``torch.distributed``.
 
     Attributes:
-        rank: This process's EP rank, ``0 ... size-1``.
-        size: Ranks that share the experts of a layer, ``R``.
-        exchange: The EP group that tokens and weights travel on; ``None`` when ``size`` is 1.
-        replicas: The ranks with this EP rank in every EP group, which hold the same rows; ``None`` if there is one
-            EP group only.
-        num_replicas: Number of EP groups.
-        control: All ranks, on gloo and on the CPU: plans, digests and counts. ``None`` without ``torch.distributed``.
-        node_of_rank: The node that each EP rank runs on, numbered in the order of ranks.
+        rank: EP rank of this process, ``0 ... size-1``.
+        size: Number of ranks that share the experts of a layer, ``R``.
+        ep_group: EP group, which carries tokens and weights. ``None`` if ``size`` is 1.
+        edp_group: Expert data-parallel group: the ranks with this EP rank in every EP group, which hold the same
+            experts. ``None`` if there is one EP group only.
+        num_ep_groups: Number of EP groups.
+        cpu_group: Gloo group of all ranks for plans, digests and counts on the CPU.
+        node_of_rank: Node of each EP rank, numbered in the order of ranks.
     """
 
     rank: int = 0
     size: int = 1
-    exchange: dist.ProcessGroup | None = None
-    replicas: dist.ProcessGroup | None = None
-    num_replicas: int = 1
-    control: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    edp_group: dist.ProcessGroup | None = None
+    num_ep_groups: int = 1
+    cpu_group: dist.ProcessGroup | None = None
     node_of_rank: tuple[int, ...] = (0,)
 
     def __deepcopy__(self, memo: dict) -> "ExpertGroups":
@@ -41,166 +41,167 @@ class ExpertGroups:
 
     @property
     def world_size(self) -> int:
-        return self.size * self.num_replicas
+        return self.size * self.num_ep_groups
 
     @classmethod
     def create(cls, group: dist.ProcessGroup | None = None) -> "ExpertGroups":
-        """Make the groups, or find those that were made for the same ranks: each has threads and buffers of its own.
+        """Create the groups, or reuse those of the same ranks. Every rank of the default group must call it.
 
-        Every rank of the default group must call this, with its own EP group.
+        Groups are reused because each one has threads and buffers of its own.
 
         Args:
-            group: The ranks that share experts; ``None`` for all. The EP groups of all ranks must be equally large.
+            group: Ranks that share experts. Defaults to all ranks. The EP groups of all ranks must be equally large.
 
         Raises:
-            ValueError: On every rank, when the EP groups of the ranks don't partition them into equal parts.
+            ValueError: The EP groups of the ranks don't partition them into equal parts. All ranks raise it.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
-        made = _Made.under_default_group()
-        control = made.control
+        registry = _GroupRegistry.of_default_group()
         mine = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        ep_groups = _ep_groups(mine, control)
+        ep_groups = _ep_groups(mine, registry.cpu_group)
         key = tuple(tuple(ranks) for ranks in ep_groups)
-        if key not in made.of_ranks:
-            made.of_ranks[key] = cls._new(mine, ep_groups, control)
-        return made.of_ranks[key]
+        if key not in registry.expert_groups:
+            registry.expert_groups[key] = cls._new(mine, ep_groups, registry.cpu_group)
+        return registry.expert_groups[key]
 
-    def background(self) -> "BackgroundGroups":
-        """Groups of the EP group's ranks for what travels behind training. Every rank of the default group calls it.
+    def relocation_groups(self) -> "RelocationGroups":
+        """Return the groups that carry asynchronous transfers. Every rank of the default group must call it.
 
-        The first is made when they are first asked for.
+        The first call creates a group.
         """
-        made = _Made.under_default_group()
-        key = next((key for key, groups in made.of_ranks.items() if groups is self), None)
+        registry = _GroupRegistry.of_default_group()
+        key = next((key for key, groups in registry.expert_groups.items() if groups is self), None)
         if key is None:
-            raise RuntimeError("the model was converted under a process group that is gone; build and convert it anew")
-        if key not in made.background:
-            made.background[key] = BackgroundGroups(key)
-        return made.background[key]
+            raise RuntimeError(
+                "the model was parallelized under a process group that was destroyed; build and parallelize it again"
+            )
+        if key not in registry.relocation_groups:
+            registry.relocation_groups[key] = RelocationGroups(key)
+        return registry.relocation_groups[key]
 
     @classmethod
-    def _new(cls, mine: list[int], ep_groups: list[list[int]], control: dist.ProcessGroup) -> "ExpertGroups":
-        nodes = _node_of_rank(mine, control)
+    def _new(cls, mine: list[int], ep_groups: list[list[int]], cpu_group: dist.ProcessGroup) -> "ExpertGroups":
+        nodes = _node_of_rank(mine, cpu_group)
         size, rank = len(mine), mine.index(dist.get_rank())
         if size == 1:
-            return cls(num_replicas=len(ep_groups), control=control)
-        exchange = _own_group(ep_groups)
-        replicas = _own_group([list(ranks) for ranks in zip(*ep_groups, strict=True)]) if len(ep_groups) > 1 else None
-        return cls(rank, size, exchange, replicas, len(ep_groups), control, nodes)
+            return cls(num_ep_groups=len(ep_groups), cpu_group=cpu_group)
+        ep_group = _new_groups(ep_groups)
+        edp_group = _new_groups([list(ranks) for ranks in zip(*ep_groups, strict=True)]) if len(ep_groups) > 1 else None
+        return cls(rank, size, ep_group, edp_group, len(ep_groups), cpu_group, nodes)
 
 
-class BackgroundGroups:
-    """Groups of the same ranks. Whoever has something under way has one to itself, known by its number.
+class RelocationGroups:
+    """Pool of process groups for asynchronous transfers, one for each relocation in flight.
 
-    What fails while something is under way leaves some of it on the group that will never arrive, or that a rank has
-    sent and another has not. So a group is given back by who has received all of it, and else never used again.
+    A failure can leave rows on a group that some ranks sent and others did not. So a relocation releases its group only
+    after it has received all of its rows. A group that was not released is never used again.
     """
 
     def __init__(self, ep_groups: Sequence[Sequence[int]]) -> None:
         self._ep_groups = ep_groups
         self._groups: list[dist.ProcessGroup] = []
-        self._idle: set[int] = set()
+        self._free: set[int] = set()
         self.add()
 
     def __getitem__(self, number: int) -> dist.ProcessGroup:
         return self._groups[number - 1]
 
     @property
-    def first_idle(self) -> int:
-        """The number, 1 or more, of a group that nobody uses, as this rank knows; 0 if there is none."""
-        return min(self._idle, default=0)
+    def first_free(self) -> int:
+        """Number, 1 or more, of a group that this rank knows to be free. 0 if there is none."""
+        return min(self._free, default=0)
 
     def add(self) -> int:
-        """Make another and return its number. Those that are idle now are used no more: ranks may disagree about them.
+        """Create another group and return its number. Every rank of the default group must call it.
 
-        Every rank of the default group calls it.
+        Groups that are free now are dropped, since ranks may disagree about them.
         """
-        group = _own_group(self._ep_groups)
+        group = _new_groups(self._ep_groups)
         assert group is not None
         self._groups.append(group)
-        self._idle = {len(self._groups)}
+        self._free = {len(self._groups)}
         return len(self._groups)
 
-    def take(self, number: int) -> None:
-        """Use it from now on."""
-        self._idle.remove(number)
+    def acquire(self, number: int) -> None:
+        """Mark a group as in use."""
+        self._free.remove(number)
 
-    def give_back(self, number: int) -> None:
-        """Use it no more; all that was sent on it has been received."""
-        self._idle.add(number)
+    def release(self, number: int) -> None:
+        """Mark a group as free. All that was sent on it must have been received."""
+        self._free.add(number)
 
 
-class _Made:
-    """The groups that were made while the default group was this one.
+class _GroupRegistry:
+    """Groups that were created under one default group.
 
     Attributes:
-        control: Of all ranks.
-        of_ranks: By the ranks of all EP groups.
-        background: The same of those that move rows behind training.
+        cpu_group: Gloo group of all ranks.
+        expert_groups: Groups of this rank by the ranks of all EP groups.
+        relocation_groups: Groups for asynchronous transfers, by the same key.
     """
 
     def __init__(self) -> None:
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        assert isinstance(control, dist.ProcessGroup)
-        self.control = control
-        self.of_ranks: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
-        self.background: dict[tuple[tuple[int, ...], ...], BackgroundGroups] = {}
+        cpu_group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
+        assert isinstance(cpu_group, dist.ProcessGroup)
+        self.cpu_group = cpu_group
+        self.expert_groups: dict[tuple[tuple[int, ...], ...], ExpertGroups] = {}
+        self.relocation_groups: dict[tuple[tuple[int, ...], ...], RelocationGroups] = {}
 
     @classmethod
-    def under_default_group(cls) -> "_Made":
+    def of_default_group(cls) -> "_GroupRegistry":
         default = dist.group.WORLD
         assert default is not None
-        if default not in _MADE:
-            _MADE[default] = cls()
-        return _MADE[default]
+        if default not in _REGISTRIES:
+            _REGISTRIES[default] = cls()
+        return _REGISTRIES[default]
 
 
-_MADE: WeakKeyDictionary[dist.ProcessGroup, _Made] = WeakKeyDictionary()
-"""By the default group. What was made under one goes with it, or its threads would outlive the interpreter's."""
+_REGISTRIES: WeakKeyDictionary[dist.ProcessGroup, _GroupRegistry] = WeakKeyDictionary()
+"""Registries by default group. They are dropped with it, or their threads would outlive the interpreter's."""
 
 
 def check_nodes(ep_size: int, ranks_a_node: int) -> None:
-    """Raise ``ValueError`` unless EP groups of successive ranks are all alike: within a node, or of whole nodes."""
+    """Raise ``ValueError`` unless every EP group of successive ranks lies within a node or covers whole nodes."""
     if ep_size % ranks_a_node and ranks_a_node % ep_size:
         sizes = [size for size in range(1, ranks_a_node + 1) if ranks_a_node % size == 0]
         raise ValueError(
-            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks;"
-            f" one of {sizes}, or a multiple of {ranks_a_node}, would do"
+            f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks."
+            f" Use one of {sizes}, or a multiple of {ranks_a_node}."
         )
 
 
-def _ep_groups(mine: Sequence[int], control: dist.ProcessGroup) -> list[list[int]]:
+def _ep_groups(mine: Sequence[int], cpu_group: dist.ProcessGroup) -> list[list[int]]:
     world = dist.get_world_size()
     members = torch.zeros(world, dtype=torch.int64)
     members[list(mine)] = 1
     gathered = [torch.empty_like(members) for _ in range(world)]
-    dist.all_gather(gathered, members, group=control)
+    dist.all_gather(gathered, members, group=cpu_group)
     groups = sorted({tuple(torch.nonzero(row).flatten().tolist()) for row in gathered})
     sizes = {len(ranks) for ranks in groups}
     if sum(len(ranks) for ranks in groups) != world or len(sizes) != 1:
         raise ValueError(
             f"group: the ranks' expert-parallel groups {[list(g) for g in groups]} must split all {world} ranks"
-            " into equal parts without overlap; torch.distributed.new_subgroups(group_size) makes such groups"
+            " into equal parts without overlap. Use torch.distributed.new_subgroups(group_size)."
         )
     return [list(ranks) for ranks in groups]
 
 
-def _node_of_rank(mine: Sequence[int], control: dist.ProcessGroup) -> tuple[int, ...]:
+def _node_of_rank(mine: Sequence[int], cpu_group: dist.ProcessGroup) -> tuple[int, ...]:
     host = hashlib.sha256(socket.gethostname().encode()).digest()
     ours = torch.frombuffer(bytearray(host), dtype=torch.int64)
     hosts = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
-    dist.all_gather(hosts, ours, group=control)
+    dist.all_gather(hosts, ours, group=cpu_group)
     names = [tuple(hosts[rank].tolist()) for rank in mine]
     order = list(dict.fromkeys(names))
     return tuple(order.index(name) for name in names)
 
 
-def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-    """A new group for each of ``groups``, made by all ranks in the same order; the one that holds this rank."""
+def _new_groups(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Create a group for each of ``groups``, on all ranks in the same order. Return the one that holds this rank."""
     own = None
     for ranks in groups:
-        made = dist.new_group(list(ranks))
-        if isinstance(made, dist.ProcessGroup):  # other groups' ranks get a placeholder
-            own = made
+        group = dist.new_group(list(ranks))
+        if isinstance(group, dist.ProcessGroup):  # other groups' ranks get a placeholder
+            own = group
     return own

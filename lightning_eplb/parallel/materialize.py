@@ -1,4 +1,4 @@
-"""Memory and initial weights for a model that was parallelized on the meta device."""
+"""Materialization of a model that was parallelized on the meta device: memory and initial weights."""
 
 from collections.abc import Collection
 from itertools import chain
@@ -9,23 +9,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb import _compat
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.experts import ExpertLayer
-from lightning_eplb.parallel.hooks import has_hooks
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.gradient_hooks import has_hooks
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def materialize(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
-    """Give what is on the meta device memory, for this rank's part only, and initialize it. Every rank must call it.
+    """Allocate and initialize this rank's part of what is on the meta device. Every rank must call it.
 
     For a model that was built under ``torch.device("meta")`` and parallelized, so that no rank ever holds all experts.
-    ``ExpertParallelStrategy`` does it by itself, as ``EPLBCallback`` does for a model that was built in
-    ``LightningModule.__init__``. Under DDP call it in ``configure_model``; to start from weights that exist call
+    ``ExpertParallelStrategy`` calls it, and so does ``EPLBCallback`` for a model that was built in
+    ``LightningModule.__init__``. Under DDP call it in ``configure_model``. To start from existing weights call
     :func:`~lightning_eplb.load_weights` instead.
 
-    Modules initialize themselves by ``initialize_weights``, as Hugging Face's models have it, or ``reset_parameters``,
-    as PyTorch's have it. Ranks draw different numbers for their experts and shards, so that no two experts start alike;
-    what several ranks hold is the same on all of them afterwards.
+    Modules initialize themselves by ``initialize_weights``, as Hugging Face's models do, or ``reset_parameters``, as
+    PyTorch's do. Ranks draw different numbers for their experts and shards. Tensors that several ranks hold are the
+    same on all of them afterwards.
 
     Example::
 
@@ -36,9 +37,9 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
             materialize(self.model)
 
     Args:
-        model: One without a tensor on the meta device stays as it is; of others, those that are not stay.
-        device: Where the memory is. ``None``: where the mesh of a sharded model is, else PyTorch's default device,
-            which is this rank's own within ``configure_model``.
+        model: Model. Tensors that are not on the meta device stay as they are.
+        device: Device of the tensors. Defaults to that of the mesh of a sharded model, else to PyTorch's default
+            device, which is this rank's own within ``configure_model``.
 
     Returns:
         ``model``.
@@ -47,16 +48,16 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
         ValueError: ``device`` is the meta device.
     """
     device = memory_device(model, device)
-    empty = give_memory(model, device)
+    empty = allocate(model, device)
     if not empty:
         return model
     initialize(model, empty, device)
-    share_over_replicas(model, empty)
+    broadcast_replicated(model, empty)
     return model
 
 
 def memory_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """``device``, or where :func:`materialize` puts tensors by default."""
+    """Return ``device``, or the default device of :func:`materialize`."""
     if device is None:
         meshes = (p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
         mesh = next(meshes, None)
@@ -64,32 +65,34 @@ def memory_device(model: nn.Module, device: torch.device | str | None) -> torch.
     device = torch.device(device)
     if device.type == "meta":
         raise ValueError(
-            f"device={str(device)!r} has no memory; leave `with torch.device('meta')` before, or name another device"
+            f"device={str(device)!r} has no memory. Leave `with torch.device('meta')` first, or pass another device."
         )
     return torch.empty(0, device=device).device  # with the index of the present one
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that have several names under each of them."""
+    """Return parameters and buffers by name, tied ones under each of their names."""
     return dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
 
 
-def give_memory(model: nn.Module, device: torch.device) -> set[str]:
-    """Replace tensors on the meta device by uninitialized ones. Parameters that were one and the same stay so.
+def allocate(model: nn.Module, device: torch.device) -> set[str]:
+    """Replace tensors on the meta device by uninitialized ones. Tied parameters stay tied.
 
     Returns:
-        The names of what was replaced.
+        Names of the replaced tensors.
     """
     before = named_tensors(model)
     empty = {name for name, tensor in before.items() if tensor.is_meta}
     if hooked := next((name for name in sorted(empty) if has_hooks([before[name]])), None):
         raise ValueError(
-            f"{hooked} is on the meta device and has a gradient hook, which would be lost: memory makes it another"
-            " parameter. Register hooks once it has memory, as in on_fit_start"
+            f"{hooked} is on the meta device and has a gradient hook, which would be lost, since materialize()"
+            " replaces the parameter. Register hooks afterwards, as in on_fit_start."
         )
     if not empty:
         return empty
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    _compat.apply_to_tensors(
+        model, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
     first_name: dict[int, str] = {}
     for name, tensor in before.items():
         first = first_name.setdefault(id(tensor), name)
@@ -100,16 +103,16 @@ def give_memory(model: nn.Module, device: torch.device) -> set[str]:
 
 
 def initialize(model: nn.Module, names: Collection[str], device: torch.device) -> None:
-    """Let modules initialize those of their tensors that are called ``names``.
+    """Let modules initialize their tensors named ``names``.
 
-    Each rank draws other numbers, unless DTensors draw them by the place in the whole tensor, as they do on GPUs, from
-    one seed on all ranks. Hugging Face's models leave all other tensors alone; a module with ``reset_parameters`` only
-    can't tell them apart.
+    Each rank draws different numbers, unless DTensors draw by position in the whole tensor from one seed on all ranks,
+    as they do on GPUs. Hugging Face's models leave all other tensors alone. A module with ``reset_parameters`` alone
+    initializes all of its tensors.
     """
     if not names:
         return
     forgotten = set(names)
-    seed = int(torch.randint(2**62, (), device="cpu"))  # of the generator that goes on as on the other ranks
+    seed = int(torch.randint(2**62, (), device="cpu"))  # advances the default generator as on the other ranks
     draws_by_place = device.type != "cpu" and any(isinstance(p, DTensor) for p in model.parameters())
     if dist.is_available() and dist.is_initialized() and not draws_by_place:
         seed += dist.get_rank()
@@ -141,21 +144,20 @@ def _initialize(module: nn.Module, prefix: str, names: set[str], forgotten: set[
 
 
 def _initialize_hugging_face(module: nn.Module, names: set[str]) -> None:
-    """Mark what is to be initialized, and what is not, in the way of Hugging Face's models."""
+    """Mark tensors that Hugging Face's models are to initialize, and those that they are not."""
     for name, tensor in named_tensors(module).items():
-        tensor._is_hf_initialized = name not in names  # type: ignore[attr-defined]
+        _compat.mark_initialized(tensor, name not in names)
         if name in names:
-            owner = module.get_submodule(name.rpartition(".")[0])
-            owner._is_hf_initialized = False  # type: ignore[assignment]
+            _compat.mark_initialized(module.get_submodule(name.rpartition(".")[0]), False)
 
 
-def share_over_replicas(model: nn.Module, names: Collection[str]) -> None:
-    """Make those tensors the same on all ranks that hold them: the lowest rank's. Collective."""
+def broadcast_replicated(model: nn.Module, names: Collection[str]) -> None:
+    """Broadcast these tensors from the lowest of the ranks that hold them. Collective."""
     layers = list(expert_layers(model))
-    if not layers or layers[0][0].groups.control is None:
-        return  # of one rank; or no experts were spread, and DDP shares its parameters by itself
-    groups = layers[0][0].groups
-    layer_of = {id(tensor): layer for layer, module in layers for tensor in module.parameters(recurse=False)}
+    if not layers or layers[0].layer.groups.cpu_group is None:
+        return  # one rank, or no expert parallelism, and DDP broadcasts its parameters
+    groups = layers[0].layer.groups
+    layer_of = {id(tensor): each.layer for each in layers for tensor in each.parameters.values()}
     tensors = named_tensors(model)
     with torch.no_grad():
         for name in sorted(names):
@@ -164,11 +166,11 @@ def share_over_replicas(model: nn.Module, names: Collection[str]) -> None:
                 for dim, placement in enumerate(tensor.placements):
                     if placement.is_replicate():
                         dist.broadcast(local_shard(tensor), group=tensor.device_mesh.get_group(dim), group_src=0)
-            elif not _is_spread(layer_of.get(id(tensor))):
-                dist.broadcast(tensor.data, 0, group=groups.control)
-            elif groups.replicas is not None:
-                dist.broadcast(tensor.data, group=groups.replicas, group_src=0)
+            elif not _is_distributed(layer_of.get(id(tensor))):
+                dist.broadcast(tensor.data, 0, group=groups.cpu_group)
+            elif groups.edp_group is not None:
+                dist.broadcast(tensor.data, group=groups.edp_group, group_src=0)
 
 
-def _is_spread(layer: ExpertLayer | None) -> bool:
+def _is_distributed(layer: ExpertLayer | None) -> bool:
     return layer is not None and layer.groups.size > 1

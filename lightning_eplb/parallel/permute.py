@@ -1,8 +1,8 @@
-"""Rows of tokens in other orders, forward and backward: each pass reads and writes every row once.
+"""Permutation of token rows, forward and backward. Each pass reads and writes every row once.
 
-PyTorch's own gradient of ``rows[index]`` sorts the index and adds rows up; here an index holds each row once, so that
-the gradient is a gather. On a GPU with Triton the sums over a token's experts are kernels of ours
-(:mod:`~lightning_eplb.parallel.kernels`), elsewhere tensor operations.
+PyTorch's own gradient of ``rows[index]`` sorts the index and sums rows. Here an index holds each row once, so the
+gradient is a gather. The sums over a token's experts are Triton kernels (:mod:`~lightning_eplb.parallel.kernels`) on a
+GPU, and tensor operations elsewhere.
 
 Shape suffixes: ``T`` tokens, ``K`` top-k, ``N`` token-expert pairs, ``D`` model width.
 """
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def copy_to_pairs(hidden_TD: Tensor, pairs_N: Tensor, top_k: int) -> Tensor:
-    """The token of each pair, ``[N, D]``. The gradient of a token is the sum of its pairs'.
+    """Copy the token of each pair, ``[N, D]``. The gradient of a token is the sum over its pairs.
 
     Args:
-        hidden_TD: Tokens.
+        hidden_TD: Hidden states of the tokens.
         pairs_N: Indices into ``[T, K]`` flattened, int64, each at most once.
         top_k: ``K``.
     """
@@ -27,26 +27,26 @@ def copy_to_pairs(hidden_TD: Tensor, pairs_N: Tensor, top_k: int) -> Tensor:
 
 
 def combine_pairs(rows_ND: Tensor, weights_TK: Tensor, pairs_N: Tensor) -> Tensor:
-    """Add up each token's pairs, weighted; in the common dtype of rows and weights, on a GPU in float32 at least.
+    """Sum the pairs of each token, weighted, in the common dtype of rows and weights, on a GPU in float32 at least.
 
     Args:
         rows_ND: One row for each of ``pairs_N``.
-        weights_TK: Of all pairs; those of pairs that have no row are left out.
+        weights_TK: Weights of all pairs. Pairs without a row are left out.
         pairs_N: Indices into ``[T, K]`` flattened, int64, each at most once.
 
     Returns:
         ``[T, D]`` in the rows' dtype.
     """
     if has_kernels(rows_ND):
-        return _CombinePairs.apply(rows_ND, weights_TK, _place_of_pair(pairs_N, weights_TK.numel()))
+        return _CombinePairs.apply(rows_ND, weights_TK, _row_of_pair(pairs_N, weights_TK.numel()))
     width = rows_ND.shape[-1]
-    all_ND = _PutAmongZeros.apply(rows_ND, pairs_N, weights_TK.numel())
+    all_ND = _ScatterIntoZeros.apply(rows_ND, pairs_N, weights_TK.numel())
     weighted_TKD = all_ND.view(*weights_TK.shape, width) * weights_TK.unsqueeze(-1)
     return weighted_TKD.sum(dim=1).to(rows_ND.dtype)
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether Triton can run on what ``tensor`` is."""
+    """Return ``True`` if the Triton kernels can run on the device of ``tensor``."""
     return tensor.is_cuda and _has_triton()
 
 
@@ -55,13 +55,13 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _place_of_pair(pairs_N: Tensor, num_pairs: int) -> Tensor:
-    """Where in ``pairs_N`` each pair is, ``-1`` where it isn't, ``[T K]`` int64."""
+def _row_of_pair(pairs_N: Tensor, num_pairs: int) -> Tensor:
+    """Return the index of each pair in ``pairs_N``, ``-1`` where it is missing, ``[T K]`` int64."""
     places = torch.arange(len(pairs_N), device=pairs_N.device)
     return pairs_N.new_full((num_pairs,), -1).scatter_(0, pairs_N, places)
 
 
-def _put_among_zeros(rows_ND: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
+def _scatter_into_zeros(rows_ND: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
     return rows_ND.new_zeros(num_rows, *rows_ND.shape[1:]).index_copy_(0, places_N, rows_ND)
 
 
@@ -78,17 +78,17 @@ class _CopyToPairs(torch.autograd.Function):
         if has_kernels(grad_ND):
             from lightning_eplb.parallel.kernels import sum_pairs
 
-            place_TK = _place_of_pair(pairs_N, ctx.tokens * ctx.top_k).view(ctx.tokens, ctx.top_k)
+            place_TK = _row_of_pair(pairs_N, ctx.tokens * ctx.top_k).view(ctx.tokens, ctx.top_k)
             return sum_pairs(grad_ND.contiguous(), place_TK, None), None, None
-        all_ND = _put_among_zeros(grad_ND, pairs_N, ctx.tokens * ctx.top_k)
+        all_ND = _scatter_into_zeros(grad_ND, pairs_N, ctx.tokens * ctx.top_k)
         return all_ND.view(ctx.tokens, ctx.top_k, *grad_ND.shape[1:]).sum(dim=1), None, None
 
 
-class _PutAmongZeros(torch.autograd.Function):
+class _ScatterIntoZeros(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(places_N)
-        return _put_among_zeros(rows_ND, places_N, num_rows)
+        return _scatter_into_zeros(rows_ND, places_N, num_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,17 +113,17 @@ class _CombinePairs(torch.autograd.Function):
         return *sum_pairs_backward(grads[0].contiguous(), *ctx.saved_tensors), None
 
 
-def take_apart(rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows at the indices ``first`` and those at ``second``, which together are all rows, each once."""
-    return _TakeApart.apply(rows, first, second)
+def split_rows(rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Split rows into those at the indices ``first`` and ``second``, which together name each row once."""
+    return _SplitRows.apply(rows, first, second)
 
 
-def put_together(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Undo :func:`take_apart`."""
-    return _PutTogether.apply(first_rows, second_rows, first, second)
+def merge_rows(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Undo :func:`split_rows`."""
+    return _MergeRows.apply(first_rows, second_rows, first, second)
 
 
-class _TakeApart(torch.autograd.Function):
+class _SplitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(first, second)
@@ -131,14 +131,14 @@ class _TakeApart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _interleaved(*grads, *ctx.saved_tensors), None, None
+        return _interleave(*grads, *ctx.saved_tensors), None, None
 
 
-class _PutTogether(torch.autograd.Function):
+class _MergeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
         ctx.save_for_backward(first, second)
-        return _interleaved(first_rows, second_rows, first, second)
+        return _interleave(first_rows, second_rows, first, second)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,13 +146,13 @@ class _PutTogether(torch.autograd.Function):
         return grad.index_select(0, first), grad.index_select(0, second), None, None
 
 
-def _interleaved(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def _interleave(first_rows: Tensor, second_rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
     rows = first_rows.new_empty(len(first) + len(second), *first_rows.shape[1:])
     for part, places in ((first_rows, first), (second_rows, second)):
         if has_kernels(rows):
-            from lightning_eplb.parallel.kernels import put_rows
+            from lightning_eplb.parallel.kernels import scatter_rows
 
-            put_rows(part.contiguous(), places, rows)
+            scatter_rows(part.contiguous(), places, rows)
         else:
             rows.index_copy_(0, places, part)
     return rows

@@ -1,4 +1,4 @@
-"""A converted module's state dict is the unmodified model's: all experts, in logical order."""
+"""State dict of converted modules: that of the unmodified model, with all experts in logical order."""
 
 from typing import Any
 
@@ -7,59 +7,60 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_eplb.parallel.experts import ExpertLayer, ParallelExperts
-from lightning_eplb.parallel.rows import Route, exchange_rows, gather_rows
-from lightning_eplb.parallel.shards import as_spread, local_shard, with_local
-from lightning_eplb.parallel.waiting import wait_for_all_ranks
+from lightning_eplb.parallel.barrier import monitored_barrier
+from lightning_eplb.parallel.dtensor import as_distributed, local_shard, with_local
+from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.forward import ParallelExperts
+from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
 
 
 def install_state_dict_hooks(module: nn.Module) -> None:
-    """Make ``module.state_dict()`` gather all ranks' rows, and ``load_state_dict()`` keep this rank's.
+    """Make ``module.state_dict()`` gather the rows of all ranks, and ``load_state_dict()`` keep this rank's.
 
-    So do those of its copies, whose rows stay where they are when those of ``module`` move.
+    Deep copies inherit the hooks. Their rows stay when those of ``module`` move.
     """
     module.register_state_dict_post_hook(_gather)
-    module.register_load_state_dict_pre_hook(_cut)
+    module.register_load_state_dict_pre_hook(_select_rows)
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     layer = _layer_of(module)
     if layer.index == 0:
-        wait_for_all_ranks(layer.groups, "state_dict() of a model gathers experts from all ranks")
+        monitored_barrier(layer.groups, "state_dict() of a model gathers experts from all ranks")
     for name, parameter in module.named_parameters(recurse=False):
         state[prefix + name] = to_logical(parameter.detach(), layer)
 
 
-def _cut(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+def _select_rows(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     for name, _ in module.named_parameters(recurse=False):
         if (full := state.get(prefix + name)) is not None:
             state[prefix + name] = to_local(full, _layer_of(module), prefix + name)
 
 
 def _layer_of(module: nn.Module) -> ExpertLayer:
-    """What a copy of a converted module knows is its own."""
+    """Return the module's own state. A deep copy of a module has its own, too."""
     assert isinstance(module, ParallelExperts)
     return module.expert_layer
 
 
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
-    """All experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
+    """Gather all experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
 
-    A DTensor stays one, where it is, and rows that are to be saved in shards become one: each rank gets the rows that
-    it would hold, had no expert moved, and nothing is gathered.
+    A DTensor stays a DTensor on its device, and rows to be saved in shards become one. Each rank then gets the rows of
+    the initial placement, and nothing is gathered.
     """
-    assert layer.groups.exchange is not None
+    assert layer.groups.ep_group is not None
     if isinstance(rows, DTensor):
         return _reordered(rows, layer, layer.row_order)
-    if layer.saved_in_shards():
-        return _reordered(as_spread(rows, layer.groups.exchange), layer, layer.row_order).cpu()
-    return gather_rows(rows, layer.row_order, layer.groups.exchange)
+    if layer.saves_shards:
+        return _reordered(as_distributed(rows, layer.groups.ep_group), layer, layer.row_order).cpu()
+    return gather_rows(rows, layer.row_order, layer.groups.ep_group)
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
-    """This rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``; of a DTensor one in the order of the placement.
+    """Select this rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``. Reorder a DTensor to the placement.
 
-    The latter only where parameters are DTensors, too.
+    A DTensor is expected only if parameters are DTensors or saved in shards.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
@@ -71,22 +72,22 @@ def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
         )
     if isinstance(full, DTensor):
         rows = _reordered(full, layer, torch.argsort(layer.row_order))
-        return local_shard(rows) if layer.saved_in_shards() else rows
-    full = torch.detach(full)  # reads what Lightning has not read from its file yet; indexing it does not
+        return local_shard(rows) if layer.saves_shards else rows
+    full = torch.detach(full)  # reads Lightning's lazily loaded tensors, which indexing does not
     return full[layer.local_experts.to(full.device)]
 
 
 def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:
-    """A copy in which row ``i`` of ``rows`` is row ``order[i]``; ``rows`` itself where that changes nothing."""
+    """Copy ``rows`` such that its row ``i`` becomes row ``order[i]``, or return it if that changes nothing."""
     groups, places = layer.groups, torch.arange(len(order))
     if torch.equal(order, places):
         return rows
-    assert groups.exchange is not None
+    assert groups.ep_group is not None
     n = layer.num_primaries
     moves = (place.numpy() for place in (places // n, places % n, order // n, order % n))
     route = Route.of_moves(*moves, rank=groups.rank, size=groups.size)
     mine = local_shard(rows)
-    sent = mine.to("cpu" if dist.get_backend(groups.exchange) == "gloo" else "cuda")
+    sent = mine.to("cpu" if dist.get_backend(groups.ep_group) == "gloo" else "cuda")
     received = torch.empty_like(sent)
-    exchange_rows([sent], [received], route, groups.exchange)
+    exchange_rows([sent], [received], route, groups.ep_group)
     return with_local(rows, received.to(mine.device))

@@ -12,35 +12,25 @@ from lightning_eplb._compiled import compiled
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
-from lightning_eplb.policies.batch import grow_tree
+from lightning_eplb.policies.batch import DEPTH, grow_tree
 from lightning_eplb.policies.forecast import Forecast, plain_mean
-from lightning_eplb.policies.layer import Layer, count_moved, judge
+from lightning_eplb.policies.layer import EXPECTED_WEIGHT, LEAST_GAIN, Layer, count_moved, judge
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
+from lightning_eplb.policies.split import copy_slots, heaviest_first
 
-EXPECTED_WEIGHT = 0.2
-"""Weight of the expected load among the scenarios. Real next loads ask for less than half: with 0.5, the excess over
-level on them was 0.69 of the published algorithm's, with 0.25 to 0.125 it was 0.66 to 0.68. These figures and those
-below are of ``tests/benchmarks/planner.py``'s cells with redundant slots, every fourth layer."""
 SEARCHED = 4
 """Scenarios that the search looks at, the first; the others judge what it found. With 2 the excess was 0.69 in place of
 0.68, with 8 it was 0.70: what the search has fitted to, a judge that knows no more takes for robust."""
 SLACK = 1.0 / 64
 """Max/mean load of the expected load by which a plan may be worse than the most level one. Without it plans of 2 ranks
 of 4 experts were up to 9 % above the optimum, with it up to 1.5 %."""
-HEDGE = 0.15
-"""Even load that is mixed into what one plan is packed for: in real changes popular experts lose. With plans
-for such loads (0.1 to 0.25) the excess was 0.64 to 0.66, without them 0.66."""
-LEAST_GAIN = 1.0 / 2048
-"""Gain of a plan, in parts of a mean rank's load, below which the present one stays."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
 ALL_MOVED = 1.0 / 32
 """Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; for a part of them it
 is as much less. Gains are expected, moves are certain. Estimated, not measured."""
-FREE = 1.0 / 2**20
-"""The same where moves cost nothing: so that no more are made than help."""
 NEVER = 1e9
 """Cost of what shall never be done: infinity times nothing would be no number."""
 MOST_MOVES = int(np.iinfo(np.int32).max)
@@ -48,13 +38,13 @@ LEAST_CAPACITY = 1.0 / 16
 """Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
 
 
-TREE, RING, SWAPPED_TREE, SWAPPED, FRESH, SWAPPED_ROBUST, FRESH_ROBUST, HEDGED, BARE = range(9)
-"""Plans of a layer beside the present one, in the order in which they are tried: of equal ones the first is taken."""
-TREE_DEPTH = 0.5
-"""Most that a rank gives away below its level when replicas form a tree, in parts of it."""
+RING, SWAPPED, FRESH, FRESH_ROBUST, HEDGED = range(5)
+"""Plans of a layer beside the present one."""
+JUDGED = 3
+"""Plans that are judged by all scenarios: those that look best by the few of the search."""
 RESERVE = 1.0 / 16
-"""Least that it gives away when they form a ring. Ranks that are level are connected by it: without the ring the steps
-of an even router were 0.992 balanced in place of 1.000, 256 experts on 32 ranks."""
+"""Least that it gives away. Ranks that are level are connected by it: without it the steps of an even router were 0.992
+balanced in place of 1.000, 256 experts on 32 ranks."""
 
 
 class BalancedPolicy(Policy):
@@ -241,7 +231,7 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
         weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),
         node_R=np.array(topology.node_of_rank),
         price_Y2=price_Y2,
-        move_gain=(ALL_MOVED if outlook.costs is not None else FREE) / outlook.forecast.first.shape[1],
+        move_gain=ALL_MOVED / outlook.forecast.first.shape[1] if outlook.costs is not None else 0.0,
         copy_Y=copy_Y,
         least_gain_Y=np.maximum(LEAST_GAIN, NOISE / np.sqrt(tokens_Y)),
         most_moved_Y=np.full(layers, MOST_MOVES),
@@ -290,6 +280,10 @@ def _plan_layers(problem: _Problem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
+    hedged_YL = share_CYL[1:].sum(axis=0) / (len(share_CYL) - 1)
+    level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
+    weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
+    weight_X[0] = EXPECTED_WEIGHT
     home_YL = np.empty(problem.load_CYL.shape[1:], dtype=np.int64)
     rank_P = np.repeat(np.arange(num_ranks), problem.num_primaries)
     np.put_along_axis(
@@ -300,10 +294,13 @@ def _plan_layers(problem: _Problem) -> None:
             load_CL=np.ascontiguousarray(problem.load_CYL[:, index]),
             share_CL=np.ascontiguousarray(share_CYL[:, index]),
             mean_C=np.ascontiguousarray(mean_CY[:, index]),
+            weight_X=weight_X,
+            hedged_L=hedged_YL[index],
             home_L=home_YL[index],
             before_RS=problem.slots_YRS[index].copy(),
             num_primaries=problem.num_primaries,
             weight_R=problem.weight_R,
+            level_R=level_YR[index],
             node_R=problem.node_R,
             price_within=problem.price_Y2[index, 0],
             price_between=problem.price_Y2[index, 1],
@@ -328,49 +325,53 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     Returns:
         The gain.
     """
-    num_ranks, num_slots = layer.before_RS.shape
-    n, num_redundant = layer.num_primaries, num_ranks * (num_slots - layer.num_primaries)
-    best_RS, trial_RS = layer.before_RS.copy(), layer.before_RS.copy()
     num_scenarios = layer.mean_C.size
-    stay, expected_before = judge(layer, best_RS, np.inf, EXPECTED_WEIGHT, num_scenarios)
-    limit, best_expected = stay - least_gain, expected_before
-    lowest_expected, slack = expected_before, max(SLACK, least_gain)
-    scenario_weight_C = np.full(min(SEARCHED, layer.mean_C.size), (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
-    scenario_weight_C[0] = EXPECTED_WEIGHT
-    level_R = np.ceil(layer.mean_C[0] / layer.weight_R).astype(np.int64)
-    hedged_L = layer.share_CL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / layer.home_L.size
+    copy_slots(layer.before_RS, planned_RS)
+    stay, expected_before = judge(layer, planned_RS, np.inf, num_scenarios)
+    if stay <= 1.0 + least_gain:
+        return 0.0  # no plan is better
     # Where the present plan is level for the expected load, only replicas are chosen anew.
-    most_moved = layer.most_moved if expected_before > 1.0 + least_gain else 0
-    for plan in range(BARE + 1):
-        if limit <= 1.0:
-            break  # no plan is better
-        if num_redundant == 0 and plan <= SWAPPED_TREE:
+    most_moved = layer.most_moved
+    plans_PRS = np.empty((HEDGED + 1, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
+    look_P, expected_P = np.empty(HEDGED + 1), np.empty(HEDGED + 1)
+    lowest_expected = expected_before
+    for plan in range(HEDGED + 1):
+        copy_slots(plans_PRS[FRESH] if plan == FRESH_ROBUST else layer.before_RS, plans_PRS[plan])
+        make_plan(layer, plan, most_moved, plans_PRS[plan])
+        if count_moved(layer, plans_PRS[plan]) > most_moved:
+            look_P[plan] = expected_P[plan] = np.inf
             continue
-        is_fresh = plan in (FRESH, FRESH_ROBUST, HEDGED)
-        trial_RS[:] = layer.before_RS
-        trial_RS[:, 0 if is_fresh else n :] = -1
-        if SWAPPED <= plan < BARE:
-            pack(layer, trial_RS, num_redundant, hedged_L if plan == HEDGED else layer.share_CL[0])
-        if is_fresh:
-            relabel_ranks(layer, trial_RS)
-        if plan >= SWAPPED_TREE:
-            is_robust = plan in (SWAPPED_ROBUST, FRESH_ROBUST, HEDGED)
-            exchange(layer, trial_RS, scenario_weight_C if is_robust else scenario_weight_C[:1], most_moved)
-        if plan <= SWAPPED_TREE:
-            grow_tree(layer.load_CL[0], trial_RS, n, level_R, 1, TREE_DEPTH, RESERVE if plan == RING else 0.0)
-            pack(layer, trial_RS, num_redundant, layer.share_CL[0])
-        if count_moved(layer, trial_RS) > most_moved:
-            continue
-        if layer.copy > 0.0:
-            drop_replicas(layer, trial_RS, EXPECTED_WEIGHT, min(SEARCHED, num_scenarios))
-        cost, expected = judge(layer, trial_RS, limit, EXPECTED_WEIGHT, num_scenarios)
-        # Robust, but not at any price: of plans that are about as level for the expected load.
-        lowest_expected = min(lowest_expected, expected)
-        if expected <= lowest_expected + slack and (cost < limit or best_expected > lowest_expected + slack):
-            if cost >= limit:
-                cost, _ = judge(layer, trial_RS, np.inf, EXPECTED_WEIGHT, num_scenarios)
-            limit, best_expected = cost, expected
-            best_RS[:] = trial_RS
-    keep_rows(layer.before_RS, best_RS, layer.num_primaries)
-    planned_RS[:] = best_RS
+        look_P[plan], expected_P[plan] = drop_replicas(layer, plans_PRS[plan])
+        lowest_expected = min(lowest_expected, expected_P[plan])
+    # Robust, but not at any price: of plans that are about as level for the expected load.
+    highest_expected = lowest_expected + max(SLACK, least_gain)
+    limit = stay - least_gain if expected_before <= highest_expected else np.inf
+    judged = 0
+    for plan in heaviest_first(-look_P):
+        if expected_P[plan] <= highest_expected and judged < JUDGED:
+            judged += 1
+            cost, _ = judge(layer, plans_PRS[plan], limit, num_scenarios)
+            if cost < limit:
+                limit = cost
+                copy_slots(plans_PRS[plan], planned_RS)
+    keep_rows(layer.before_RS, planned_RS, layer.num_primaries)
     return max(stay - limit, 0.0)
+
+
+@compiled
+def make_plan(layer: Layer, plan: int, most_moved: int, slots_RS: np.ndarray) -> None:
+    """Make one of the plans, in place: from the present one, ``FRESH_ROBUST`` from ``FRESH``.
+
+    Those that start afresh may move more primaries than ``most_moved``.
+    """
+    n, num_redundant = layer.num_primaries, slots_RS.shape[0] * (slots_RS.shape[1] - layer.num_primaries)
+    is_fresh = plan in (FRESH, HEDGED)
+    if plan != FRESH_ROBUST:
+        slots_RS[:, 0 if is_fresh else n :] = -1
+    if plan == RING:
+        grow_tree(layer.load_CL[0], slots_RS, n, layer.level_R, 1, (RESERVE, DEPTH))
+    pack(layer, slots_RS, num_redundant, layer.hedged_L if plan == HEDGED else layer.share_CL[0])
+    if is_fresh:
+        relabel_ranks(layer, slots_RS)
+    if plan != RING:
+        exchange(layer, slots_RS, layer.weight_X[:1] if plan == FRESH else layer.weight_X, most_moved)

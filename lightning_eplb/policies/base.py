@@ -6,13 +6,12 @@ Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slot
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.forecast import Forecast
 
 
@@ -223,30 +222,3 @@ def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -
             f"topology has {topology.num_ranks} ranks and placement has {placement.num_ranks}; they must be the same"
         )
     return load_YL
-
-
-def order_slots(
-    primaries: Sequence[Sequence[int]], redundant: Sequence[Sequence[int]], current_RS: np.ndarray
-) -> np.ndarray:
-    """Lay a layer's experts out in slots so that whatever stays on its rank stays in its row.
-
-    An expert that a rank has in the same part already (primaries, redundant) keeps its row. The others take the rows
-    that are left, lower index first.
-
-    Args:
-        primaries: For each rank its primaries, logical ids.
-        redundant: For each rank the experts that it holds a redundant copy of, as many as it has slots or fewer.
-        current_RS: What the slots hold now, ``[R, S]``, ``-1`` where one is empty.
-
-    Returns:
-        The slots, int64 ``[R, S]``, ``-1`` where one stays empty.
-    """
-    slots_RS = np.full_like(current_RS, EMPTY)
-    for rank, now in enumerate(current_RS.tolist()):
-        n = len(primaries[rank])
-        for first, held, before in ((0, primaries[rank], now[:n]), (n, redundant[rank], now[n:])):
-            row_of = {expert: first + row for row, expert in enumerate(before) if expert in held}
-            rows = (first + row for row in range(len(before)) if first + row not in row_of.values())
-            for expert in sorted(held):
-                slots_RS[rank, row_of[expert] if expert in row_of else next(rows)] = expert
-    return slots_RS

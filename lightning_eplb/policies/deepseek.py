@@ -10,6 +10,7 @@ number of independent rows.
 import math
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load, order_slots
+from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.split import level_tokens, rank_weights
 
 
@@ -361,3 +362,30 @@ def _match_primaries(held: list[set[int]], current_rank: list[int], per_rank: in
             chosen[expert] = end
             end = left
     return chosen
+
+
+def order_slots(
+    primaries: Sequence[Sequence[int]], redundant: Sequence[Sequence[int]], current_RS: np.ndarray
+) -> np.ndarray:
+    """Lay a layer's experts out in slots so that whatever stays on its rank stays in its row.
+
+    An expert that a rank has in the same part already (primaries, redundant) keeps its row. The others take the rows
+    that are left, lower index first.
+
+    Args:
+        primaries: For each rank its primaries, logical ids.
+        redundant: For each rank the experts that it holds a redundant copy of, as many as it has slots or fewer.
+        current_RS: What the slots hold now, ``[R, S]``, ``-1`` where one is empty.
+
+    Returns:
+        The slots, int64 ``[R, S]``, ``-1`` where one stays empty.
+    """
+    slots_RS = np.full_like(current_RS, EMPTY)
+    for rank, now in enumerate(current_RS.tolist()):
+        n = len(primaries[rank])
+        for first, held, before in ((0, primaries[rank], now[:n]), (n, redundant[rank], now[n:])):
+            row_of = {expert: first + row for row, expert in enumerate(before) if expert in held}
+            rows = (first + row for row in range(len(before)) if first + row not in row_of.values())
+            for expert in sorted(held):
+                slots_RS[rank, row_of[expert] if expert in row_of else next(rows)] = expert
+    return slots_RS

@@ -1,4 +1,4 @@
-"""What the next interval's load will look like, from the steps of the window.
+"""Forecast the next interval's load from the steps of the window.
 
 Shape suffixes: ``W`` steps, ``B`` blocks of steps, ``Y`` MoE layers, ``L`` logical experts.
 """
@@ -6,8 +6,6 @@ Shape suffixes: ``W`` steps, ``B`` blocks of steps, ``Y`` MoE layers, ``L`` logi
 from dataclasses import dataclass
 
 import numpy as np
-
-from lightning_eplb._compiled import compiled
 
 NUM_BLOCKS = 8
 """Parts that the window is cut into, all of the same number of steps."""
@@ -79,8 +77,17 @@ def forecast(steps_WYL: np.ndarray) -> Forecast:
             " experts], at least one step, whole numbers from zero up"
         )
     steps_WYL = np.ascontiguousarray(steps_WYL, dtype=np.int64)
-    load_YL, first_YL, spread_YL = (np.empty(steps_WYL.shape[1:], dtype=np.int64) for _ in range(3))
-    _forecast(steps_WYL, load_YL, first_YL, spread_YL)
+    blocks = min(NUM_BLOCKS, len(steps_WYL))
+    length = len(steps_WYL) // blocks
+    blocks_BYL = steps_WYL[len(steps_WYL) - blocks * length :].reshape(blocks, length, *steps_WYL.shape[1:]).sum(axis=1)
+    has_tokens_BY = blocks_BYL.any(axis=2)
+    load_YL = steps_WYL.sum(axis=0)  # of layers without tokens, or with some only in steps that fill no block
+    first_YL, spread_YL = load_YL.copy(), (load_YL * UNKNOWN_SPREAD).astype(np.int64)
+    for pattern_B in np.unique(has_tokens_BY, axis=1).T:  # mostly there is one: all blocks of all layers have tokens
+        if pattern_B.any():
+            of_Y = np.flatnonzero((has_tokens_BY == pattern_B[:, None]).all(axis=0))
+            parts = _forecast(blocks_BYL[pattern_B][:, of_Y], load_YL[of_Y])
+            load_YL[of_Y], first_YL[of_Y], spread_YL[of_Y] = parts
     return Forecast(load_YL, first_YL, spread_YL)
 
 
@@ -108,220 +115,124 @@ def plain_mean(load_YL: np.ndarray, spread: float = UNKNOWN_SPREAD) -> Forecast:
     )
 
 
-@compiled
-def _forecast(steps_WYL: np.ndarray, load_YL: np.ndarray, first_YL: np.ndarray, spread_YL: np.ndarray) -> None:
-    steps, layers, experts = steps_WYL.shape
-    blocks = min(NUM_BLOCKS, steps)
-    length = steps // blocks
-    first = steps - blocks * length  # the oldest steps are left out where they do not fill a block
-    share_BL = np.empty((blocks, experts))
-    level_L, half_L = np.empty(experts), np.empty(experts)
-    is_straight_L = np.empty(experts, dtype=np.bool_)
-    for layer in range(layers):
-        noise = 0.0  # variance of a block's share in units of the share, were each token drawn by itself
-        filled = 0
-        for block in range(blocks):
-            for expert in range(experts):
-                share_BL[filled, expert] = 0.0
-            tokens = 0.0
-            for step in range(first + block * length, first + (block + 1) * length):
-                for expert in range(experts):
-                    share_BL[filled, expert] += steps_WYL[step, layer, expert]
-                    tokens += steps_WYL[step, layer, expert]
-            if tokens > 0:
-                for expert in range(experts):
-                    share_BL[filled, expert] /= tokens
-                noise += 1.0 / tokens
-                filled += 1
-        window = 0.0
-        for step in range(steps):
-            for expert in range(experts):
-                window += steps_WYL[step, layer, expert]
-        if filled == 0:  # no tokens, or in the oldest steps only, which no block holds
-            for expert in range(experts):
-                load_YL[layer, expert] = 0
-                for step in range(first):
-                    load_YL[layer, expert] += steps_WYL[step, layer, expert]
-                first_YL[layer, expert] = load_YL[layer, expert]
-                spread_YL[layer, expert] = np.int64(load_YL[layer, expert] * UNKNOWN_SPREAD)
-            continue
-        noise /= filled
-        straighten(share_BL, filled, noise, is_straight_L)
-        gain_noise, lasting = estimate_changes(share_BL, filled, noise)
-        filter_level(share_BL, 0, filled, gain_noise, lasting, level_L)
-        for expert in range(experts):
-            if lasting == 0.0 and is_straight_L[expert]:
-                level_L[expert] = 0.0
-                for step in range(steps):
-                    level_L[expert] += steps_WYL[step, layer, expert]
-                level_L[expert] /= window
-        even = 1.0 / experts
-        kept, is_signal, drift, spread = 1.0, True, 0.0, UNKNOWN_SPREAD
-        if filled >= 4:
-            half = filled // 2
-            filter_level(share_BL, 0, half, gain_noise, lasting, half_L)
-            kept, is_signal, drift, spread = backtest(share_BL, half, filled, half_L, gain_noise, lasting)
-        for expert in range(experts):
-            trend = drift * slope(share_BL, 0, filled, expert) * (filled + 1) / 2
-            half_L[expert] = max((level_L[expert] if is_signal else even) + trend, 0.0)
-            level_L[expert] = max(even + kept * (level_L[expert] - even) + trend, 0.0)
-        scale_to(level_L, window, load_YL[layer])
-        scale_to(half_L, window, first_YL[layer])
-        for expert in range(experts):
-            spread_YL[layer, expert] = np.int64(first_YL[layer, expert] * spread)
+def _forecast(blocks_BYL: np.ndarray, window_YL: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Forecast layers whose blocks all have tokens. Returns load, first steps' load and spread, int64 ``[Y, L]``."""
+    blocks, _, experts = blocks_BYL.shape
+    tokens_BY1 = blocks_BYL.sum(axis=2, keepdims=True)
+    share_BYL = blocks_BYL / tokens_BY1
+    noise_Y1 = (1.0 / tokens_BY1).sum(axis=0) / blocks  # a block's variance, were each token drawn by itself
+    window_Y1 = window_YL.sum(axis=1, keepdims=True)
+    share_BYL, is_straight_YL = straighten(share_BYL, noise_Y1)
+    gain_noise_Y1, lasting_Y1 = estimate_changes(share_BYL, noise_Y1)
+    level_YL = filter_level(share_BYL, gain_noise_Y1, lasting_Y1)
+    level_YL = np.where((lasting_Y1 == 0.0) & is_straight_YL, window_YL / window_Y1, level_YL)
+    even = 1.0 / experts
+    kept_Y1, is_signal_Y1, drift_Y1, spread_Y1 = 1.0, True, 0.0, UNKNOWN_SPREAD
+    if blocks >= 4:
+        kept_Y1, is_signal_Y1, drift_Y1, spread_Y1 = backtest(share_BYL, gain_noise_Y1, lasting_Y1)
+    trend_YL = drift_Y1 * slope(share_BYL) * (blocks + 1) / 2
+    first_YL = scale_to(np.maximum(np.where(is_signal_Y1, level_YL, even) + trend_YL, 0.0), window_Y1)
+    load_YL = scale_to(np.maximum(even + kept_Y1 * (level_YL - even) + trend_YL, 0.0), window_Y1)
+    return load_YL, first_YL, (first_YL * spread_Y1).astype(np.int64)
 
 
-@compiled
-def scale_to(share_L: np.ndarray, total: float, load_L: np.ndarray) -> None:
-    """Fill ``load_L`` with whole numbers in proportion to the shares, that sum to about ``total``."""
-    rest = 0.0
-    for share in share_L:
-        rest += share
-    for expert in range(share_L.size):
-        load_L[expert] = np.int64(share_L[expert] / rest * total + 0.5) if rest > 0.0 else np.int64(0)
+def total(values_YL: np.ndarray) -> np.ndarray:
+    """Sum over experts, ``[..., 1]``, one addition after the other: the same bits on every machine."""
+    return values_YL.cumsum(axis=-1)[..., -1:]
 
 
-@compiled
-def straighten(share_BL: np.ndarray, blocks: int, noise: float, is_straight_L: np.ndarray) -> None:
+def scale_to(share_YL: np.ndarray, tokens_Y1: np.ndarray) -> np.ndarray:
+    """Return whole numbers in proportion to the shares, that sum to about ``tokens_Y1``."""
+    rest_Y1 = total(share_YL)
+    return (_ratio(share_YL, rest_Y1) * tokens_Y1 + 0.5).astype(np.int64)
+
+
+def straighten(share_BYL: np.ndarray, noise_Y1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bring a block that is far above or below all others to the next one's share, where there are enough to tell.
 
     Where that would take half of all tokens or more, they are what there is, and nothing is out of line.
+
+    Returns:
+        The shares, and which experts were in line, bool ``[Y, L]``.
     """
-    is_straight_L[:] = True
-    if blocks < 5:
-        return
-    as_they_were_BL = share_BL.copy()
-    for expert in range(share_BL.shape[1]):
-        low = second_low = 2.0
-        high = second_high = -1.0
-        at_low = at_high = 0
-        for block in range(blocks):
-            share = share_BL[block, expert]
-            if share < low:
-                second_low, low, at_low = low, share, block
-            elif share < second_low:
-                second_low = share
-            if share > high:
-                second_high, high, at_high = high, share, block
-            elif share > second_high:
-                second_high = share
-        if high - second_high > OUT_OF_LINE * np.sqrt(noise * high):
-            share_BL[at_high, expert] = second_high
-            is_straight_L[expert] = False
-        if second_low - low > OUT_OF_LINE * np.sqrt(noise * second_low):
-            share_BL[at_low, expert] = second_low
-            is_straight_L[expert] = False
-    left = 0.0
-    for block in range(blocks):
-        for expert in range(share_BL.shape[1]):
-            left += share_BL[block, expert]
-    if left < 0.5 * blocks:
-        share_BL[:] = as_they_were_BL
-        is_straight_L[:] = True
+    if len(share_BYL) < 5:
+        return share_BYL, np.ones(share_BYL.shape[1:], dtype=bool)
+    low_YL, second_low_YL, second_high_YL, high_YL = np.sort(share_BYL, axis=0)[[0, 1, -2, -1]]
+    is_high_YL = high_YL - second_high_YL > OUT_OF_LINE * np.sqrt(noise_Y1 * high_YL)
+    is_low_YL = second_low_YL - low_YL > OUT_OF_LINE * np.sqrt(noise_Y1 * second_low_YL)
+    straight_BYL = np.where(is_high_YL, np.minimum(share_BYL, second_high_YL), share_BYL)
+    straight_BYL = np.where(is_low_YL, np.maximum(straight_BYL, second_low_YL), straight_BYL)
+    is_most_Y1 = total(straight_BYL).sum(axis=0) >= 0.5 * len(share_BYL)
+    return np.where(is_most_Y1, straight_BYL, share_BYL), ~is_most_Y1 | ~(is_high_YL | is_low_YL)
 
 
-@compiled
-def estimate_changes(share_BL: np.ndarray, blocks: int, noise: float) -> tuple[float, float]:
-    """The variances of a block's noise and of a change that lasts, both in units of the expert's mean share."""
+def estimate_changes(share_BYL: np.ndarray, noise_Y1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate the variances of a block's noise and of a change that lasts, in units of the expert's mean share."""
+    blocks, _, experts = share_BYL.shape
     if blocks < 3:
-        return noise, 0.0
-    experts = share_BL.shape[1]
-    squares = products = 0.0
-    for expert in range(experts):
-        mean = 0.0
-        for block in range(blocks):
-            mean += share_BL[block, expert]
-        mean /= blocks
-        if mean <= 0.0:
-            continue
-        for block in range(1, blocks):
-            change = share_BL[block, expert] - share_BL[block - 1, expert]
-            squares += change * change / mean
-            if block > 1:
-                products += change * (share_BL[block - 1, expert] - share_BL[block - 2, expert]) / mean
-    squares /= experts * (blocks - 1)
-    products /= experts * (blocks - 2)
-    gain_noise = max(-products, noise)
-    lasting = squares - 2.0 * gain_noise
-    if lasting < max(0.1, 4.0 / np.sqrt(experts * (blocks - 1.0))) * gain_noise:
-        lasting = 0.0  # so much comes of the noise itself, the more the fewer changes there are to tell from
-    return gain_noise, lasting
+        return noise_Y1, np.zeros_like(noise_Y1)
+    mean_YL = share_BYL.sum(axis=0) / blocks
+    mean_YL[mean_YL == 0.0] = 1.0  # an expert without tokens has no changes either
+    change_BYL = np.diff(share_BYL, axis=0)
+    squares_Y1 = total(change_BYL * change_BYL / mean_YL).sum(axis=0) / (experts * (blocks - 1))
+    products_Y1 = total(change_BYL[1:] * change_BYL[:-1] / mean_YL).sum(axis=0) / (experts * (blocks - 2))
+    gain_noise_Y1 = np.maximum(-products_Y1, noise_Y1)
+    lasting_Y1 = squares_Y1 - 2.0 * gain_noise_Y1
+    # So much comes of the noise itself, the more the fewer changes there are to tell from.
+    is_noise_Y1 = lasting_Y1 < max(0.1, 4.0 / np.sqrt(experts * (blocks - 1.0))) * gain_noise_Y1
+    return gain_noise_Y1, np.where(is_noise_Y1, 0.0, lasting_Y1)
 
 
-@compiled
-def filter_level(share_BL: np.ndarray, start: int, end: int, noise: float, lasting: float, level_L: np.ndarray) -> None:
-    """Kalman filter of the local level model, the same gains for all experts."""
-    variance = noise
-    for expert in range(share_BL.shape[1]):
-        level_L[expert] = share_BL[start, expert]
-    for block in range(start + 1, end):
-        variance += lasting
-        gain = variance / (variance + noise) if variance + noise > 0.0 else 0.5
-        variance *= 1.0 - gain
-        for expert in range(share_BL.shape[1]):
-            level_L[expert] += gain * (share_BL[block, expert] - level_L[expert])
+def filter_level(share_BYL: np.ndarray, noise_Y1: np.ndarray, lasting_Y1: np.ndarray) -> np.ndarray:
+    """Filter the level of the local level model (Kalman), the same gains for all experts of a layer."""
+    variance_Y1, level_YL = noise_Y1, share_BYL[0]
+    for share_YL in share_BYL[1:]:
+        variance_Y1 = variance_Y1 + lasting_Y1
+        gain_Y1 = variance_Y1 / (variance_Y1 + noise_Y1)
+        variance_Y1 = variance_Y1 * (1.0 - gain_Y1)
+        level_YL = level_YL + gain_Y1 * (share_YL - level_YL)
+    return level_YL
 
 
-@compiled
-def slope(share_BL: np.ndarray, start: int, end: int, expert: int) -> float:
-    """The change of an expert's share from block to block, by least squares."""
-    middle = (start + end - 1) / 2.0
-    above = below = 0.0
-    for block in range(start, end):
-        above += (block - middle) * share_BL[block, expert]
-        below += (block - middle) * (block - middle)
-    return above / below if below > 0.0 else 0.0
+def slope(share_BYL: np.ndarray) -> np.ndarray:
+    """Return the change of each expert's share from block to block, by least squares."""
+    offset_B11 = (np.arange(len(share_BYL)) - (len(share_BYL) - 1) / 2.0)[:, None, None]
+    return (offset_B11 * share_BYL).sum(axis=0) / max((offset_B11 * offset_B11).sum(), 0.5)
 
 
-@compiled
 def backtest(
-    share_BL: np.ndarray, half: int, blocks: int, level_L: np.ndarray, noise: float, lasting: float
-) -> tuple[float, bool, float, float]:
+    share_BYL: np.ndarray, noise_Y1: np.ndarray, lasting_Y1: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Forecast the second half from the first: how much of the level was kept, of the trend, and how far it was off.
 
     Returns:
         The part of an expert's distance from an even share that lasts, 0 to 1; whether that distance is more than
         noise at all; the part of a trend that goes on, 0 to 1; and the standard deviation of an expert's load, in
-        parts of it.
+        parts of it. Each ``[Y, 1]``.
     """
-    experts = share_BL.shape[1]
-    even = 1.0 / experts
-    later = np.zeros(experts)
-    for expert in range(experts):
-        for block in range(half, blocks):
-            later[expert] += share_BL[block, expert]
-        later[expert] /= blocks - half
-    both = own = 0.0
-    for expert in range(experts):
-        both += (later[expert] - even) * (level_L[expert] - even)
-        own += (level_L[expert] - even) * (level_L[expert] - even)
-    unlike = noise / half  # what noise alone makes the level differ from even by, summed over experts
-    kept = min(max(both / own, 0.0), 1.0) if own > 0.0 else 0.0
-    is_signal = own > 2.0 * unlike
-    if is_signal and kept > 0.85:
-        kept = 1.0
-    kept *= kept  # twice as far ahead
-    ahead = (half + blocks - half + 1) / 2.0
-    along = steep = goes_on = 0.0
-    wrong = straight = 0.0
-    for expert in range(experts):
-        trend = slope(share_BL, 0, half, expert) * ahead
-        miss = later[expert] - level_L[expert]
-        along += miss * trend
-        steep += trend * trend
-        goes_on += slope(share_BL, half, blocks, expert) * ahead * trend
+    blocks, _, experts = share_BYL.shape
+    half, even = blocks // 2, 1.0 / experts
+    level_YL = filter_level(share_BYL[:half], noise_Y1, lasting_Y1)
+    later_YL = share_BYL[half:].sum(axis=0) / (blocks - half)
+    both_Y1 = total((later_YL - even) * (level_YL - even))
+    own_Y1 = total((level_YL - even) * (level_YL - even))
+    is_signal_Y1 = own_Y1 > 2.0 * noise_Y1 / half  # more than what noise alone makes the level differ from even by
+    kept_Y1 = np.clip(_ratio(both_Y1, own_Y1), 0.0, 1.0)
+    kept_Y1 = np.where(is_signal_Y1 & (kept_Y1 > 0.85), 1.0, kept_Y1) ** 2  # twice as far ahead
+    ahead = (blocks + 1) / 2.0
+    trend_YL, miss_YL = slope(share_BYL[:half]) * ahead, later_YL - level_YL
+    along_Y1, steep_Y1 = total(miss_YL * trend_YL), total(trend_YL * trend_YL)
     # A step at the end of the first half looks like a trend to it; the second half then has none.
-    drift = min(max(min(along, goes_on) / steep, 0.0), 1.0) if steep > 0.0 else 0.0
-    squares = weights = 0.0
-    for expert in range(experts):
-        trend = slope(share_BL, 0, half, expert) * ahead
-        miss = later[expert] - level_L[expert]
-        straight += miss * miss
-        wrong += (miss - drift * trend) * (miss - drift * trend)
-        squares += miss * miss
-        weights += level_L[expert] * level_L[expert]
-    if wrong > 0.8 * straight:
-        drift = 0.0
-    excess = max(squares - noise * (1.0 / half + 1.0 / (blocks - half)), 0.0)
-    spread = np.sqrt(2.0 * excess / weights) if weights > 0.0 else 0.0
-    return kept, is_signal, drift, min(spread, MOST_SPREAD)
+    goes_on_Y1 = total(slope(share_BYL[half:]) * ahead * trend_YL)
+    drift_Y1 = np.clip(_ratio(np.minimum(along_Y1, goes_on_Y1), steep_Y1), 0.0, 1.0)
+    squares_Y1 = total(miss_YL * miss_YL)
+    wrong_Y1 = total((miss_YL - drift_Y1 * trend_YL) ** 2)
+    excess_Y1 = np.maximum(squares_Y1 - noise_Y1 * (1.0 / half + 1.0 / (blocks - half)), 0.0)
+    spread_Y1 = np.sqrt(_ratio(2.0 * excess_Y1, total(level_YL * level_YL)))
+    drift_Y1 = np.where(wrong_Y1 > 0.8 * squares_Y1, 0.0, drift_Y1)
+    return kept_Y1, is_signal_Y1, drift_Y1, np.minimum(spread_Y1, MOST_SPREAD)
+
+
+def _ratio(above_YL: np.ndarray, below_Y1: np.ndarray) -> np.ndarray:
+    """Divide; 0 where there is nothing to divide by."""
+    return np.where(below_Y1 > 0.0, above_YL / np.where(below_Y1 > 0.0, below_Y1, 1.0), 0.0)

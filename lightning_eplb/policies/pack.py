@@ -9,7 +9,8 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.layer import Layer, heaviest_first
+from lightning_eplb.policies.layer import Layer
+from lightning_eplb.policies.split import heaviest_first
 
 
 @compiled
@@ -90,7 +91,10 @@ def relabel_ranks(layer: Layer, slots_RS: np.ndarray) -> None:
     Greedy: the pair of ranks with most experts in common first. Ranks of unequal cost keep their names.
     """
     num_ranks, num_slots = slots_RS.shape
-    if layer.weight_R.min() == layer.weight_R.max():
+    is_even = True
+    for weight in layer.weight_R:
+        is_even &= weight == layer.weight_R[0]
+    if is_even:
         common_RR = np.zeros((num_ranks, num_ranks), dtype=np.int16)
         for rank in range(num_ranks):
             for slot in range(num_slots):
@@ -113,33 +117,8 @@ def relabel_ranks(layer: Layer, slots_RS: np.ndarray) -> None:
                 to_R[rank], is_taken_R[target] = target, True
         packed_RS = slots_RS.copy()
         for rank in range(num_ranks):
-            slots_RS[to_R[rank]] = packed_RS[rank]
-    _exchange_roles(layer, slots_RS)
-
-
-@compiled
-def _exchange_roles(layer: Layer, slots_RS: np.ndarray) -> None:
-    """Make a replica on its expert's present rank the primary, in exchange for a primary that has a replica there."""
-    num_ranks, num_slots = slots_RS.shape
-    n = layer.num_primaries
-    place_L = np.empty(layer.home_L.size, dtype=np.int64)
-    for rank in range(num_ranks):
-        for slot in range(n):
-            place_L[slots_RS[rank, slot]] = rank * num_slots + slot
-    for home in range(num_ranks):
-        for redundant in range(n, num_slots):
-            expert = slots_RS[home, redundant]
-            if expert < 0 or layer.home_L[expert] != home:
-                continue
-            rank, slot = place_L[expert] // num_slots, place_L[expert] % num_slots
-            for other in range(n, num_slots):
-                back = slots_RS[rank, other]
-                if back >= 0 and place_L[back] // num_slots == home and layer.home_L[back] != home:
-                    own = place_L[back] % num_slots
-                    slots_RS[home, own], slots_RS[home, redundant] = expert, back
-                    slots_RS[rank, slot], slots_RS[rank, other] = back, expert
-                    place_L[expert], place_L[back] = home * num_slots + own, rank * num_slots + slot
-                    break
+            for slot in range(num_slots):
+                slots_RS[to_R[rank], slot] = packed_RS[rank, slot]
 
 
 @compiled

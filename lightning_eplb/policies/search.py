@@ -8,12 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.layer import Layer, busiest, count_moved, fullest_expected, heaviest_first, judge, price_of
-
-LEAST_GAIN = 1.0 / 16384
-"""An exchange must lower the cost by this part of a mean rank's load."""
-ROUNDS = 48
-"""Exchanges that are tried at least; as many as there are ranks where these are more."""
+from lightning_eplb.policies.layer import LEAST_GAIN, Layer, busiest, count_moved, divide, judge, price_of
+from lightning_eplb.policies.split import copy_slots, find_replicas, heaviest_first
 
 
 class _State(NamedTuple):
@@ -26,8 +22,6 @@ class _State(NamedTuple):
             slot.
         full_RC: Load of each rank.
         arrived_R: Cost of the primaries that arrive.
-        top_C3: The three fullest ranks' load in each scenario.
-        at_C3: These ranks.
     """
 
     slots_RS: np.ndarray
@@ -35,8 +29,6 @@ class _State(NamedTuple):
     each_LC: np.ndarray
     full_RC: np.ndarray
     arrived_R: np.ndarray
-    top_C3: np.ndarray
-    at_C3: np.ndarray
 
 
 @compiled
@@ -55,18 +47,21 @@ def exchange(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray, 
     state = _start(layer, slots_RS, scenario_weight_C)
     num_ranks, num_experts = state.held_RL.shape
     moved = count_moved(layer, slots_RS)
-    is_done_R = np.zeros(num_ranks, dtype=np.bool_)
-    for _ in range(max(ROUNDS, num_ranks)):
-        now = _find_fullest(state)
-        hot = np.int64(-1)
-        most = 0.0
+    is_done_R, over_R = np.zeros(num_ranks, dtype=np.bool_), np.empty(num_ranks)
+    for _ in range(num_experts):
+        now = 0.0
+        over_R[:] = 0.0  # above the mean, in the scenarios in which the rank is the fullest
+        for scenario in range(scenario_weight_C.size):
+            fullest = np.int64(0)
+            for rank in range(1, num_ranks):
+                if state.full_RC[rank, scenario] > state.full_RC[fullest, scenario]:
+                    fullest = np.int64(rank)
+            now += state.full_RC[fullest, scenario]
+            over_R[fullest] += state.full_RC[fullest, scenario] - scenario_weight_C[scenario]
+        hot, most = np.int64(-1), 0.0
         for rank in range(num_ranks):
-            over = 0.0
-            for scenario in range(scenario_weight_C.size):
-                if state.at_C3[scenario, 0] == rank:
-                    over += state.top_C3[scenario, 0] - scenario_weight_C[scenario]
-            if over > most and not is_done_R[rank]:
-                hot, most = np.int64(rank), over
+            if over_R[rank] > most and not is_done_R[rank]:
+                hot, most = np.int64(rank), over_R[rank]
         if hot < 0:
             return
         rank, mine, theirs = _best_exchange(layer, state, hot, now, most_moved - moved)
@@ -117,28 +112,7 @@ def _start(layer: Layer, slots_RS: np.ndarray, scenario_weight_C: np.ndarray) ->
             if expert >= 0:
                 for scenario in range(num_scenarios):
                     full_RC[rank, scenario] += each_LC[expert, scenario] * layer.weight_R[rank]
-    top_C3 = np.empty((num_scenarios, 3))
-    return _State(slots_RS, held_RL, each_LC, full_RC, arrived_R, top_C3, np.empty((num_scenarios, 3), dtype=np.int64))
-
-
-@compiled
-def _find_fullest(state: _State) -> float:
-    """Find the three fullest ranks of each scenario. Returns the fullest rank's load, summed over scenarios."""
-    total = 0.0
-    for scenario in range(state.top_C3.shape[0]):
-        top_3, at_3 = state.top_C3[scenario], state.at_C3[scenario]
-        top_3[:] = 0.0
-        at_3[:] = -1
-        for rank in range(state.full_RC.shape[0]):
-            full = state.full_RC[rank, scenario]
-            if full > top_3[2]:
-                place = 2
-                while place > 0 and full > top_3[place - 1]:
-                    top_3[place], at_3[place] = top_3[place - 1], at_3[place - 1]
-                    place -= 1
-                top_3[place], at_3[place] = full, rank
-        total += top_3[0]
-    return total
+    return _State(slots_RS, held_RL, each_LC, full_RC, arrived_R)
 
 
 @compiled
@@ -157,10 +131,20 @@ def _newly_moved(layer: Layer, given: int, taken: int, hot: int, rank: int) -> i
 def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: int) -> tuple[int, int, int]:
     """Find the exchange of rank ``hot`` that lowers the cost most: the other rank and both slots; -1 if none does."""
     num_ranks, num_slots = state.slots_RS.shape
-    num_scenarios, n = state.top_C3.shape[0], layer.num_primaries
+    num_scenarios, n = state.full_RC.shape[1], layer.num_primaries
     num_experts = layer.home_L.size
-    other_C = np.empty(num_scenarios)
-    paid = state.arrived_R.max()
+    first_C, second_C, other_C = np.zeros(num_scenarios), np.zeros(num_scenarios), np.empty(num_scenarios)
+    at_C = np.empty(num_scenarios, dtype=np.int64)  # the rank that is the fullest beside this one
+    for rank in range(num_ranks):
+        for scenario in range(num_scenarios):
+            full = state.full_RC[rank, scenario]
+            if rank != hot and full > first_C[scenario]:
+                second_C[scenario], first_C[scenario], at_C[scenario] = first_C[scenario], full, rank
+            elif rank != hot and full > second_C[scenario]:
+                second_C[scenario] = full
+    paid = 0.0
+    for arrived in state.arrived_R:
+        paid = max(paid, arrived)
     lowest = now - LEAST_GAIN
     best_rank, best_mine, best_theirs = -1, -1, -1
     for rank in range(num_ranks):
@@ -168,10 +152,7 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
             continue
         others = 0.0  # of the fullest ranks but these two
         for scenario in range(num_scenarios):
-            place = 0
-            while place < 2 and (state.at_C3[scenario, place] == hot or state.at_C3[scenario, place] == rank):
-                place += 1
-            other_C[scenario] = state.top_C3[scenario, place]
+            other_C[scenario] = second_C[scenario] if rank == at_C[scenario] else first_C[scenario]
             others += other_C[scenario]
         if others >= lowest:
             continue
@@ -209,39 +190,47 @@ def _best_exchange(layer: Layer, state: _State, hot: int, now: float, may_move: 
 
 
 @compiled
-def drop_replicas(layer: Layer, slots_RS: np.ndarray, expected_weight: float, scenarios: int) -> None:
-    """Drop the replicas whose travel costs more than they bring, in place, by the first ``scenarios``.
+def drop_replicas(layer: Layer, slots_RS: np.ndarray) -> tuple[float, float]:
+    """Drop the replicas whose travel costs more than they bring, in place, by the scenarios of the search.
 
-    The busiest ranks go without the replicas that serve least until they send and receive fewer, and so on. The plan
-    that costs least is kept.
+    The busiest ranks go without the replicas that serve least until they send and receive half as many, and so on. The
+    plan that costs least is kept.
+
+    Returns:
+        What :func:`judge` returns for it.
     """
-    num_ranks, num_slots = slots_RS.shape
-    n = layer.num_primaries
-    trial_RS = slots_RS.copy()
-    quota_RS, tokens_R = np.empty_like(slots_RS), np.empty(num_ranks, dtype=np.int64)
+    cost, expected = judge(layer, slots_RS, np.inf, layer.weight_X.size)
+    num_ranks, num_experts, n = slots_RS.shape[0], layer.home_L.size, layer.num_primaries
+    most = busiest(layer, slots_RS) if layer.copy > 0.0 else 0
+    trial_RS, num_redundant = slots_RS.copy(), slots_RS.shape[1] - n
+    served_RS = np.empty((num_ranks, num_redundant), dtype=np.int64)
     sent_R, received_R = np.empty(num_ranks, dtype=np.int64), np.empty(num_ranks, dtype=np.int64)
-    owner_L = np.empty(layer.home_L.size, dtype=np.int64)
+    owner_L = np.empty(num_experts, dtype=np.int64)
     for rank in range(num_ranks):
         for slot in range(n):
             owner_L[slots_RS[rank, slot]] = rank
-    cost, _ = judge(layer, slots_RS, np.inf, expected_weight, scenarios)
-    most = busiest(layer, slots_RS)
     while most > 0:
-        most -= max(most // 4, 1)
-        fullest_expected(layer, trial_RS, quota_RS, tokens_R)
+        most //= 2
+        replicas = find_replicas(trial_RS, num_experts, layer.weight_R)
+        divide(layer, replicas, 0)
         sent_R[:] = 0
         received_R[:] = 0
-        for place in heaviest_first(quota_RS[:, n:].copy().ravel()):  # those are kept, as long as there is room
-            rank, slot = place // (num_slots - n), n + place % (num_slots - n)
-            expert = trial_RS[rank, slot]
-            if expert >= 0:
-                owner = owner_L[expert]
-                if received_R[rank] < most and sent_R[owner] < most:
-                    received_R[rank] += 1
-                    sent_R[owner] += 1
-                else:
-                    trial_RS[rank, slot] = -1
-        trial_cost, _ = judge(layer, trial_RS, cost, expected_weight, scenarios)
+        served_RS[:] = 0
+        for place in range(replicas.quota_P.size):
+            if replicas.slot_P[place] >= n:
+                served_RS[replicas.rank_P[place], replicas.slot_P[place] - n] = replicas.quota_P[place]
+        for place in heaviest_first(served_RS.ravel()):  # those are kept while there is room
+            rank, slot = place // num_redundant, n + place % num_redundant
+            if trial_RS[rank, slot] < 0:
+                continue
+            owner = owner_L[trial_RS[rank, slot]]
+            if received_R[rank] < most and sent_R[owner] < most:
+                received_R[rank] += 1
+                sent_R[owner] += 1
+            else:
+                trial_RS[rank, slot] = -1
+        trial_cost, trial_expected = judge(layer, trial_RS, cost, layer.weight_X.size)
         if trial_cost < cost:
-            cost = trial_cost
-            slots_RS[:] = trial_RS
+            cost, expected = trial_cost, trial_expected
+            copy_slots(trial_RS, slots_RS)
+    return cost, expected

@@ -1,4 +1,4 @@
-"""Brings the experts of all layers to where a placement wants them: at once, or behind the steps that follow."""
+"""Relocation of the experts of all layers to a placement, at once or overlapped with training steps."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -6,55 +6,54 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eplb.parallel.consensus import Agreement
+from lightning_eplb.parallel.consensus import ConsensusCheck
 from lightning_eplb.parallel.experts import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import ConvertedExperts
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.relocation.background import BackgroundRelocation
-from lightning_eplb.relocation.exchange import gradients_to_move, relocate, tensors_to_move
-from lightning_eplb.relocation.optimizer import call_after_steps, has_rows, leaves, nested_optimizers, state_of
+from lightning_eplb.relocation.async_transfer import AsyncTransfer
+from lightning_eplb.relocation.optimizer_state import call_after_steps, has_rows, leaves, nested_optimizers, state_of
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
+from lightning_eplb.relocation.transfer import gradients_to_move, relocate, tensors_to_move
 
-_UNDERWAY: WeakKeyDictionary[ExpertLayer, BackgroundRelocation] = WeakKeyDictionary()
-"""What moves behind training, by the model's first layer."""
+_IN_FLIGHT: WeakKeyDictionary[ExpertLayer, AsyncTransfer] = WeakKeyDictionary()
+"""Transfers in flight by the model's first layer."""
 
 
 class ExpertMover:
-    """Moves primaries between ranks and switches the layers' maps. All ranks use it alike.
+    """Relocation of a model's primaries, with the layers' placements. All ranks call its methods alike.
 
-    A model has one: what another has under way in it, as after a failure, is abandoned.
+    A model has one mover. A transfer of a former mover, as after a failure, is cancelled.
 
     Args:
-        modules: The converted modules, in the order of layers, each with what it knows.
-        optimizers: Those that hold expert parameters: their state moves with the experts.
-        use_async: Rows may move behind steps: the ranks get a process group for that.
+        modules: Converted expert modules, in the order of layers.
+        optimizers: Optimizers of expert parameters, whose state moves with the experts.
+        use_async: Allow transfers to overlap with training. Ranks get a process group for them.
     """
 
-    def __init__(
-        self, modules: Sequence[tuple[ExpertLayer, nn.Module]], optimizers: Iterable[Optimizer], use_async: bool
-    ) -> None:
+    def __init__(self, modules: Sequence[ConvertedExperts], optimizers: Iterable[Optimizer], use_async: bool) -> None:
         self._modules = modules
-        first_layer, _ = modules[0]
+        first_layer = modules[0].layer
         self.groups: ExpertGroups = first_layer.groups
         self.placement = ExpertPlacement(
-            np.stack([layer.physical_to_logical for layer, _ in modules]),
+            np.stack([each.layer.physical_to_logical for each in modules]),
             first_layer.num_logical_experts,
             self.groups.size,
         )
-        """Where experts are."""
+        """Placement of the experts now."""
         self.num_bytes = 0
-        """What crossed ranks since the last start, over all ranks."""
+        """Bytes that crossed ranks since the last relocation started, over all ranks."""
         self.seconds = 0.0
-        """What training waited for that, on this rank."""
-        if (left_behind := _UNDERWAY.pop(first_layer, None)) is not None:
-            left_behind.abandon()
-        self._background = self.groups.background() if use_async and self.groups.size > 1 else None
-        self._number_taken = 0
-        self._relocation: BackgroundRelocation | None = None
+        """Seconds that training waited for it on this rank."""
+        if (former := _IN_FLIGHT.pop(first_layer, None)) is not None:
+            former.cancel()
+        self._relocation_groups = self.groups.relocation_groups() if use_async and self.groups.size > 1 else None
+        self._group_number = 0
+        self._transfer: AsyncTransfer | None = None
         self._goal = self.placement
         self._has_stepped = False
         self._hooks: list[RemovableHandle] = []
@@ -63,159 +62,162 @@ class ExpertMover:
         self._capacity: tuple[float, ...] | None = None
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
-        """Move the state of these optimizers, and of those inside them, from now on; note when one of them steps."""
+        """Move the state of these optimizers, and of those nested in them, from now on, and observe their steps."""
         for hook in self._hooks:
             hook.remove()
         self.optimizers = list(optimizers)
         self._all_optimizers = nested_optimizers(self.optimizers)
-        self._hooks = call_after_steps(self._all_optimizers, self._note_step)
+        self._hooks = call_after_steps(self._all_optimizers, self._on_step)
 
-    def _note_step(self, *_: Any) -> None:
+    def _on_step(self, *_: Any) -> None:
         self._has_stepped = True
-        self._modules[0][0].ahead.discard()  # fused optimizers change weights without a new version of them
+        self._modules[0].layer.cancel_prefetch()  # fused optimizers don't increment the weights' versions
 
     @property
-    def is_moving(self) -> bool:
-        """Whether experts are still on their way, behind the steps."""
-        return self._relocation is not None
+    def is_in_flight(self) -> bool:
+        """``True`` while an asynchronous transfer is not done."""
+        return self._transfer is not None
 
     @property
-    def goes_behind(self) -> bool:
-        """Whether rows can move behind steps."""
-        return self._background is not None
+    def can_overlap(self) -> bool:
+        """``True`` if transfers can overlap with training."""
+        return self._relocation_groups is not None
 
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
-        """What moves with a layer's primaries, ``[n, ...]`` each."""
-        return tensors_to_move(self._modules[layer_index][1], self._all_optimizers, with_gradients)
+        """Return the tensors that move with a layer's primaries, ``[n, ...]`` each."""
+        return tensors_to_move(self._modules[layer_index].module, self._all_optimizers, with_gradients)
 
     def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
-        """Go to ``after`` now. Before the first row moves, all ranks compare what they are about to do.
+        """Move to the placement ``after`` now. All ranks verify that they agree before the first row moves.
 
         Args:
-            capacity: How much work each EP rank gets from then on.
-            with_gradients: Gradients move, too.
+            after: Placement to move to.
+            capacity: Work that each EP rank gets from then on.
+            with_gradients: Move gradients, too.
 
         Raises:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
         start = time.perf_counter()
-        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are created in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        Agreement(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
+        ConsensusCheck(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
-        self.num_bytes = num_bytes * self.groups.num_replicas
+        self.num_bytes = num_bytes * self.groups.num_ep_groups
         self._capacity = capacity
         self._switch(after, range(after.num_layers))
         self.seconds = time.perf_counter() - start
 
-    def begin(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, most_bytes: int) -> None:
-        """Go to ``after`` behind the steps that follow. Layers whose primaries stay follow it at once.
+    def start(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, max_bytes: int) -> None:
+        """Start to move to ``after`` during the next steps. Layers whose primaries stay use it at once.
 
         Args:
-            most_bytes: See :class:`~lightning_eplb.relocation.background.BackgroundRelocation`.
+            after: Placement to move to.
+            capacity: Work that each EP rank gets from then on.
+            max_bytes: Bytes a step, see :class:`~lightning_eplb.relocation.async_transfer.AsyncTransfer`.
 
         Raises:
             RuntimeError: Ranks disagree. All raise it, and nothing was moved.
         """
-        assert self._background is not None
+        assert self._relocation_groups is not None
         start = time.perf_counter()
-        self._all_optimizers = nested_optimizers(self.optimizers)  # some are made in the first step
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are created in the first step
         plan = plan_relocation(self.placement, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
-        number = self._background.first_idle
+        number = self._relocation_groups.first_free
         names = self._names_of_state(moved)
-        agreement = Agreement(self.placement, after, moved, self.groups, number, names=names)
-        relocation = self._prepared(plan, number, most_bytes) if number else None
-        numbers = set(agreement.wait())
-        if relocation is None or len(numbers) > 1:
-            number = self._background.add()
-            relocation = self._prepared(plan, number, most_bytes)
+        check = ConsensusCheck(self.placement, after, moved, self.groups, number, names=names)
+        transfer = self._prepare(plan, number, max_bytes) if number else None
+        numbers = set(check.wait())
+        if transfer is None or len(numbers) > 1:
+            number = self._relocation_groups.add()
+            transfer = self._prepare(plan, number, max_bytes)
         if plan:
-            self._background.take(number)
-            self._number_taken = number
-            self._relocation = _UNDERWAY[self._modules[0][0]] = relocation
-            relocation.send()
+            self._relocation_groups.acquire(number)
+            self._group_number = number
+            self._transfer = _IN_FLIGHT[self._modules[0].layer] = transfer
+            transfer.send()
         self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
         self._switch(after, [layer for layer in range(after.num_layers) if layer not in moved])
         self.seconds = time.perf_counter() - start
 
-    def go_on(self) -> None:
-        """Right after an optimizer step: send the next layers off. Where no optimizer stepped, rows go on travelling.
+    def send_next(self) -> None:
+        """Send the next layers, right after an optimizer step. Does nothing if no optimizer stepped.
 
         Raises:
-            RuntimeError: An optimizer stepped, and those that were sent before are not in place.
+            RuntimeError: An optimizer stepped before rows in flight were committed.
         """
-        if self._relocation is None or (self._relocation.is_underway and not self._has_stepped):
+        if self._transfer is None or (self._transfer.is_in_flight and not self._has_stepped):
             return
         start = time.perf_counter()
-        if self._relocation.is_underway:
+        if self._transfer.is_in_flight:
             raise RuntimeError(
-                "use_async=True, and before_optimizer_step() was not called before the optimizer's step: the rows that"
-                " were under way are older than the weights; call it right before optimizer.step()"
+                "use_async=True, and before_optimizer_step() was not called before the optimizer's step: the rows in"
+                " flight are older than the weights; call it right before optimizer.step()"
             )
-        if self._relocation.is_done:
+        if self._transfer.is_done:
             self._close()
         else:
             self._has_stepped = False
-            self._relocation.prepare(self._weights_and_state)
-            self._relocation.send()
+            self._transfer.prepare(self._weights_and_state)
+            self._transfer.send()
         self.seconds += time.perf_counter() - start
 
-    def put_in_place(self) -> None:
-        """Right before an optimizer step: finish those that are under way, with the gradients that came to be.
+    def commit(self) -> None:
+        """Commit rows in flight with their gradients, right before an optimizer step.
 
         Raises:
-            RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was put in place.
+            RuntimeError: Ranks have gradients for other parameters. All raise it, and nothing was committed.
         """
-        relocation = self._relocation
-        if relocation is None or not relocation.is_underway:
+        transfer = self._transfer
+        if transfer is None or not transfer.is_in_flight:
             return
         start = time.perf_counter()
-        gradients = {layer: gradients_to_move(self._modules[layer][1]) for layer in relocation.layers_underway}
-        agreement = Agreement(self.placement, self._goal, gradients, self.groups)
-        relocation.aim()
-        agreement.wait()
-        self._switch(self._goal, relocation.finish(gradients))
-        self.num_bytes = relocation.num_bytes * self.groups.num_replicas
+        gradients = {layer: gradients_to_move(self._modules[layer].module) for layer in transfer.layers_in_flight}
+        check = ConsensusCheck(self.placement, self._goal, gradients, self.groups)
+        transfer.prepare_commit()
+        check.wait()
+        self._switch(self._goal, transfer.commit(gradients))
+        self.num_bytes = transfer.num_bytes * self.groups.num_ep_groups
         self.seconds += time.perf_counter() - start
 
     def stop(self) -> None:
-        """Put in place what is under way, and forget the rest."""
-        self.put_in_place()
-        if self._relocation is not None:
+        """Commit rows in flight, and stop the relocation."""
+        self.commit()
+        if self._transfer is not None:
             self._close()
 
-    def abandon(self) -> None:
-        """Forget all that is not in place. Communicates with nobody."""
-        if self._relocation is not None:
-            self._relocation.abandon()
-            _UNDERWAY.pop(self._modules[0][0], None)
-        self._relocation = None
+    def cancel(self) -> None:
+        """Drop rows that are not committed. Performs no communication, so it is safe after a failure."""
+        if self._transfer is not None:
+            self._transfer.cancel()
+            _IN_FLIGHT.pop(self._modules[0].layer, None)
+        self._transfer = None
 
-    def _prepared(self, plan: Sequence[LayerMoves], number: int, most_bytes: int) -> BackgroundRelocation:
-        assert self._background is not None
-        relocation = BackgroundRelocation(plan, self.groups, self._background[number], most_bytes)
-        relocation.prepare(self._weights_and_state)
-        return relocation
+    def _prepare(self, plan: Sequence[LayerMoves], number: int, max_bytes: int) -> AsyncTransfer:
+        assert self._relocation_groups is not None
+        transfer = AsyncTransfer(plan, self.groups, self._relocation_groups[number], max_bytes)
+        transfer.prepare(self._weights_and_state)
+        return transfer
 
     def _close(self) -> None:
-        """Nothing is under way any more: all that was sent has been received."""
-        assert self._background is not None
-        self._background.give_back(self._number_taken)
-        _UNDERWAY.pop(self._modules[0][0], None)
-        self._relocation = None
+        """Release the process group, since all rows that were sent have been received."""
+        assert self._relocation_groups is not None
+        self._relocation_groups.release(self._group_number)
+        _IN_FLIGHT.pop(self._modules[0].layer, None)
+        self._transfer = None
 
     def _weights_and_state(self, layer_index: int) -> list[Tensor]:
         return self.tensors(layer_index, with_gradients=False)
 
     def _names_of_state(self, layers: Iterable[int]) -> list[str]:
-        """The optimizers by class, and by what names they keep rows of these layers' experts."""
+        """Return the classes of the optimizers, and the names of their state with rows of these layers' experts."""
         names = [type(optimizer).__qualname__ for optimizer in self._all_optimizers]
         for layer in layers:
-            for parameter in self._modules[layer][1].parameters(recurse=False):
+            for parameter in self._modules[layer].module.parameters(recurse=False):
                 for optimizer in self._all_optimizers:
                     state = state_of(optimizer, parameter)
                     kept = {key: sum(has_rows(each, len(parameter)) for each in leaves(state[key])) for key in state}
@@ -223,10 +225,10 @@ class ExpertMover:
         return names
 
     def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
-        """Follow ``after`` in some layers, from the next forward on."""
+        """Use ``after`` in some layers from the next forward pass on."""
         layers = list(layers)
         slots_YP = self.placement.physical_to_logical.copy()
         slots_YP[layers] = after.physical_to_logical[layers]
         self.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
         for index in layers:
-            self._modules[index][0].set_placement(self.placement, self._capacity)
+            self._modules[index].layer.set_placement(self.placement, self._capacity)

@@ -1,4 +1,4 @@
-"""Refuse optimizers that would not train spread experts as they train the unmodified model's."""
+"""Checks of optimizers: they must update each expert by itself, and their state must be able to move with experts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_eplb.relocation.optimizer import (
+from lightning_eplb.relocation.optimizer_state import (
     copied_parameters,
     has_rows,
     leaves,
@@ -17,21 +17,21 @@ from lightning_eplb.relocation.optimizer import (
     state_of,
     stray_rows,
 )
-from lightning_eplb.relocation.optimizer_trial import try_out
+from lightning_eplb.relocation.optimizer_trial import run_trial
 
 
 def check_optimizers(
-    optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor], moves_behind_steps: bool = False
+    optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor], use_async: bool = False
 ) -> None:
-    """Refuse an optimizer that mixes experts, or whose state for experts can't be moved with them. Before any step.
+    """Reject optimizers that mix experts, or whose state can't move with experts. Call it before the first step.
 
-    It is found by trying: copies of the optimizer step on toy parameters. Needs no communication, and finds the same
-    on all ranks. An optimizer that can't be tried is warned of.
+    Copies of the optimizer step on toy parameters. Needs no communication, and finds the same on all ranks. Warns of an
+    optimizer that can't be tried.
 
     Args:
-        optimizers: With their settings; they are not stepped.
-        parameters: This rank's expert parameters by name, dimension 0 the expert.
-        moves_behind_steps: Rows move behind steps, so that steps must be noticed.
+        optimizers: Optimizers with their settings. They are not stepped.
+        parameters: Expert parameters of this rank by name, dimension 0 the expert.
+        use_async: Transfers overlap with training, so that steps must be observed. Defaults to ``False``.
 
     Raises:
         ValueError: Names the optimizer, the parameter and what is wrong with them.
@@ -59,7 +59,7 @@ def check_optimizers(
                     f" another device, and single experts can't be taken out of it. {_REMEDY}"
                 )
         try:
-            trial = try_out(optimizer, mine)
+            trial = run_trial(optimizer, mine)
         except Exception as error:
             rank_zero_warn(
                 f"{name} could not be tried out on toy parameters ({type(error).__name__}: {error}), so that it is not"
@@ -78,7 +78,7 @@ def check_optimizers(
                 f"{name} keeps something of {trial.left_behind} elsewhere than in state[parameter];"
                 f" its rows can't follow the experts. {_REMEDY}"
             )
-        if moves_behind_steps and not trial.calls_step_hooks:
+        if use_async and not trial.calls_step_hooks:
             raise ValueError(
                 f"{name} calls no hooks that were registered by register_step_post_hook(), and use_async=True must"
                 " know when an optimizer has stepped. Use use_async=False, or call torch.optim.Optimizer.__init__ in"
@@ -87,11 +87,11 @@ def check_optimizers(
 
 
 def check_state(optimizers: Iterable[Optimizer], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse an optimizer whose state for experts can't be moved with them. Needs no communication.
+    """Reject optimizers whose state can't move with experts. Needs no communication.
 
     Args:
-        optimizers: After a step, when state exists.
-        parameters: As for :func:`check_optimizers`.
+        optimizers: Optimizers after a step, when state exists.
+        parameters: Expert parameters of this rank by name.
 
     Raises:
         ValueError: Names the optimizer, the parameter and the state.
@@ -124,20 +124,20 @@ def _check_stray_rows(named: Optimizer, optimizer: Optimizer, parameters: Mappin
     for place, name in stray_rows(optimizer, parameters):
         raise ValueError(
             f"{type(named).__name__} keeps a copy of {name}, or something else with its rows, in {place} and not in"
-            f" state[parameter]; these rows can't follow the experts. {_REMEDY}; so would averages of what"
-            " model.state_dict() returns"
+            f" state[parameter]; these rows can't follow the experts. Average what model.state_dict() returns instead."
+            f" {_REMEDY}"
         )
 
 
 def _held(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those parameters that the optimizer, or one inside it, updates."""
+    """Return the parameters that the optimizer, or one nested in it, updates."""
     owned = {id(parameter) for parameter in parameters_of(nested_optimizers([optimizer]))}
     return {name: parameter for name, parameter in parameters.items() if id(parameter) in owned}
 
 
 _REMEDY = (
-    "Optimizers with state by element or by row would do (AdamW, SGD with momentum, Lion, ...), as would another"
-    " optimizer for the experts alone"
+    "Use an optimizer with state by element or by row (AdamW, SGD with momentum, Lion, ...), or another optimizer for"
+    " the experts alone."
 )
 
 

@@ -1,4 +1,4 @@
-"""Which primaries change places between two placements. Pure: arrays in, plan out."""
+"""Plan of a relocation: the primaries that move between two placements. Pure: arrays in, plan out."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from lightning_eplb.placement import ExpertPlacement
 
 @dataclass(frozen=True, eq=False)
 class LayerMoves:
-    """The primaries of one layer that change places, in the order of their logical ids; int64 ``[moves]`` each.
+    """Primaries of one layer that move, in the order of their logical ids; int64 ``[moves]`` each.
 
-    Rows are positions among a rank's primaries, ``0 ... n-1``. As both placements hold every expert once, each row
-    that is written has one source, and each row that is read has one target.
+    Rows are positions among a rank's primaries, ``0 ... n-1``. Both placements hold every expert once, so each written
+    row has one source, and each read row has one target.
     """
 
     layer: int
@@ -21,17 +21,17 @@ class LayerMoves:
     target_rank: np.ndarray
     target_row: np.ndarray
     num_rows_between_ranks: int
-    most_rows: int
-    """Those that the fullest rank sends or receives; of one that keeps its rank, too."""
+    max_rows: int
+    """Rows that the fullest rank sends or receives, also those that keep their rank."""
 
 
 def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMoves]:
-    """The moves of primaries that lead from ``old`` to ``new``, for the layers that have any.
+    """Return the moves of primaries that lead from ``old`` to ``new``, for the layers that have any.
 
-    A change of redundant experts moves nothing: their weights come anew in every forward pass.
+    A change of redundant experts moves nothing, since their weights are sent in every forward pass.
 
     Raises:
-        ValueError: The placements are not of the same layers, experts, slots and ranks.
+        ValueError: The placements differ in layers, experts, slots or ranks.
     """
     if (old.physical_to_logical.shape, old.num_logical_experts, old.num_ranks) != (
         new.physical_to_logical.shape,
@@ -43,18 +43,18 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
     new_rank_YL, new_row_YL = _places(new)
     moved_YL = (old_rank_YL != new_rank_YL) | (old_row_YL != new_row_YL)
     between_Y = (old_rank_YL != new_rank_YL).sum(axis=1).tolist()
-    sent_Y, received_Y = (_rows_of_fullest(rank_YL, moved_YL, old.num_ranks) for rank_YL in (old_rank_YL, new_rank_YL))
+    sent_Y, received_Y = (_max_rank_rows(rank_YL, moved_YL, old.num_ranks) for rank_YL in (old_rank_YL, new_rank_YL))
     most_Y = np.maximum(sent_Y, received_Y).tolist()
     plan = []
     for layer in np.flatnonzero(most_Y).tolist():
         experts = np.flatnonzero(moved_YL[layer])
         places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
-        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], most_rows=most_Y[layer]))
+        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], max_rows=most_Y[layer]))
     return plan
 
 
-def _rows_of_fullest(rank_YL: np.ndarray, moved_YL: np.ndarray, num_ranks: int) -> np.ndarray:
-    """How many of the moved primaries the rank has, in each layer, that has most of them: ``[Y]``."""
+def _max_rank_rows(rank_YL: np.ndarray, moved_YL: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Return the moved primaries of the rank that has most of them, for each layer, ``[Y]``."""
     num_layers = len(rank_YL)
     cell_YL = rank_YL + num_ranks * np.arange(num_layers)[:, None]
     counts = np.bincount(cell_YL[moved_YL], minlength=num_layers * num_ranks)

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, Policy, StaticPolicy, Topology, parallelize_experts
-from lightning_eplb.parallel import waiting
+from lightning_eplb.parallel import barrier
+from lightning_eplb.parallel.barrier import format_ranks
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.waiting import ranks_in_words
 from tests.models import hugging_face_model, optimizer_of
 from tests.workers import Workers
 
@@ -241,7 +241,7 @@ def decided_alone() -> list[str]:
     balancer.model(input_ids=tokens, use_cache=False)
     with (
         warnings.catch_warnings(record=True) as caught,
-        mock.patch.multiple(waiting, TOLD_AFTER=timedelta(seconds=0.2), CONTROL_TIMEOUT=timedelta(seconds=1)),
+        mock.patch.multiple(barrier, WARN_AFTER=timedelta(seconds=0.2), CPU_GROUP_TIMEOUT=timedelta(seconds=1)),
     ):
         warnings.simplefilter("always")
         if dist.get_rank() == 0:
@@ -267,4 +267,4 @@ def test_nothing_is_compared_without_process_groups() -> None:
     [([1], "rank 1"), ([1, 3], "ranks 1, 3"), (list(range(500)), "ranks 0, 1, 2, 3, ... (500 in all)")],
 )
 def test_ranks_in_words_names_the_first(ranks: list[int], words: str) -> None:
-    assert ranks_in_words(ranks, most=4) == words
+    assert format_ranks(ranks, most=4) == words

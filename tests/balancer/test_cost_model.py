@@ -12,8 +12,8 @@ from torch import nn
 from lightning_eplb import ExpertLoadBalancer, StaticPolicy, parallelize_experts
 from lightning_eplb.balancer import cost_model
 from lightning_eplb.balancer.cost_model import HardwareProfile, profile_hardware
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.policies import Costs
 from tests.workers import Workers
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel.rows import all_gather_single
+from lightning_eplb.parallel.row_exchange import all_gather_single
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs
 from lightning_eplb.policies.batch import choose_copies

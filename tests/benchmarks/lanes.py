@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb import ExpertLoadBalancer, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.benchmarks.models import VOCABULARY, Size, join_from_environment, routers, steered_model
 from tests.workers import Workers
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel.convert import find_experts
+from lightning_eplb.parallel.discovery import find_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.benchmarks.lanes import on_all_ranks, slowest_rank, wait_for_all
 from tests.benchmarks.models import CPU, GPU, Size, steered_model

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 from tests.fidelity import trainer_for
 from tests.workers import Workers

@@ -3,7 +3,8 @@
 ``cells``: both plan for one load and are judged on it and on the next, from the initial placement, with levelled token
 split: workloads of a trace of real loads (``--loads``; DeepSeek-V3's, for instance) and their neighbours, prefill and
 then decode, sampled parts of one workload, sorted lognormal loads and loads whose groups of neighbours change together.
-The baseline is the better of ``DeepSeekPolicy`` and of what it was before its primaries were exchanged.
+The baseline is the better of ``DeepSeekPolicy`` and of what it was before its primaries were exchanged. They share
+the processors that there are.
 
 ``next_window``: both replay synthetic loads: a decision after 25 steps and then every 100, each judged by the steps
 that follow it and that it has not seen. ``rebalance_experts`` is taken as published, from its slots as they come: an
@@ -15,11 +16,14 @@ quotas that level the ranks. Each rank gets 65,536 token-expert pairs a step on 
 Times are the processor's, of the one thread that both run on: others on the machine make them longer by little.
 """
 
+import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -32,8 +36,7 @@ from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.base import order_slots
-from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
+from lightning_eplb.policies.deepseek import _match_primaries, order_slots, rebalance_experts
 from lightning_eplb.policies.forecast import forecast, plain_mean, sub_windows
 from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.simulation.replay import DEFAULT_COSTS
@@ -70,59 +73,53 @@ def main() -> int:
     arguments = parse_arguments(
         __doc__, loads="a trace whose steps are workloads of 256 experts: eight of prefill, four of decode"
     )
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     shapes = [(min(shape[0], 6), *shape[1:]) for shape in SHAPES[:4]] if arguments.quick else SHAPES
     BalancedPolicy().warm_up(ExpertPlacement.initial(1, 4, 2, 2))
     bars, figures = [], {}
-    real = read_trace(arguments.loads) if arguments.loads is not None else None
     for part in (cells, planned_and_drifted, timing, growth, forecasts, next_window):
         start = time.perf_counter()
-        part_bars, figures[part.__name__] = part(real if part is cells else shapes, arguments.quick)
+        part_bars, figures[part.__name__] = part(arguments.loads if part is cells else shapes, arguments.quick)
         bars += part_bars
         print(f"[{part.__name__}: {time.perf_counter() - start:.0f} s]\n", flush=True)
     return finish(bars, figures, arguments.json)
 
 
-def cells(real, quick):
+def cells(loads, quick):
     """Max/mean load of the fullest rank, planned and on the next load: mean over layers, pairs and jitters."""
     rows, figures, excess = [], {}, []
     worst = {"redundant": [-1.0, -1.0], "none": [-1.0, -1.0]}
-    jitters, step = (1, 9) if quick else (JITTERS, 1)
-    for ranks, per_rank in CELLS[::3] if quick else CELLS:
-        for name, pairs in _pairs(real).items():
-            found = {"DeepSeek": [], "before": [], "balanced": []}
-            random = np.random.default_rng(ranks)
-            for now_YL, then_YL in pairs:
-                now_YL, then_YL = now_YL[::step], then_YL[::step]
-                before = ExpertPlacement.initial(len(now_YL), now_YL.shape[1], ranks, ranks * per_rank)
-                topology = Topology.even(ranks)
-                for _ in range(jitters):
-                    load_YL = np.int64(now_YL * random.uniform(0.998, 1.002, now_YL.shape))
-                    found["balanced"].append(
-                        _judged(BalancedPolicy().rearrange(load_YL, before, topology), load_YL, then_YL)
-                    )
-                    found["DeepSeek"].append(
-                        _judged(DeepSeekPolicy().rearrange(load_YL, before, topology), load_YL, then_YL)
-                    )
-                    found["before"].append(_judged(_as_before(load_YL, before), load_YL, then_YL))
-            planned, following, last = {}, {}, {}
-            for lane, parts in found.items():
-                planned_X, next_X = (np.concatenate(part) for part in zip(*parts, strict=True))
-                planned[lane], following[lane], last[lane] = planned_X.mean(), next_X.mean(), np.percentile(next_X, 95)
-            theirs = min("DeepSeek", "before", key=following.__getitem__)
-            rows.append([f"256+{ranks * per_rank} @ {ranks}", name])
-            for lane in (theirs, "balanced"):
-                rows[-1] += [f"{planned[lane]:.4f}", f"{following[lane]:.4f} ({last[lane]:.2f})"]
-            figures[" ".join(rows[-1][:2])] = [planned, following, last]
-            key, behind = "redundant" if per_rank else "none", following["balanced"] - following[theirs]
-            second = last["balanced"] - last[theirs] if per_rank else planned["balanced"] - planned[theirs]
-            worst[key] = [max(worst[key][0], behind), max(worst[key][1], second)]
-            if per_rank:
-                excess.append((following["balanced"] - 1, following[theirs] - 1))
-            print(".", end="", flush=True)
-    print("\n\nMax/mean load of the fullest rank: planned, and on the next load (95th percentile)\n")
+    over_none = [-1.0, -1.0]
+    shapes = CELLS[::3] if quick else CELLS
+    tasks = [
+        (*shape, kind, at) for shape in shapes for kind, pairs in _pairs(loads).items() for at in range(len(pairs))
+    ]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        judged = dict(zip(tasks, pool.map(_cell, tasks, [loads] * len(tasks), [quick] * len(tasks)), strict=True))
+    without = {}
+    for (ranks, per_rank), kind in product(shapes, _pairs(loads)):
+        parts = [lanes for task, lanes in judged.items() if task[:3] == (ranks, per_rank, kind)]
+        planned, following, last = {}, {}, {}
+        for lane in parts[0]:
+            planned_X, next_X = np.concatenate([lanes[lane] for lanes in parts], axis=1)
+            planned[lane], following[lane], last[lane] = planned_X.mean(), next_X.mean(), np.percentile(next_X, 95)
+        theirs = min("DeepSeek", "before", key=following.__getitem__)
+        rows.append([f"256+{ranks * per_rank} @ {ranks}", kind])
+        for lane in (theirs, "balanced"):
+            rows[-1] += [f"{planned[lane]:.4f}", f"{following[lane]:.4f} ({last[lane]:.2f})"]
+        figures[" ".join(rows[-1][:2])] = [planned, following, last]
+        key, behind = "redundant" if per_rank else "none", following["balanced"] - following[theirs]
+        second = last["balanced"] - last[theirs] if per_rank else planned["balanced"] - planned[theirs]
+        worst[key] = [max(worst[key][0], behind), max(worst[key][1], second)]
+        if per_rank:
+            excess.append((following["balanced"] - 1, following[theirs] - 1))
+            over = [
+                now["balanced"] - before for now, before in zip((planned, following), without[ranks, kind], strict=True)
+            ]
+            over_none = np.maximum(over_none, over)
+        else:
+            without[ranks, kind] = planned["balanced"], following["balanced"]
+    print("Max/mean load of the fullest rank: planned, and on the next load (95th percentile)\n")
     print_table(["experts", "load", "baseline planned", "next", "ours planned", "next"], rows)
     ours, theirs = np.sum(excess, axis=0)
     return [
@@ -131,7 +128,29 @@ def cells(real, quick):
         Bar("excess on the next load over the baseline's, all cells with redundant slots", ours / theirs, 2 / 3),
         Bar("behind the baseline on the next load, worst cell without", worst["none"][0], 0.01),
         Bar("the same, on the planned load", worst["none"][1], 0.02),
+        Bar("with redundant slots over without, planned load, worst cell", over_none[0], 0.002),
+        Bar("the same, on the next load", over_none[1], 0.002),
     ], figures
+
+
+def _cell(task, loads, quick):
+    """Judge the plans for one load and its jitters: planned and next, for each lane, ``[2, layers]``."""
+    torch.set_num_threads(1)
+    ranks, per_rank, kind, at = task
+    now_YL, then_YL = (load_YL[:: 9 if quick else 1] for load_YL in _pairs(loads)[kind][at])
+    before = ExpertPlacement.initial(len(now_YL), now_YL.shape[1], ranks, ranks * per_rank)
+    topology, random = Topology.even(ranks), np.random.default_rng([ranks, at])
+    found = {"DeepSeek": [], "before": [], "balanced": []}
+    for _ in range(1 if quick else JITTERS):
+        load_YL = np.int64(now_YL * random.uniform(0.998, 1.002, now_YL.shape))
+        plans = {
+            "balanced": BalancedPolicy().rearrange(load_YL, before, topology),
+            "DeepSeek": DeepSeekPolicy().rearrange(load_YL, before, topology),
+            "before": _as_before(load_YL, before),
+        }
+        for lane, placement in plans.items():
+            found[lane].append(_judged(placement, load_YL, then_YL))
+    return {lane: np.concatenate(parts, axis=1) for lane, parts in found.items()}
 
 
 def _judged(placement, load_YL, then_YL):
@@ -140,10 +159,10 @@ def _judged(placement, load_YL, then_YL):
     return [tokens_YR.max(axis=1) / tokens_YR.mean(axis=1) for tokens_YR in tokens]
 
 
-def _as_before(load_YL, before):
+def _as_before(load_YL, before, groups=1, nodes=1):
     """The published plan; a rank that lacks primaries takes those that found no room, for its least loaded replicas."""
     ranks, n = before.num_ranks, before.primaries_per_rank
-    planned = rebalance_experts(load_YL, before.num_physical_experts, 1, 1, ranks)[0].numpy()
+    planned = rebalance_experts(load_YL, before.num_physical_experts, groups, nodes, ranks)[0].numpy()
     slots_YRS = before.by_rank.copy()
     for layer, planned_RS in enumerate(planned.reshape(len(planned), ranks, -1)):
         held = [set(row) for row in planned_RS.tolist()]
@@ -161,8 +180,10 @@ def _as_before(load_YL, before):
     return before.with_slots(slots_YRS)
 
 
-def _pairs(real):
+@cache
+def _pairs(loads):
     """Loads to plan for, each with the next one, by kind, int64 ``[Y, L]``."""
+    real = read_trace(loads) if loads is not None else None
     random, layers, experts = np.random.default_rng(5), 58, 256
     kinds = {}
     if real is not None:
@@ -216,7 +237,10 @@ def planned_and_drifted(shapes, quick):
 
 
 def timing(shapes, quick):
-    """Both planners in turn, on the same loads: a first plan from the initial placement, and later ones."""
+    """Both planners in turn, on the same loads: a first plan from the initial placement, and later ones.
+
+    The baseline is ``DeepSeekPolicy`` before its primaries were exchanged.
+    """
     rows, bars, figures = [], [], {}
     for layers, experts, redundant, ranks, nodes, groups in shapes:
         random = np.random.default_rng(ranks)
@@ -229,7 +253,7 @@ def timing(shapes, quick):
             load_YL = np.round(weight_YL / weight_YL.sum(axis=1, keepdims=True) * ranks * TOKENS_PER_RANK * WINDOW)
             load_YL = load_YL.astype(np.int64)
             start = time.process_time()
-            DeepSeekPolicy(groups).rearrange(load_YL, start_from, topology)
+            _as_before(load_YL, start_from, groups, nodes)
             seconds["baseline"].append(time.process_time() - start)
             for lane, costs in TIMED.items():
                 policy = BalancedPolicy()
@@ -302,10 +326,9 @@ def next_window(shapes, quick):
     rows, bars, figures, moves, behind = [], [], {}, [], -1.0
     loads = [(name, shape) for shape in shapes for name in SYNTHETIC_LOADS]
     loads += [("trace", shape) for shape in TRACE_SHAPES]
-    for name, shape in loads:
-        load_WYL = read_trace(TRACE) if name == "trace" else _synthetic(name, shape)
-        theirs, their_rows = _replay_baseline(load_WYL, shape)
-        ours, our_rows = _replay_ours(load_WYL, shape)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        replays = list(pool.map(_replay, *zip(*loads, strict=True)))
+    for (name, shape), (theirs, their_rows, ours, our_rows) in zip(loads, replays, strict=True):
         difference = ours - theirs
         error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
         rows.append([f"{shape[1]}+{shape[2]} @ {shape[3]}", name, f"{theirs.mean():.4f}", f"{ours.mean():.4f}"])
@@ -314,14 +337,19 @@ def next_window(shapes, quick):
         behind = max(behind, -difference.mean() - 2 * error)
         if name == "drift-10" and their_rows:
             moves.append((our_rows / their_rows, rows[-1][0]))
-        print(".", end="", flush=True)
-    print("\n\nBalancedness of the steps after a decision (the published algorithm, BalancedPolicy, difference and its")
+    print("Balancedness of the steps after a decision (the published algorithm, BalancedPolicy, difference and its")
     print("standard error), and rows that changed ranks (ours are primaries, its are all slots)\n")
     print_table(["experts", "load", "baseline", "ours", "difference", "error", "rows moved"], rows)
     bars.append(Bar("behind the baseline beyond sampling, worst cell", behind, 0.0))
     most, where = max(moves)
     bars.append(Bar(f"rows moved over the baseline's at 10 % drift, worst ({where})", most, 0.2))
     return bars, figures
+
+
+def _replay(name, shape):
+    torch.set_num_threads(1)
+    load_WYL = read_trace(TRACE) if name == "trace" else _synthetic(name, shape)
+    return *_replay_baseline(load_WYL, shape), *_replay_ours(load_WYL, shape)
 
 
 def _synthetic(name, shape):

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from lightning_eplb import ExpertPlacement, Policy
 from lightning_eplb.policies import Topology
-from lightning_eplb.relocation.exchange import relocate
 from lightning_eplb.relocation.plan import plan_relocation
+from lightning_eplb.relocation.transfer import relocate
 from tests.benchmarks.lanes import (
     Lane,
     make_lane,
@@ -140,7 +140,7 @@ def move(lane: Lane, fraction: float, turns: int, device: torch.device) -> dict[
     """Move so many of the primaries in turn with a bare collective of as many bytes."""
     balancer = lane.balancer
     assert balancer is not None
-    assert balancer.groups.exchange is not None
+    assert balancer.groups.ep_group is not None
     seconds: dict[str, list[float]] = {"bare": [], "rows": [], "whole": []}
     num_bytes = 0
     for turn in range(turns + 2):
@@ -149,7 +149,7 @@ def move(lane: Lane, fraction: float, turns: int, device: torch.device) -> dict[
         source = torch.zeros(sum(sent), dtype=torch.uint8, device=device)
         target = torch.empty(sum(received), dtype=torch.uint8, device=device)
         with timed(seconds["bare"], device):
-            dist.all_to_all_single(target, source, received, sent, group=balancer.groups.exchange)
+            dist.all_to_all_single(target, source, received, sent, group=balancer.groups.ep_group)
         del source, target
         tensors = {layer: balancer._mover.tensors(layer, False) for layer in range(before.num_layers)}
         forth, back = plan_relocation(before, after), plan_relocation(after, before)

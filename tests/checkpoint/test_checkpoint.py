@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel import waiting
+from lightning_eplb.parallel import barrier
 from tests.fidelity import SEQUENCES, TOLERANCE, ShufflePolicy, trainer_for
 from tests.models import LanguageModel, hugging_face_model, language_loss, loader, optimizer_of, token_batches
 from tests.workers import WorkerError, Workers
@@ -137,7 +137,7 @@ def only_rank_zero_calls_state_dict() -> str:
     model = parallelize_experts(hugging_face_model("mixtral"))
     if dist.get_rank() == 0:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(waiting, "CONTROL_TIMEOUT", timedelta(seconds=1))
+            patch.setattr(barrier, "CPU_GROUP_TIMEOUT", timedelta(seconds=1))
             with pytest.raises(RuntimeError) as raised:
                 model.state_dict()
         return str(raised.value)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
 from tests.checkpoint.test_checkpoint import (
     HALF,
     STEPS,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
-from lightning_eplb.parallel.convert import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
 from tests.fsdp1 import DoublePrecision, fsdp1
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, language_loss, loader, token_batches
-from tests.parallel.test_per_expert import Model
+from tests.parallel.test_per_expert_state import Model
 from tests.workers import Workers
 
 
@@ -82,7 +82,7 @@ def predict(redundancy: Literal["window", "batch"], ep_size: int | None = None) 
     assert writer.batches == writer.epoch == len(predictions)
     with torch.no_grad():
         expected = reference(input_ids=tokens[dist.get_rank() :: 2], use_cache=False).logits
-    assert all(layer.uneven is None for layer, _ in expert_layers(model))
+    assert all(layer.join is None for layer, _ in expert_layers(model))
     return float((torch.cat(predictions) - expected).abs().max()), len(predictions)  # type: ignore[arg-type]
 
 
@@ -255,7 +255,7 @@ def validate_with_gradients(*count_of_rank: int) -> tuple[str, int]:
     try:
         trainer.validate(module, shard(*count_of_rank), verbose=False)
     except RuntimeError as error:
-        assert all(layer.uneven is None for layer, _ in expert_layers(module))
+        assert all(layer.join is None for layer, _ in expert_layers(module))
         return str(error), len(module.evaluated)
     return "", len(module.evaluated)
 

@@ -104,7 +104,7 @@ def on_meta() -> str:
 
 def test_experts_without_memory(workers: Workers) -> None:
     for message in workers.run(2, on_meta):
-        assert "mlp.experts.gate_up_proj is on the meta device, and FSDP gives no memory to parameters" in message
+        assert "mlp.experts.gate_up_proj is on the meta device, and FSDP does not materialize parameters" in message
 
 
 class WrappedByHand(SeesDtypes):
@@ -128,7 +128,7 @@ def test_a_model_that_was_wrapped_without_its_experts(workers: Workers) -> None:
 
 def test_a_model_that_was_wrapped_with_its_experts(workers: Workers) -> None:
     for message in workers.run(2, wrapped_by_hand, True):
-        assert "mlp.experts.gate_up_proj was sharded by FullyShardedDataParallel; let FSDPStrategy wrap" in message
+        assert "mlp.experts.gate_up_proj was sharded by FullyShardedDataParallel. Let FSDPStrategy wrap" in message
 
 
 def keeps_what_else_is_ignored() -> tuple[bool, bool, bool]:

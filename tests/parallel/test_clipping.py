@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import fully_shard_moe
 from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
-from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import whole
 from tests.models import hugging_face_model, language_loss, token_batches
 from tests.workers import Workers

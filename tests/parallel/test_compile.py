@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
 from tests.fidelity import ShufflePolicy
-from tests.parallel.test_experts import EXPERTS, WIDTH, layer
+from tests.parallel.test_forward import EXPERTS, WIDTH, layer
 from tests.workers import Workers
 
 LAYERS = torch._dynamo.config.recompile_limit + 1

@@ -17,7 +17,7 @@ def mesh_of(**sizes: int) -> DeviceMesh:
 
 
 def test_no_mesh() -> None:
-    with pytest.raises(ValueError, match=r"mesh=None must be the mesh that ExpertParallelStrategy makes"):
+    with pytest.raises(ValueError, match=r"mesh=None must be the mesh of ExpertParallelStrategy"):
         fully_shard_moe(hugging_face_model("mixtral"), None)  # type: ignore[arg-type]
 
 

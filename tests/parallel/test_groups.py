@@ -18,7 +18,7 @@ def make_many() -> tuple[int, int, bool]:
     for _ in range(50):
         assert ExpertGroups.create() is all_ranks
     assert len(threading.enumerate()) == before[0]
-    return before[1], native_threads(), (all_ranks.size, halves.size, halves.num_replicas) == (4, 2, 2)
+    return before[1], native_threads(), (all_ranks.size, halves.size, halves.num_ep_groups) == (4, 2, 2)
 
 
 def native_threads() -> int:
@@ -31,7 +31,7 @@ def sum_over(ranks: int) -> float:
     made = ExpertGroups.create()
     assert made.size == ranks
     ones = torch.ones(1)
-    dist.all_reduce(ones, group=made.exchange)
+    dist.all_reduce(ones, group=made.ep_group)
     return float(ones)
 
 
@@ -41,31 +41,31 @@ def test_models_on_the_same_ranks_share_groups(workers: Workers) -> None:
         assert told_apart
 
 
-def numbers_in_the_background() -> tuple[list[int], bool]:
-    """On every worker: which group is idle as ranks go on, rank 0 without giving its first back."""
-    background = ExpertGroups.create(dist.new_subgroups(2)[0]).background()
-    first = background.first_idle
-    background.take(first)
-    seen = [first, background.first_idle, background.add()]
+def numbers_in_use() -> tuple[list[int], bool]:
+    """On every worker: which group is free as ranks go on, rank 0 without releasing its first."""
+    pool = ExpertGroups.create(dist.new_subgroups(2)[0]).relocation_groups()
+    first = pool.first_free
+    pool.acquire(first)
+    seen = [first, pool.first_free, pool.add()]
     if dist.get_rank():
-        background.give_back(first)
-    assert background.first_idle == (first if dist.get_rank() else seen[-1])
-    seen.append(background.add())
-    seen.append(background.first_idle)
+        pool.release(first)
+    assert pool.first_free == (first if dist.get_rank() else seen[-1])
+    seen.append(pool.add())
+    seen.append(pool.first_free)
     ones = torch.ones(1)
-    dist.all_reduce(ones, group=background[seen[-1]])
+    dist.all_reduce(ones, group=pool[seen[-1]])
     return seen, float(ones) == 2
 
 
-def test_groups_in_the_background_are_for_one_at_a_time(workers: Workers) -> None:
-    assert workers.run(4, numbers_in_the_background) == [([1, 0, 2, 3, 3], True)] * 4
+def test_relocation_groups_are_for_one_relocation_at_a_time(workers: Workers) -> None:
+    assert workers.run(4, numbers_in_use) == [([1, 0, 2, 3, 3], True)] * 4
 
 
 def kept() -> int:
     """On every worker: of how many default groups groups are kept; something else may hold on to a former one."""
     ExpertGroups.create()
     gc.collect()
-    return len(groups._MADE)
+    return len(groups._REGISTRIES)
 
 
 def test_groups_go_with_the_default_group(workers: Workers) -> None:

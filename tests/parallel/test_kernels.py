@@ -11,8 +11,8 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not IS_INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
 
-from lightning_eplb.parallel.kernels import copy_pieces, put_rows, sum_pairs, sum_pairs_backward  # noqa: E402
-from lightning_eplb.parallel.pieces import AddressedPieces  # noqa: E402
+from lightning_eplb.parallel.kernels import copy_segments, scatter_rows, sum_pairs, sum_pairs_backward  # noqa: E402
+from lightning_eplb.parallel.packing import AddressTablePacker  # noqa: E402
 
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -75,14 +75,14 @@ def test_rows_are_put_where_they_belong(number: int, width: int):
     rows = torch.randn(number, width, device=DEVICE)
     places = torch.randperm(2 * number, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
     target = torch.zeros(2 * number, width, device=DEVICE)
-    put_rows(rows, places, target)
+    scatter_rows(rows, places, target)
     assert torch.equal(target, torch.zeros_like(target).index_copy_(0, places, rows))
 
 
 @pytest.mark.parametrize("word", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("into_buffer", [True, False])
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool, is_alone: bool):
+@pytest.mark.parametrize("uses_all_sms", [True, False])
+def test_segments_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool, uses_all_sms: bool):
     widths, gap = [7, 5000, 1, 4096], 3
     outside, inside = (torch.randint(0, 200, (sum(widths) + gap * 5,), device=DEVICE).to(word) for _ in range(2))
     starts = [gap + sum(widths[:i]) + gap * i for i in range(4)]
@@ -97,7 +97,7 @@ def test_pieces_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool
         expected[to] = source[of]
     whole = (target if into_buffer else inside), (target if not into_buffer else outside)
     table[0] += whole[1].data_ptr() - outside.data_ptr()
-    copy_pieces(table, slice(1, 3), 5000, whole[0], into_buffer, is_alone)
+    copy_segments(table, slice(1, 3), 5000, whole[0], into_buffer, uses_all_sms)
     assert torch.equal(target, expected)
 
 
@@ -107,13 +107,13 @@ def test_rows_of_stacks_go_by_address():
         for dtype in (torch.float64, torch.float32)
     ]
     stacks[1][1] = stacks[1][1].t().contiguous().t()
-    rows, windows = torch.tensor([4, 0]), [[(0, 0, 2)], [(1, 0, 1)]]
-    addressed = AddressedPieces(stacks, rows, windows, 8)
-    buffers = [addressed.gather(window, is_alone=window > 0) for window in range(2)]
+    rows, chunks = torch.tensor([4, 0]), [[(0, 0, 2)], [(1, 0, 1)]]
+    packer = AddressTablePacker(stacks, rows, chunks, 8)
+    buffers = [packer.pack(chunk, uses_all_sms=chunk > 0) for chunk in range(2)]
     assert buffers[0].view(torch.float64).tolist() == [[12.0, 13.0], [0.0, 1.0]]
     assert buffers[1].view(torch.float32).tolist() == [[12.0, 13.0], [0.0, 1.0]]
-    for window, buffer in enumerate(buffers):
-        addressed.scatter(buffer.flip(0), window, is_alone=window > 0)
-    addressed.finish()
+    for chunk, buffer in enumerate(buffers):
+        packer.unpack(buffer.flip(0), chunk, uses_all_sms=chunk > 0)
+    packer.finish()
     for stack in stacks:
         assert [tensor.tolist() for tensor in stack] == [[[12, 13], [2, 3], [4, 5]], [[10, 11], [0, 1], [14, 15]]]

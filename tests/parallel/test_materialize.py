@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import EPLBCallback, fully_shard_moe, materialize, parallelize_experts
-from lightning_eplb.parallel.convert import expert_layers
-from lightning_eplb.parallel.shards import local_shard
+from lightning_eplb.parallel.dtensor import local_shard
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import SEQUENCES, TOLERANCE, ShufflePolicy, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, language_loss, loader, token_batches
 from tests.workers import Workers
@@ -170,5 +170,5 @@ def test_shared_parameters_stay_shared() -> None:
 
 
 def test_a_device_without_memory() -> None:
-    with pytest.raises(ValueError, match=r"device='meta' has no memory; leave `with torch.device\('meta'\)` before"):
+    with pytest.raises(ValueError, match=r"device='meta' has no memory. Leave `with torch.device\('meta'\)` first"):
         materialize(nn.Linear(2, 2), "meta")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, put_together, take_apart
+from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, merge_rows, split_rows
 
 WIDTH = 3
 
@@ -49,12 +49,12 @@ def test_the_sum_is_in_the_rows_dtype():
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])
-def test_rows_taken_apart_are_put_together(first: int):
+def test_split_rows_are_merged(first: int):
     order = torch.tensor([3, 0, 4, 1, 2])
     rows = random(5, WIDTH)
-    apart = take_apart(rows, order[:first], order[first:])
+    apart = split_rows(rows, order[:first], order[first:])
     assert torch.equal(torch.cat(apart), rows[order])
-    assert torch.equal(put_together(*apart, order[:first], order[first:]), rows)
-    assert torch.autograd.gradcheck(lambda r: take_apart(r, order[:first], order[first:]), (rows,))
+    assert torch.equal(merge_rows(*apart, order[:first], order[first:]), rows)
+    assert torch.autograd.gradcheck(lambda r: split_rows(r, order[:first], order[first:]), (rows,))
     halves = random(first, WIDTH), random(5 - first, WIDTH)
-    assert torch.autograd.gradcheck(lambda a, b: put_together(a, b, order[:first], order[first:]), halves)
+    assert torch.autograd.gradcheck(lambda a, b: merge_rows(a, b, order[:first], order[first:]), halves)

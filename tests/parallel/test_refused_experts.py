@@ -12,10 +12,10 @@ from torch.nn.utils import parametrize, prune, weight_norm
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel.convert import check_experts, find_experts
+from lightning_eplb.parallel.discovery import check_experts, find_experts
 from tests.fidelity import trainer_for
 from tests.models import LanguageModel, hugging_face_model
-from tests.parallel.test_per_expert import EXPERTS, TOLERANCE, WIDTH, Experts
+from tests.parallel.test_per_expert_state import EXPERTS, TOLERANCE, WIDTH, Experts
 from tests.test_callback_errors import fails_in_setup, tokens
 from tests.workers import Workers
 
@@ -134,13 +134,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "property": (
         Property,
-        "model.experts.num_experts is 8 also where the module is to compute 1 of its 8 experts; make",
+        "model.experts.num_experts is 8 also where the module is to compute 1 of its 8 experts. Make",
     ),
-    "pruned": (pruned, "model.experts.up is computed in each forward, by L1Unstructured, from what all experts have"),
-    "weight norm": (weight_normed, "model.experts.down is computed in each forward, by WeightNorm, from what all exp"),
-    "parametrized": (parametrized, "model.experts.up is computed in each forward, by a parametrization, from what all"),
-    "patched": (patched, "model.experts.forward was replaced on the module itself, and experts that are spread over"),
-    "quantized": (quantized, "model.experts.up is a TwoTensor, whose rows can't be moved between ranks as they are;"),
+    "pruned": (pruned, "model.experts.up is computed in each forward, by L1Unstructured, from the weights of all"),
+    "weight norm": (
+        weight_normed,
+        "model.experts.down is computed in each forward, by WeightNorm, from the weights of",
+    ),
+    "parametrized": (
+        parametrized,
+        "model.experts.up is computed in each forward, by a parametrization, from the weigh",
+    ),
+    "patched": (patched, "model.experts.forward was replaced on the module itself, and expert parallelism calls"),
+    "quantized": (quantized, "model.experts.up is a TwoTensor, whose rows can't be moved between ranks."),
 }
 
 
@@ -233,7 +239,9 @@ def changed_after_conversion(change: Callable[[nn.Module], object]) -> str:
     parallelize_experts(nn.ModuleDict({"experts": experts}))
     change(experts)
     hidden, weights = torch.randn(4, WIDTH, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="pruning and parametrizations of experts are not supported") as raised:
+    with pytest.raises(
+        RuntimeError, match="pruning and parametrizations of experts, which are not supported"
+    ) as raised:
         experts(hidden, torch.arange(4).unsqueeze(-1), weights)
     return str(raised.value)
 
@@ -249,7 +257,9 @@ def parametrize_up(experts: nn.Module) -> None:
 @pytest.mark.parametrize("change", [prune_up, parametrize_up])
 def test_experts_that_are_pruned_after_they_were_spread(change: Callable, workers: Workers) -> None:
     for message in workers.run(2, changed_after_conversion, change):
-        assert message.startswith("experts had the parameters ['up', 'down'] when its experts were spread over ranks")
+        assert message.startswith(
+            "experts had the parameters ['up', 'down'] when its experts were distributed over ranks"
+        )
 
 
 class Float8(Experts):

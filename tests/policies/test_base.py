@@ -3,7 +3,6 @@ import pytest
 
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy, Topology
-from lightning_eplb.policies.base import order_slots
 
 
 def test_topology_counts_ranks_and_nodes():
@@ -102,21 +101,3 @@ def test_the_example_of_the_manual_works():
 def test_policies_refuse_what_does_not_fit(policy, load, num_ranks, message):
     with pytest.raises(ValueError, match=message):
         policy.rearrange(load, ExpertPlacement.initial(1, 4, 2, 2), Topology.even(num_ranks))
-
-
-def test_order_slots_keeps_rows_of_what_stays():
-    current_RS = np.array([[4, 2, 7, 1], [0, 3, -1, 6]])
-    slots_RS = order_slots([[2, 9], [3, 5]], [[1, 8], [6]], current_RS)
-    assert slots_RS.tolist() == [[9, 2, 8, 1], [5, 3, -1, 6]]
-
-
-def test_order_slots_does_not_keep_the_row_of_a_copy_that_becomes_a_primary():
-    assert order_slots([[2, 1]], [[4]], np.array([[4, 2, 1]])).tolist() == [[1, 2, 4]]
-
-
-@pytest.mark.parametrize("name", ["row_within_node", "row_between_nodes", "copy"])
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_costs_are_zero_or_more(name, value):
-    assert getattr(Costs(1.0, **{name: float("inf")}), name) == float("inf")
-    with pytest.raises(ValueError, match=f"{name}="):
-        Costs(1.0, **{name: value})

@@ -83,5 +83,5 @@ def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
 def test_no_rank_gets_a_copy_of_its_own_expert():
     load_L = np.array([116, 42, 56, 113, 1, 44, 58, 81, 21, 88, 129, 121]) * 1000
     slots_RS = np.array([[0, 1, 2, 3, -1], [4, 5, 6, 7, -1], [8, 9, 10, 11, -1]])
-    grow_tree(load_L, slots_RS, 4, np.full(3, load_L.sum() // 3 + 1), 1, 0.5, 1 / 16)
+    grow_tree(load_L, slots_RS, 4, np.full(3, load_L.sum() // 3 + 1), 1, (1 / 16, 0.5))
     assert [len(set(of_rank)) for of_rank in slots_RS.tolist()] == [5, 5, 5]

@@ -8,6 +8,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.split import (
     LEVEL_ENOUGH,
     even_quotas,
+    find_replicas,
     level_quotas,
     level_tokens,
     rank_weights,
@@ -102,23 +103,40 @@ def lowest_fullest_rank(load_L, slots_RS, weight_R):
     return linprog(objective, on_rank, np.zeros(ranks), of_expert, load_L / unit).fun * unit
 
 
-def assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R):
-    assert (quota_RS >= 0).all()
-    assert (quota_RS[slots_RS < 0] == 0).all()
+def assert_quotas_add_up(load_L, replicas):
+    assert (replicas.quota_P >= 0).all()
     for expert, load in enumerate(load_L):
-        assert quota_RS[slots_RS == expert].sum() == load
-    assert (quota_RS.sum(axis=1) == tokens_R).all()
+        assert quotas_of(expert, replicas).sum() == load
+    assert (np.bincount(replicas.rank_P, replicas.quota_P, len(replicas.tokens_R)) == replicas.tokens_R).all()
+
+
+def quotas_of(expert, replicas):
+    return replicas.quota_P[replicas.first_L[expert] : replicas.first_L[expert + 1]]
+
+
+@settings(max_examples=50)
+@given(layers())
+def test_replicas_are_listed_expert_by_expert(layer):
+    load_L, slots_RS, _ = layer
+    replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
+    for expert in range(load_L.size):
+        of_expert = slice(replicas.first_L[expert], replicas.first_L[expert + 1])
+        places = zip(replicas.rank_P[of_expert].tolist(), replicas.slot_P[of_expert].tolist(), strict=True)
+        assert list(places) == [tuple(place) for place in np.argwhere(slots_RS == expert).tolist()]
+    counts = np.diff(replicas.first_L)
+    assert replicas.several_X.tolist() == np.flatnonzero(counts > 1).tolist()
 
 
 @settings(max_examples=100)
 @given(layers())
 def test_even_quotas_differ_by_one_token_at_most(layer):
     load_L, slots_RS, _ = layer
-    quota_RS, tokens_R = np.full(slots_RS.shape, 99), np.full(len(slots_RS), 99)
-    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
-    assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
+    replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
+    for _ in range(2):  # whatever was there before
+        even_quotas(load_L, replicas)
+        assert_quotas_add_up(load_L, replicas)
     for expert in range(load_L.size):
-        quotas = quota_RS[slots_RS == expert]
+        quotas = quotas_of(expert, replicas)
         assert quotas.max() - quotas.min() <= 1
         assert (np.diff(quotas) <= 0).all()  # the first slots get what does not divide
 
@@ -129,11 +147,11 @@ def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
     load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
     weight_R = np.ones(ranks) if is_alike else generator.choice([0.5, 1.0, 1.7, 4.0], ranks)
-    quota_RS, tokens_R = np.empty(slots_RS.shape, dtype=np.int64), np.empty(ranks, dtype=np.int64)
-    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
-    peak = level_quotas(load_L, slots_RS, weight_R, 1000, 0.0, 0.0, quota_RS, tokens_R)
-    assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
-    assert peak == (tokens_R * weight_R).max()
+    replicas = find_replicas(slots_RS, load_L.size, weight_R)
+    even_quotas(load_L, replicas)
+    peak = level_quotas(load_L, replicas, 1000, 0.0)
+    assert_quotas_add_up(load_L, replicas)
+    assert peak == (replicas.tokens_R * weight_R).max()
     best = lowest_fullest_rank(load_L, slots_RS, weight_R)
     rounding = slots_RS.size * weight_R.max()  # a token a slot
     assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
@@ -143,23 +161,24 @@ def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
 @given(layers())
 def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
     load_L, slots_RS, _ = layer
-    quota_RS, tokens_R = np.empty(slots_RS.shape, dtype=np.int64), np.empty(len(slots_RS), dtype=np.int64)
-    even_quotas(load_L, slots_RS, quota_RS, tokens_R)
-    peak = tokens_R.max()
+    replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
+    even_quotas(load_L, replicas)
+    peak = replicas.tokens_R.max()
     for _ in range(5):
-        after = level_quotas(load_L, slots_RS, np.ones(len(slots_RS)), 1, 0.0, 0.0, quota_RS, tokens_R)
-        assert_quotas_add_up(load_L, slots_RS, quota_RS, tokens_R)
+        after = level_quotas(load_L, replicas, 1, 0.0)
+        assert_quotas_add_up(load_L, replicas)
         assert after <= peak + slots_RS.size
         peak = after
 
 
 def test_quotas_that_are_level_enough_stay():
     load_L, slots_RS = np.array([100, 90]), np.array([[0, 1], [1, 0]])
-    quota_RS, tokens_R = np.array([[100, 0], [90, 0]]), np.array([100, 90])
-    assert level_quotas(load_L, slots_RS, np.ones(2), 10, 100.0, 0.0, quota_RS, tokens_R) == 100
-    assert quota_RS.tolist() == [[100, 0], [90, 0]]
-    assert level_quotas(load_L, slots_RS, np.ones(2), 10, 99.0, 0.0, quota_RS, tokens_R) == 95
-    assert tokens_R.tolist() == [95, 95]
+    replicas = find_replicas(slots_RS, 2, np.ones(2))
+    replicas.quota_P[:], replicas.tokens_R[:] = [100, 0, 0, 90], [100, 90]
+    assert level_quotas(load_L, replicas, 10, 100.0) == 100
+    assert replicas.quota_P.tolist() == [100, 0, 0, 90]
+    assert level_quotas(load_L, replicas, 10, 99.0) == 95
+    assert replicas.tokens_R.tolist() == [95, 95]
 
 
 @settings(max_examples=60)

@@ -136,7 +136,7 @@ def two_ranks(change_name: str, accumulation: int, use_async: bool) -> tuple[Wei
     parallelize_experts(model, num_redundant_experts=2)
     optimizer, change, experts = optimizer_of("sgd", model), CHANGES[change_name](), experts_of(model)
     ids = {id(parameter) for parameter in experts}
-    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", 1):
         balancer = ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(), step_interval=1, use_async=use_async)
         for micro_batches in batches(accumulation):
             for batch in micro_batches:
@@ -196,7 +196,7 @@ def trainer_on_two_ranks(use_async: bool) -> tuple[Weights, int]:
     """On every worker: a loss scaler, and gradients that are halved twice."""
     eplb = EPLBCallback(2, policy=ShufflePolicy(), step_interval=1, use_async=use_async)
     module = EditsGradients(hugging_face_model("mixtral", layers=LAYERS), "sgd")
-    with patch("lightning_eplb.balancer.cost_model.BACKGROUND_BYTES", 1):
+    with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", 1):
         trainer_for(2, max_steps=STEPS, callbacks=[eplb, HalvesAfterBackward()], plugins=[ScaledDoublePrecision()]).fit(
             module, loader(token_batches(STEPS * 2 * SEQUENCES), SEQUENCES)
         )

@@ -42,7 +42,7 @@ def test_nothing_moves_that_stays(placements: tuple[ExpertPlacement, ExpertPlace
         assert 0 <= moves.num_rows_between_ranks <= len(moves.source_rank)
 
 
-def test_copies_move_nothing() -> None:
+def test_redundant_experts_move_nothing() -> None:
     old = ExpertPlacement([[0, 1, 2, 2, 3, 0]], 4, 2)
     new = ExpertPlacement([[0, 1, 3, 2, 3, -1]], 4, 2)
     assert plan_relocation(old, new) == []

@@ -5,9 +5,9 @@ from pathlib import Path
 import transformers.models
 from torch import nn
 
-from lightning_eplb.parallel.convert import find_experts
-from lightning_eplb.parallel.trial import what_differs
-from tests.parallel.test_convert import experts_of
+from lightning_eplb.parallel.discovery import find_experts
+from lightning_eplb.parallel.protocol_trial import find_deviation
+from tests.parallel.test_parallelize import experts_of
 
 OTHERS = {
     "dbrx": "its config is nested, ours here is not",
@@ -30,7 +30,7 @@ def test_every_family_is_found_or_known() -> None:
             for module in modules:
                 if any(find_experts(nn.ModuleDict({"experts": module}))):
                     found.append(folder.name)
-                    assert what_differs(module) is None, folder.name
+                    assert find_deviation(module) is None, folder.name
             if folder.name not in found:
                 missed.append(folder.name)
     assert set(missed) <= set(OTHERS)

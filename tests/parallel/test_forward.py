@@ -1,0 +1,562 @@
+"""The forward and the backward of a converted layer, against the unmodified module in the same process."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lightning_eplb import ExpertLoadBalancer, parallelize_experts
+from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.dispatch_plan import DispatchPlan
+from lightning_eplb.parallel.parallelize import expert_layers
+from tests.fidelity import ShufflePolicy
+from tests.models import hugging_face_model
+from tests.workers import Workers
+
+EXPERTS, WIDTH = 8, 16
+
+
+def layer(name: str = "mixtral") -> nn.Module:
+    """One layer's experts, the same weights in every process."""
+    model = hugging_face_model(name, num_experts=EXPERTS, layers=1)
+    return next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+
+
+def routing(tokens: int, top_k: int, experts: range = range(EXPERTS), seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, distinct experts for each token and their weights; other ones on every rank."""
+    generator = torch.Generator().manual_seed(seed + 100 * dist.get_rank())
+    hidden = torch.randn(tokens, WIDTH, generator=generator, dtype=torch.float64)
+    scores = torch.rand(tokens, len(experts), generator=generator, dtype=torch.float64)
+    weights, index = scores.topk(top_k, dim=-1)
+    return hidden, index + experts.start, weights
+
+
+def summed(module: nn.Module) -> dict[str, Tensor]:
+    """Gradients of all experts in logical order, summed over ranks as if one process had seen all tokens."""
+    grads = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}  # type: ignore[union-attr]
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    return grads
+
+
+def compare(
+    redundant: int,
+    tokens_of_rank: Callable[[int], int],
+    top_k: int = 2,
+    experts: range = range(EXPERTS),
+    name: str = "mixtral",
+    run: Callable[..., Tensor] = lambda module, *args: module(*args),
+    ep_group: Any = None,
+    redundancy: Any = "window",
+    dispatcher: type[TokenDispatcher] = TokenDispatcher,
+) -> float:
+    """The largest difference of outputs and of all gradients between a converted layer and the original."""
+    original, converted = layer(name), layer(name)
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder, ep_group, num_redundant_experts=redundant, dispatcher=dispatcher)
+    (expert_layer, _), *_ = expert_layers(holder)
+    balancer = ExpertLoadBalancer(
+        holder, policy=ShufflePolicy(), step_interval=1, redundancy=redundancy, min_tokens_per_copy=1
+    )
+    differences = []
+    for step in range(3):
+        tokens = tokens_of_rank(dist.get_rank())
+        hidden, index, weights = routing(tokens, top_k, experts, seed=step)
+        inputs = [(hidden.clone().requires_grad_(), weights.clone().requires_grad_()) for _ in range(2)]
+        original.zero_grad(set_to_none=False)
+        holder.zero_grad(set_to_none=False)
+        for parameter in (*original.parameters(), *converted.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
+        outputs = []
+        for module, (x, w) in zip((original, converted), inputs, strict=True):
+            output = run(module, x, index, w)
+            if output.requires_grad:  # the original's is not, where no expert got a token
+                (output * torch.arange(WIDTH)).sum().backward()
+            outputs.append(output)
+        differences.append(largest(outputs[0], outputs[1]))
+        for ours, theirs in zip(inputs[1], inputs[0], strict=True):
+            if ours.grad is not None:
+                differences.append(largest(ours.grad, theirs.grad if theirs.grad is not None else ours.detach() * 0))
+            assert theirs.grad is None or ours.grad is not None
+        expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
+        for parameter_name, parameter in converted.named_parameters():
+            assert parameter.grad is not None
+            differences.append(largest(parameter.grad, expected[parameter_name][expert_layer.local_experts]))
+        counted = torch.bincount(index.flatten(), minlength=EXPERTS)
+        dist.all_reduce(counted)
+        load = balancer.step()
+        assert (load is None) == (not counted.any())
+        if load is not None:
+            assert torch.equal(load.load[0], counted[:EXPERTS])
+    return max(differences)
+
+
+def largest(ours: Tensor | None, theirs: Tensor | None) -> float:
+    assert ours is not None
+    assert theirs is not None
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max()) if ours.numel() else 0.0
+
+
+class HalvesDispatcher(TokenDispatcher):
+    """Has even one token travel in two parts."""
+
+    bytes_in_parts = 0
+
+
+BOTH = pytest.mark.parametrize("redundancy", ["window", "batch"])
+PARTS = pytest.mark.parametrize("dispatcher", [TokenDispatcher, HalvesDispatcher])
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_any_top_k(name: str, top_k: int, redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, any_top_k, name, top_k, redundancy)) < 1e-12
+
+
+def any_top_k(name: str, top_k: int, redundancy: str) -> float:
+    return compare(4, lambda rank: 7 + rank, top_k, name=name, redundancy=redundancy)
+
+
+@PARTS
+@BOTH
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_rank_without_tokens(
+    redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
+    assert max(workers.run(4, rank_without_tokens, redundant, redundancy, dispatcher)) < 1e-12
+
+
+def rank_without_tokens(redundant: int, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(redundant, lambda rank: 5 * rank, redundancy=redundancy, dispatcher=dispatcher)
+
+
+@PARTS
+@BOTH
+@pytest.mark.parametrize("redundant", [0, 2])
+def test_ranks_and_experts_that_get_none(
+    redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
+    """Every token goes to two experts, so some ranks compute nothing; they take part in each collective."""
+    assert max(workers.run(2, experts_without_tokens, redundant, redundancy, dispatcher)) < 1e-12
+
+
+def experts_without_tokens(redundant: int, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(redundant, lambda rank: 6, experts=range(2, 4), redundancy=redundancy, dispatcher=dispatcher)
+
+
+@PARTS
+@BOTH
+def test_no_token_anywhere(redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers) -> None:
+    assert max(workers.run(2, no_token, redundancy, dispatcher)) == 0.0
+
+
+def no_token(redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    return compare(2, lambda rank: 0, redundancy=redundancy, dispatcher=dispatcher)
+
+
+@PARTS
+@BOTH
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_repeats_the_forward_and_counts_once(
+    reentrant: bool, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
+    assert max(workers.run(2, checkpointed, reentrant, redundancy, dispatcher)) < 1e-12
+
+
+def checkpointed(reentrant: bool, redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
+    def run(module: nn.Module, *args: Tensor) -> Tensor:
+        return checkpoint(module, *args, use_reentrant=reentrant)  # type: ignore[return-value]
+
+    return compare(2, lambda rank: 9, run=run, redundancy=redundancy, dispatcher=dispatcher)
+
+
+@BOTH
+def test_two_groups_of_two(redundancy: str, workers: Workers) -> None:
+    """Ranks of both groups hold the same rows; gradients are averaged over the groups, loads summed."""
+    assert max(workers.run(4, two_groups, redundancy)) < 1e-12
+
+
+def two_groups(redundancy: str) -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
+
+
+def test_tokens_in_one_of_two_groups(workers: Workers) -> None:
+    """Ranks of the other group average zeros, as they don't know that this group has tokens."""
+    assert max(workers.run(4, tokens_in_one_group)) < 1e-12
+
+
+def tokens_in_one_group() -> float:
+    group, _ = dist.new_subgroups(2)
+    return compare(2, lambda rank: 3 if rank < 2 else 0, ep_group=group)
+
+
+@pytest.mark.parametrize("no_expert", [EXPERTS, -1])
+def test_ids_beyond_the_experts_are_nobodys(no_expert: int, workers: Workers) -> None:
+    """Hugging Face's routers mark a choice that does not count by the id behind the last expert, others by -1."""
+    assert max(workers.run(2, masked_choices, no_expert)) < 1e-12
+
+
+def masked_choices(no_expert: int) -> float:
+    original, converted = layer(), layer()
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder)
+    balancer = ExpertLoadBalancer(holder)
+    hidden, index, weights = routing(6, 2)
+    mask = torch.tensor([[False, True], [False, False]] * 3)
+    output = converted(hidden, index.masked_fill(mask, no_expert), weights)
+    load = balancer.step()
+    assert load is not None
+    assert load.load.sum() == 2 * 9
+    return largest(output, original(hidden, index, weights.masked_fill(mask, 0.0)))
+
+
+def test_keyword_arguments_under_the_originals_names(workers: Workers) -> None:
+    assert max(workers.run(2, by_keyword)) < 1e-12
+
+
+def by_keyword() -> float:
+    original, converted = layer("gpt_oss"), layer("gpt_oss")
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    hidden, index, weights = routing(6, 2)
+    ours = converted(hidden, routing_weights=weights, router_indices=index)
+    return largest(ours, original(hidden, index, weights))
+
+
+@BOTH
+def test_grouped_kernels_in_float32(redundancy: str, workers: Workers) -> None:
+    """The rows come sorted to transformers' grouped products, of the primaries and of the copies."""
+    assert max(workers.run(2, grouped_kernels, redundancy)) < 1e-4
+
+
+def grouped_kernels(redundancy: Any) -> float:
+    original, converted = (layer("gpt_oss").float() for _ in range(2))
+    for module in (original, converted):
+        module.config._experts_implementation = "grouped_mm"
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder, num_redundant_experts=4)
+    ExpertLoadBalancer(holder, redundancy=redundancy, min_tokens_per_copy=1)
+    hidden, index, weights = (x.float() if x.is_floating_point() else x for x in routing(40, 2))
+    index[:30, 0] = 0  # a hot expert, which the batch's copies serve
+    index[:30, 1] = 1
+    outputs = [module(hidden, index, weights) for module in (original, converted)]
+    for output in outputs:
+        (output * torch.arange(WIDTH)).sum().backward()
+    expected = {k: v / dist.get_world_size() for k, v in summed(original).items()}
+    (expert_layer, _), *_ = expert_layers(holder)
+    grads = [largest(p.grad, expected[n][expert_layer.local_experts]) for n, p in converted.named_parameters()]
+    scale = max(float(grad.abs().max()) for grad in expected.values())
+    return max(largest(*outputs), max(grads) / scale)
+
+
+class GatheringDispatcher(TokenDispatcher):
+    """Another way to exchange tokens: every rank gathers what all ranks have, and picks what it needs."""
+
+    bytes_in_parts = math.inf
+
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "GatheredHandle":
+        (part,) = plan.parts
+        sent: list[list[int]] = [[] for _ in range(self.groups.size)]
+        dist.all_gather_object(sent, part.send_counts, group=self.groups.ep_group)
+        rank = self.groups.rank
+        pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.ep_group)
+        received = [pairs.split(counts)[rank] for pairs, counts in zip(pairs_of, sent, strict=True)]
+        return GatheredHandle(plan, sent, torch.cat(received))
+
+    def receive(self, handle: "GatheredHandle", part: int) -> tuple[Tensor, Tensor]:
+        rows = handle.plan.parts[part]
+        return handle.rows[rows.primary_rows], handle.rows[rows.copy_rows]
+
+    def send_home(self, handle: "GatheredHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        rows = handle.plan.parts[part]
+        places = torch.cat((rows.primary_rows, rows.copy_rows))
+        handle.rows = torch.cat((primaries_MD, copies_MD))[torch.argsort(places)]
+
+    def combine(self, handle: "GatheredHandle", weights_TK: Tensor) -> Tensor:
+        rank = self.groups.rank
+        served = [sum(counts[server] for counts in handle.sent) for server in range(self.groups.size)]
+        home = [
+            rows.split([counts[server] for counts in handle.sent])[rank]
+            for server, rows in enumerate(_gather(handle.rows, served, self.groups.ep_group))
+        ]
+        pairs = torch.zeros(weights_TK.numel(), handle.rows.shape[1], dtype=handle.rows.dtype)
+        pairs = pairs.index_copy(0, handle.plan.pairs, torch.cat(home))
+        return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
+
+
+class LabelledDispatcher(TokenDispatcher):
+    """As DeepEP's kernels do, each pair travels with the slot that is to serve it, and arrives in any order."""
+
+    bytes_in_parts = 0
+
+    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "LabelledHandle":
+        slots = plan.parts[-1].sent.shape[1] + plan.parts[-1].primaries.start
+        labels = []
+        for part in plan.parts:
+            first_R = np.arange(len(part.sent))[:, None] * slots + part.primaries.start
+            labels.append(np.repeat(first_R + np.arange(part.sent.shape[1]), part.sent.ravel()))
+        mine = torch.from_numpy(np.concatenate(labels))
+        sent: list[Any] = [None] * self.groups.size
+        dist.all_gather_object(sent, mine, group=self.groups.ep_group)
+        rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.ep_group))
+        mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
+        return LabelledHandle(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
+
+    def receive(self, handle: "LabelledHandle", part: int) -> tuple[Tensor, Tensor]:
+        slots, own = handle.plan.parts[part].served, len(handle.plan.parts[part].primary_ends)
+        places = [torch.where(handle.slots == slot)[0] for slot in slots.tolist()]
+        first, second = (torch.cat([torch.empty(0, dtype=torch.int64), *some]) for some in (places[:own], places[own:]))
+        handle.served.append([first, second])
+        return handle.rows[first], handle.rows[second]
+
+    def send_home(self, handle: "LabelledHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+        handle.served[part] += [primaries_MD, copies_MD]
+
+    def combine(self, handle: "LabelledHandle", weights_TK: Tensor) -> Tensor:
+        all_MD = torch.zeros_like(handle.rows)
+        for first, second, primaries_MD, copies_MD in handle.served:
+            all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, copies_MD)))
+        all_MD = torch.zeros_like(all_MD).index_copy(0, handle.mixed, all_MD)
+        summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.ep_group))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups.size)]
+        dist.all_gather(lengths, torch.tensor([len(handle.plan.pairs)]), group=self.groups.ep_group)
+        home_ND = summed_MD.split([int(length) for length in lengths])[self.groups.rank]  # type: ignore[union-attr]
+        pairs = torch.zeros(weights_TK.numel(), home_ND.shape[1], dtype=home_ND.dtype)
+        pairs = pairs.index_copy(0, handle.plan.pairs, home_ND)
+        return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
+
+
+@dataclass
+class LabelledHandle:
+    plan: DispatchPlan
+    rows: Tensor
+    slots: Tensor
+    mixed: Tensor
+    served: list[list[Tensor]]
+
+
+@dataclass
+class GatheredHandle:
+    plan: DispatchPlan
+    sent: list[list[int]]
+    rows: Tensor
+
+
+def _gather(rows: Tensor, lengths: list[int], group: Any) -> list[Tensor]:
+    """The rows of all ranks, as many as ``lengths`` says."""
+    from torch.distributed.nn.functional import all_gather
+
+    padded = torch.cat((rows, rows.new_zeros(max(lengths) - len(rows), rows.shape[1])))
+    return [part[:length] for part, length in zip(all_gather(padded, group=group), lengths, strict=True)]
+
+
+@BOTH
+@pytest.mark.parametrize("dispatcher", [GatheringDispatcher, LabelledDispatcher, HalvesDispatcher])
+def test_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str, workers: Workers) -> None:
+    assert max(workers.run(2, with_another_dispatcher, dispatcher, redundancy)) < 1e-12
+
+
+def with_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str) -> float:
+    return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=dispatcher, name="gpt_oss")
+
+
+def test_one_rank_runs_the_module_as_it_was() -> None:
+    original, converted = layer(), layer()
+    weight = converted.gate_up_proj
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder)
+    assert converted.gate_up_proj is weight
+    balancer = ExpertLoadBalancer(holder)
+    hidden = torch.randn(5, WIDTH, dtype=torch.float64)
+    index = torch.tensor([[0, 1], [1, 2], [1, 3], [7, 0], [1, 5]])
+    weights = torch.rand(5, 2, dtype=torch.float64)
+    assert torch.equal(converted(hidden, index, weights), original(hidden, index, weights))
+    load = balancer.step()
+    assert load is not None
+    assert load.load.tolist() == [[2, 4, 1, 1, 0, 1, 0, 1]]
+    assert load.balancedness == 1.25 / 4  # of experts: 10 tokens of 8 experts, the hottest has 4
+
+
+def summing_hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+
+HOOKS: dict[str, Any] = {
+    "summing": summing_hook,
+    "summing in fp16": default_hooks.fp16_compress_wrapper(summing_hook),
+    "noop": noop_hook,
+    "allreduce": default_hooks.allreduce_hook,
+    "allreduce in fp16": default_hooks.fp16_compress_wrapper(default_hooks.allreduce_hook),
+    "fp16_compress": default_hooks.fp16_compress_hook,
+    "allreduce of a part": default_hooks.allreduce_hook,
+}
+
+
+def hooked(name: str) -> str:
+    group = dist.new_subgroups(1)[0] if name == "allreduce of a part" else None
+    return wrapped(True, lambda ddp: ddp.register_comm_hook(group, HOOKS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "inner"),
+    [
+        ("summing", "summing_hook", "summing_hook"),
+        ("summing in fp16", "fp16_compress_wrapper_hook", "summing_hook"),
+        ("noop", "noop_hook", "noop_hook"),
+    ],
+)
+def test_a_communication_hook_that_may_not_average_is_refused(
+    name: str, hook: str, inner: str, workers: Workers
+) -> None:
+    for message in workers.run(2, hooked, name):
+        assert message == (
+            f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with expert parallelism:"
+            " expert gradients are averaged over all ranks, and so must all others be, which"
+            f" {inner} may not do. Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook,"
+            " bf16_compress_hook, powerSGD_hook, batched_powerSGD_hook, quantization_pertensor_hook,"
+            " quantization_perchannel_hook, or none"
+        )
+
+
+def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers) -> None:
+    for message in workers.run(2, hooked, "allreduce of a part"):
+        assert message == (
+            "DistributedDataParallel.register_comm_hook(hook=allreduce_hook) averages gradients over a process group of"
+            " 1 ranks, and expert gradients are averaged over all 2. Leave the process group out of the hook's state."
+        )
+
+
+@pytest.mark.parametrize("name", ["allreduce", "allreduce in fp16", "fp16_compress"])
+def test_a_communication_hook_that_averages_is_left_alone(name: str, workers: Workers) -> None:
+    assert workers.run(2, hooked, name) == ["", ""]
+
+
+def wrapped(ignored: bool, register: Callable[[DistributedDataParallel], None] = lambda ddp: None) -> str:
+    block = nn.ModuleDict({"norm": nn.LayerNorm(WIDTH, dtype=torch.float64), "experts": layer()})
+    parallelize_experts(block)
+    if ignored:
+        names = [name for name, _ in block.named_parameters() if name.startswith("experts.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(block, names)
+    block.forward = lambda hidden, index, weights: block["experts"](block["norm"](hidden), index, weights)  # type: ignore[method-assign]
+    ddp = DistributedDataParallel(block)
+    register(ddp)
+    try:
+        ddp(*routing(4, 2)).sum().backward()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
+    """It would average the gradients of different experts, in silence: as where EPLBCallback was forgotten."""
+    for message in workers.run(2, wrapped, False):
+        assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
+        assert "Add EPLBCallback" in message
+    assert workers.run(2, wrapped, True) == ["", ""]
+
+
+def refused_call(*arguments: Tensor) -> str:
+    converted = layer()
+    parallelize_experts(nn.ModuleDict({"experts": converted}))
+    try:
+        converted(*arguments)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            ((2, 3, 16), (6, 2), (6, 2)),
+            "ValueError: experts (MixtralExperts) was called with hidden_states: [2, 3, 16]",
+        ),
+        (
+            ((6, 16), (6, 2), (6, 1)),
+            "top_k_weights: [6, 1] torch.float32; experts over several ranks take hidden states",
+        ),
+        (((5, 16), (6, 2), (6, 2)), "Flatten batches of sequences to T tokens"),
+    ],
+)
+def test_arguments_of_other_shapes_are_refused(shapes: Any, message: str, workers: Workers) -> None:
+    hidden, index, weights = shapes
+    arguments = torch.zeros(hidden), torch.zeros(index, dtype=torch.int64), torch.zeros(weights)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert message in refusal
+
+
+def test_arguments_in_another_order_are_refused(workers: Workers) -> None:
+    arguments = torch.zeros(6, 16), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.int64)
+    for refusal in workers.run(2, refused_call, *arguments):
+        assert refusal.startswith("TypeError: experts (MixtralExperts) was called with hidden_states: [6, 16]")
+        assert "top_k_index: [6, 2] torch.float32, top_k_weights: [6, 2] torch.int64; experts over several" in refusal
+
+
+class Raises(nn.Module):
+    """Follows the protocol until its model tells it to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up = nn.Parameter(torch.ones(EXPERTS, WIDTH, WIDTH, dtype=torch.float64))
+        self.failure: Callable[[Tensor], Any] | None = None
+
+    def forward(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
+        if self.failure is not None:
+            return self.failure(hidden)
+        output = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, k = torch.where(index == expert)
+            output = output.index_add(0, token, hidden[token] @ self.up[expert] * weights[token, k, None])
+        return output
+
+
+def failed_call(failure: Callable[[Tensor], Any]) -> str:
+    """One rank's experts get all tokens, the other's none."""
+    experts = Raises()
+    parallelize_experts(nn.ModuleDict({"experts": experts}))
+    experts.failure = failure
+    try:
+        experts(*routing(6, 2, range(4)))
+    except (IndexError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def third_of_two(hidden: Tensor) -> Tensor:
+    return hidden[:2][5]
+
+
+def tuple_of(hidden: Tensor) -> tuple[Tensor]:
+    return (hidden,)
+
+
+def sum_of(hidden: Tensor) -> Tensor:
+    return hidden.sum(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (third_of_two, "This is from experts (Raises), on a rank that holds"),
+        (tuple_of, "TypeError: experts (Raises) returned a tuple; the protocol is: forward(hidden [T, D]"),
+        (sum_of, "ValueError: experts (Raises) returned shape [16] for hidden states of shape"),
+    ],
+)
+def test_errors_inside_experts_name_them_on_all_ranks(failure: Any, message: str, workers: Workers) -> None:
+    for error in workers.run(2, failed_call, failure):
+        assert message in error
+        assert "top_k_weights [T, K]) returns [T, D]" in error
