@@ -345,7 +345,8 @@ def end_of_dataloader(loop: Any) -> str | None:
     """
     if loop.trainer.predicting:
         return None
-    return loop._store_dataloader_outputs.__name__
+    _ = loop._store_dataloader_outputs
+    return "_store_dataloader_outputs"
 
 
 @_uses("lightning", "_FabricModule._strategy", "_FabricOptimizer._strategy")

@@ -19,6 +19,7 @@ from lightning_eplb.checkpoint.consolidate import ReadsDistributedCheckpoints
 from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.integrations.evaluation import Evaluation
 from lightning_eplb.integrations.fsdp1 import SpreadExperts, check_fsdp_hook
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.integrations.precision import (
     clip_as_before,
     clip_by_global_norm,
@@ -168,7 +169,7 @@ class EPLBCallback(Callback):
             self._undo_spread_experts()
             self._spread_experts = SpreadExperts(trainer.strategy, pl_module)
         elif not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
-            trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
+            replace(trainer.strategy, "checkpoint_io", ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io))
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
@@ -346,6 +347,7 @@ class EPLBCallback(Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         clip_as_before(trainer)
+        restore(trainer.strategy, "checkpoint_io")
         self._undo_spread_experts()
         if self._trace_writer is not None:
             self._trace_writer.close()

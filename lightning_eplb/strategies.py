@@ -11,6 +11,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
+from lightning_eplb import _compat
 from lightning_eplb._validation import check_switches, check_whole_numbers
 from lightning_eplb.checkpoint.consolidate import WEIGHTS
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
@@ -107,9 +108,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self.replicate_size > 1:
             names, shape = (REPLICATE, *names), (self.replicate_size, *shape)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
-        self._device_mesh[names[:-1]]._flatten("data_parallel")
+        _compat.flatten_mesh(self._device_mesh[names[:-1]], "data_parallel")
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        _compat.set_device_mesh(self.lightning_module, self._device_mesh)
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:

@@ -29,22 +29,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
 from typing_extensions import override
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.consolidate import INDEX, is_inside
 
-_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_CLASSES = {
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "BytesStorageMetadata"),
-    (_FILESYSTEM, "_StorageInfo"),
-}
-"""Dataclasses of which an index consists, beside plain Python."""
-_CALLS = {("torch", "Size"), ("torch.serialization", "_get_layout"), (_METADATA, "_MEM_FORMAT_ENCODING")}
-"""Functions, and classes, that an index calls."""
 _PATHS = {
     "PosixPath": PurePosixPath,
     "PurePosixPath": PurePosixPath,
@@ -60,9 +47,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     @override
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = (module_name, global_name)
-        if name in _CLASSES:
+        if name in _compat.PICKLED_CLASSES:
             return _maker(partial(object.__new__, super().find_class(*name)))
-        if name in _CALLS:
+        if name in _compat.PICKLED_CALLS:
             return _maker(super().find_class(*name))
         if module_name in ("pathlib", "pathlib._local") and global_name in _PATHS:
             return _maker(_PATHS[global_name])

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.sources import Box, whole_box
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.shards import local_shard
@@ -58,8 +58,7 @@ def holdings(model: nn.Module) -> dict[str, Holding]:
     for name, tensor in _state(model):
         shape, box = tensor.shape, whole_box(tensor.shape)
         if isinstance(tensor, DTensor):
-            sizes, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-            box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
+            box = _compat.local_box(shape, tensor.device_mesh, tensor.placements)
         layer = row_of_experts.get(id(tensor))
         if layer is None:
             found[name] = Holding(tensor, shape, None, box)
@@ -74,5 +73,5 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in _compat.non_persistent_buffers(module):
                 yield (f"{prefix}.{name}" if prefix else name), buffer

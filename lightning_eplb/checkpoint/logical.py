@@ -32,6 +32,9 @@ from lightning_eplb.relocation.optimizer import (
 _WHOLE: set[int] = set()
 """Ids of the optimizers whose state has all experts' rows just now, as one around them makes its state dict."""
 
+_HOOKED = "lightning_eplb_hooks"
+"""Attribute of an optimizer whose state dict has all experts' rows."""
+
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` put in."""
 
@@ -112,13 +115,13 @@ def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     if not any(layer.groups.size > 1 for layer in layer_of.values()):
         return
     for each in nested_optimizers([optimizer]):
-        if not isinstance(each, Optimizer) or "_gathers_experts" in vars(each):
+        if not isinstance(each, Optimizer) or _HOOKED in vars(each):
             continue
         if _has_state_dict_of_its_own(each):
             _replace_methods(each, layer_of)
         else:
             _register_hooks(each, layer_of)
-        each._gathers_experts = True  # type: ignore[attr-defined]
+        vars(each)[_HOOKED] = True
 
 
 def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.holdings import Holding, holdings
 from lightning_eplb.checkpoint.parts import PartFinder
 from lightning_eplb.checkpoint.recipes import Recipe, find_recipes, is_hugging_face
@@ -185,9 +185,7 @@ def _check_complete(
     missing = {name for name, holding in held.items() if id(holding.tensor) not in tensors}
     unexpected = set(left_over)
     if is_hugging_face(model):
-        info = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-        model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
-        missing, unexpected = info.missing_keys, info.unexpected_keys
+        missing, unexpected = _compat.without_ignored_keys(model, missing, unexpected)
     parts = [
         f"{what} {listed(sorted(names))}"
         for what, names in {"lacks": missing, "has, and the model has not,": unexpected}.items()

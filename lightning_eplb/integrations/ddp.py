@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.convert import expert_layers
 
 
@@ -30,10 +31,10 @@ def leave_experts_out_of_ddp(module: nn.Module) -> list[str]:
         Names as in ``module.named_parameters()``, of the parameters whose rows are other experts on each rank: none
         where a rank holds all experts. FSDP1 must ignore the same ones (``ignored_states``).
     """
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    ignored = getattr(module, _compat.IGNORED_BY_DDP, ())
     if not isinstance(ignored, _IgnoredByDDP):
         ignored = _IgnoredByDDP(module, ignored)
-        module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
+        setattr(module, _compat.IGNORED_BY_DDP, ignored)
     return ignored.names_of_experts()
 
 

@@ -9,6 +9,8 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
+from lightning_eplb.integrations.patches import replace
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.convert import expert_layers
 
@@ -26,8 +28,8 @@ def clip_fabric_by_global_norm(wrapped: Iterable[object]) -> None:
             ignored.
     """
     for one in filter(is_wrapped, wrapped):
-        strategy: Strategy = one._strategy  # type: ignore[attr-defined]
-        strategy.clip_gradients_norm = partial(_clip_gradients_norm, strategy)  # type: ignore[method-assign]
+        strategy: Strategy = _compat.fabric_strategy(one)
+        replace(strategy, "clip_gradients_norm", partial(_clip_gradients_norm, strategy))
 
 
 def _clip_gradients_norm(

@@ -9,20 +9,14 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.algorithms._comm_hooks import default_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.consolidate import INDEX, WEIGHTS_FSDP1
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
-
-_AVERAGING_HOOKS = (
-    default_hooks.allreduce_hook,
-    default_hooks.reduce_scatter_hook,
-    default_hooks.fp16_compress_hook,
-    default_hooks.bf16_compress_hook,
-)
 
 
 def check_fsdp(strategy: FSDPStrategy) -> None:
@@ -47,13 +41,13 @@ def check_fsdp(strategy: FSDPStrategy) -> None:
 
 def check_fsdp_hook(model: nn.Module | None) -> None:
     """Raise ``ValueError`` if a communication hook was registered that may not average. Needs no communication."""
-    hook = model._comm_hook if isinstance(model, FullyShardedDataParallel) else None
-    if hook is not None and hook not in _AVERAGING_HOOKS:
+    hook = _compat.fsdp1_comm_hook(model) if isinstance(model, FullyShardedDataParallel) else None
+    if hook is not None and hook not in (averaging := _compat.fsdp1_averaging_hooks()):
         name = getattr(hook, "__name__", repr(hook))
         raise ValueError(
             f"FullyShardedDataParallel.register_comm_hook(hook={name}) is not supported"
             " with experts that are spread over ranks: their gradients are averaged over all ranks, and so must all"
-            f" others be. Use one of {', '.join(each.__name__ for each in _AVERAGING_HOOKS)} of"
+            f" others be. Use one of {', '.join(each.__name__ for each in averaging)} of"
             " torch.distributed.algorithms._comm_hooks.default_hooks, or none"
         )
 
@@ -76,9 +70,9 @@ class SpreadExperts:
         self._precision = strategy.precision_plugin
         self._convert, self._load = self._precision.convert_module, strategy.load_checkpoint
         self._ignored = strategy.kwargs.get("ignored_states")
-        self._precision.convert_module = self._convert_and_leave_out  # type: ignore[method-assign]
-        strategy.load_checkpoint = self._load_checkpoint  # type: ignore[method-assign]
-        strategy.save_checkpoint = partial(_save_checkpoint, strategy)  # type: ignore[method-assign]
+        replace(self._precision, "convert_module", self._convert_and_leave_out)
+        replace(strategy, "load_checkpoint", self._load_checkpoint)
+        replace(strategy, "save_checkpoint", partial(_save_checkpoint, strategy))
 
     def _convert_and_leave_out(self, module: nn.Module) -> nn.Module:
         converted = self._convert(module)
@@ -112,8 +106,8 @@ class SpreadExperts:
 
     def undo(self) -> None:
         """Leave strategy and plugin as they were; state dicts, and what is saved, stay right."""
-        vars(self._precision).pop("convert_module", None)
-        vars(self._strategy).pop("load_checkpoint", None)
+        restore(self._precision, "convert_module")
+        restore(self._strategy, "load_checkpoint")
         kwargs: dict[str, Any] = self._strategy.kwargs
         kwargs.pop("ignored_states", None)
         if self._ignored is not None:
@@ -125,7 +119,7 @@ def _save_checkpoint(
 ) -> None:
     """Save as the strategy does, but replace a folder in one step. It may be called at any time after ``fit``, too."""
     save = type(strategy).save_checkpoint
-    if strategy._state_dict_type != "sharded" or storage_options is not None:
+    if not _compat.saves_shards(strategy) or storage_options is not None:
         save(strategy, checkpoint, filepath, storage_options)
     elif save is FSDPStrategy.save_checkpoint:
         save_folder(strategy, checkpoint, filepath, WEIGHTS_FSDP1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.flat_parameters import shard_groups
@@ -51,8 +52,8 @@ def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") 
         else:
             clip_grad_value_(precision.main_params(optimizer), float(clip_val))
 
-    precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-    precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+    replace(precision, "clip_grad_by_norm", clip_grad_by_norm)
+    replace(precision, "clip_grad_by_value", clip_grad_by_value)
 
 
 def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
@@ -66,7 +67,7 @@ def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.Lightning
             raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
         return clip_by_norm_of_all_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
 
-    wrapped.clip_grad_norm_ = clip  # type: ignore[method-assign]
+    replace(wrapped, "clip_grad_norm_", clip)
 
 
 class _Clipped(NamedTuple):
@@ -79,8 +80,7 @@ class _Clipped(NamedTuple):
 
 def clip_as_before(trainer: "pl.Trainer") -> None:
     """Undo :func:`clip_by_global_norm`."""
-    for name in ("clip_grad_by_norm", "clip_grad_by_value"):
-        vars(trainer.precision_plugin).pop(name, None)
+    restore(trainer.precision_plugin, "clip_grad_by_norm", "clip_grad_by_value")
 
 
 def shared_scaler(trainer: "pl.Trainer") -> torch.amp.GradScaler | None:

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.groups import ExpertGroups
 
 PIECE = 2**24
@@ -44,7 +45,7 @@ def first_that_differs(ddp: DistributedDataParallel, groups: ExpertGroups) -> st
         groups: Of the experts, which ``ddp`` leaves alone.
     """
     names = {id(parameter): name for name, parameter in ddp.module.named_parameters()}
-    parameters = [parameter for parameter in ddp._module_parameters if parameter.element_size() in _BITS]
+    parameters = [parameter for parameter in _compat.ddp_parameters(ddp) if parameter.element_size() in _BITS]
     if not parameters:
         return None
     sums = torch.stack([_sum_of_bits(parameter.detach()) for parameter in parameters]).cpu()

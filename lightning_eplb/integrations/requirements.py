@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_eplb import _compat
 from lightning_eplb.integrations.fsdp1 import check_fsdp
 from lightning_eplb.parallel.communication_hooks import check_averages
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
@@ -47,17 +48,15 @@ def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_ex
             f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
             " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
         )
-    hook_state = getattr(trainer.strategy, "_ddp_comm_state", None)
-    if ep_size > 1 and type(hook_state).__name__ == "PostLocalSGDState":  # which only its users import
+    comm = _compat.comm_hook_of(trainer.strategy) if isinstance(trainer.strategy, DDPStrategy) else None
+    if comm is not None and ep_size > 1 and type(comm.state).__name__ == "PostLocalSGDState":  # imported by its users
         raise ValueError(
             "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
             " parameters over ranks, and each has other experts; leave its three arguments out"
         )
-    hook = getattr(trainer.strategy, "_ddp_comm_hook", None)
-    if ep_size > 1 and hook is not None:
-        wrapper = getattr(trainer.strategy, "_ddp_comm_wrapper", None)
-        source = f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', repr(hook))})"
-        check_averages(source, hook, hook_state, wrapper)
+    if comm is not None and ep_size > 1 and comm.hook is not None:
+        source = f"DDPStrategy(ddp_comm_hook={getattr(comm.hook, '__name__', repr(comm.hook))})"
+        check_averages(source, comm.hook, comm.state, comm.wrapper)
     check_nodes(ep_size, trainer.num_devices)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -87,10 +86,7 @@ def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_siz
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelPruning):
             continue
-        pruned = ModelPruning.sanitize_parameters_to_prune(
-            pl_module, callback._parameters_to_prune, callback._parameter_names
-        )
-        for module, name in pruned:
+        for module, name in _compat.pruned_by(callback, pl_module):
             if id(module) in experts:
                 raise ValueError(
                     f"{type(callback).__name__} prunes {name!r} of a {type(module).__name__}, and EPLBCallback spreads"
