@@ -69,6 +69,9 @@ class Registered(NamedTuple):
     children: dict[str, nn.Module | None]
 
 
+WRAPPER_NAMES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` insert."""
+
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 """Names of these dictionaries in ``vars(module)``."""
 

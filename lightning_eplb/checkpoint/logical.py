@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.convert import expert_layers
 from lightning_eplb.parallel.experts import ExpertLayer
@@ -34,9 +35,6 @@ _WHOLE: set[int] = set()
 
 _HOOKED = "lightning_eplb_hooks"
 """Attribute of an optimizer whose state dict has all experts' rows."""
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` put in."""
 
 
 def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +90,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _without_wrappers(name: str) -> str:
-    for part in _WRAPPERS:
+    for part in _compat.WRAPPER_NAMES:
         name = name.replace(part, "")
     return name
 
