@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_eplb.checkpoint.recipes import Recipe
+from lightning_eplb.checkpoint.conversion import Recipe
 from lightning_eplb.checkpoint.sources import Box, Source, whole_box
 
 Parts = dict[str, list[Box]]

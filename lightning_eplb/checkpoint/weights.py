@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_eplb import _compat
-from lightning_eplb.checkpoint.holdings import Holding, holdings
+from lightning_eplb.checkpoint.conversion import Recipe, find_recipes, is_hugging_face
+from lightning_eplb.checkpoint.local_parts import Holding, holdings
 from lightning_eplb.checkpoint.parts import PartFinder
-from lightning_eplb.checkpoint.recipes import Recipe, find_recipes, is_hugging_face
 from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_eplb.checkpoint.consolidate import check_complete, has_shards, read_rest
-from lightning_eplb.cli.table import aligned
+from lightning_eplb.cli.terminal import aligned
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.split import level_tokens

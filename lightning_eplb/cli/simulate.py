@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lightning_eplb.cli.load import POLICIES, add_load_arguments, progress, read_load, replay_policies, setting_of
-from lightning_eplb.cli.table import aligned
+from lightning_eplb.cli.terminal import aligned
 from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
 from lightning_eplb.simulation.replay import Replay, describe, draw_over_time
 from lightning_eplb.simulation.trace_formats import FORMATS

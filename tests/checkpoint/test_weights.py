@@ -23,7 +23,7 @@ from lightning_eplb import (
     parallelize_experts,
 )
 from lightning_eplb.checkpoint import sources
-from lightning_eplb.checkpoint.holdings import holdings
+from lightning_eplb.checkpoint.local_parts import holdings
 from tests.fidelity import SEQUENCES, TOLERANCE, Case, ShufflePolicy, reference, tokens_of, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_resume import save_halfway

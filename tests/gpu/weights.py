@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import fully_shard_moe, load_weights, materialize, parallelize_experts
 from lightning_eplb.checkpoint import sources
-from lightning_eplb.checkpoint.holdings import holdings
+from lightning_eplb.checkpoint.local_parts import holdings
 from tests.fidelity import whole
 
 
