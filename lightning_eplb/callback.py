@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.checkpoint.consolidate import ReadsDistributedCheckpoints
+from lightning_eplb.checkpoint.consolidate import DistributedCheckpointIO
 from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.integrations.evaluation import Evaluation
 from lightning_eplb.integrations.fsdp1 import SpreadExperts, check_fsdp_hook
@@ -168,8 +168,8 @@ class EPLBCallback(Callback):
         if isinstance(trainer.strategy, FSDPStrategy):
             self._undo_spread_experts()
             self._spread_experts = SpreadExperts(trainer.strategy, pl_module)
-        elif not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
-            replace(trainer.strategy, "checkpoint_io", ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io))
+        elif not isinstance(trainer.strategy.checkpoint_io, DistributedCheckpointIO):
+            replace(trainer.strategy, "checkpoint_io", DistributedCheckpointIO(trainer.strategy.checkpoint_io))
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))

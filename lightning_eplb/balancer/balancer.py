@@ -21,8 +21,8 @@ from lightning_eplb.balancer.served import take_load
 from lightning_eplb.balancer.steps import Rearrangement, StepLoad
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.functional import balancedness
+from lightning_eplb.integrations.ddp import warn_if_out_of_sync
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
-from lightning_eplb.integrations.replicated import warn_of_drift
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
@@ -492,7 +492,7 @@ class ExpertLoadBalancer:
     def _warn_of_drift(self) -> None:
         ddp = self._modules[0][0].ddp
         if ddp is not None and not self._has_warned:
-            self._has_warned = warn_of_drift(ddp, self.groups)
+            self._has_warned = warn_if_out_of_sync(ddp, self.groups)
 
     def _is_awaited(self, optimizer: Optimizer) -> bool:
         """Whether rows arrive before its step: experts change in it, or, all of them frozen, in no step."""

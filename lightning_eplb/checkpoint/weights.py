@@ -1,4 +1,4 @@
-"""Weights from disk into a model whose experts are spread over ranks."""
+"""Load weights from disk into a model whose experts are spread over ranks."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,8 +9,7 @@ from torch import nn
 
 from lightning_eplb import _compat
 from lightning_eplb.checkpoint.conversion import Recipe, find_recipes, is_hugging_face
-from lightning_eplb.checkpoint.local_parts import Holding, holdings
-from lightning_eplb.checkpoint.parts import PartFinder
+from lightning_eplb.checkpoint.local_parts import LocalPart, PartFinder, local_parts
 from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     give_memory,
@@ -22,17 +21,17 @@ from lightning_eplb.parallel.materialize import (
 
 
 def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | str | None = None) -> nn.Module:
-    """Fill a parallelized model with the weights of a checkpoint, in place. Each rank reads what it holds.
+    """Load the weights of a checkpoint into a parallelized model, in place. Each rank reads its own part.
 
-    Of expert layers that is the experts of this rank, of tensors that ``fully_shard`` cut this rank's shard, of all
-    else the whole. A model that was built on the meta device gets its memory here, for no more than that. Call it after
-    ``parallelize_experts`` or ``fully_shard_moe`` and before the optimizer is made, on every rank; each reads the files
-    by itself.
+    That part is the experts of this rank, this rank's shard of tensors that ``fully_shard`` has sharded, and all other
+    tensors whole. A model on the meta device gets memory for this part here. Call it on every rank, after
+    ``parallelize_experts`` or ``fully_shard_moe`` and before the optimizer is made. It performs no communication
+    to read the files.
 
-    The checkpoint is the folder of a Hugging Face model, as ``from_pretrained`` takes it: names and tensors that differ
-    from the model's, such as one tensor for each expert, are converted as transformers does it. Or it is a file or
-    folder that ``Trainer.save_checkpoint`` has written, on however many ranks: then of a ``LightningModule``, or of a
-    module in it, the weights are loaded and nothing else. Values are cast to the data types of the model.
+    The checkpoint is the folder of a Hugging Face model, as for ``from_pretrained``. Names and tensors that differ from
+    the model's, such as one tensor for each expert, are converted as in transformers. Or it is a file or folder of
+    ``Trainer.save_checkpoint``, from any number of ranks: the weights of the ``LightningModule``, or of a module in it,
+    are loaded and nothing else. Values are cast to the data types of the model.
 
     Example::
 
@@ -44,23 +43,23 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
                 self.model = load_weights(model, folder)
 
     Args:
-        model: A model of transformers, or any other whose state dict has the checkpoint's names.
-        path: The folder, or the file of a Lightning checkpoint. For a model on the hub it is what
-            ``huggingface_hub.snapshot_download(name)`` returns.
-        device: Where a model on the meta device gets its memory, as in :func:`~lightning_eplb.materialize`.
+        model: Model of transformers, or any other whose state dict has the checkpoint's names.
+        path: Folder of a model, or file or folder of a Lightning checkpoint. For a model on the hub, the result of
+            ``huggingface_hub.snapshot_download(name)``.
+        device: Device on which a model on the meta device gets memory, as in :func:`~lightning_eplb.materialize`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: ``path`` is no such checkpoint, a damaged or a quantized one; or tensors are missing in it, are left
-            over, or have other shapes or kinds of numbers than the model's. The model is as it was then, unless a shard
-            is damaged inside: that is found as it is read.
+        ValueError: ``path`` is no such checkpoint, damaged or quantized; or its tensors are missing, left over, or of
+            other shapes or kinds of numbers than the model's. The model is unchanged then, unless a shard is damaged
+            inside, which is found while it is read.
     """
     device = memory_device(model, device)
     _check_unquantized(model, Path(path))
-    held = holdings(model)
-    shapes = {name: holding.shape for name, holding in held.items()}
+    held = local_parts(model)
+    shapes = {name: part.shape for name, part in held.items()}
     with open_checkpoint(path) as sources:
         if is_from_lightning(path):
             recipes, left_over = _of_module(shapes, sources)
@@ -70,11 +69,11 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         _check_complete(model, held, made, [*left_over, *sorted(made - set(shapes))], path)
         _check_kinds(recipes, held, sources, path)
         empty = give_memory(model, device)
-        held = holdings(model)
+        held = local_parts(model)
         filled = {id(held[name].tensor) for name in made if name in held}
         left = {name for name, tensor in named_tensors(model).items() if name in empty and id(tensor) not in filled}
         initialize(model, left, device)
-        share_over_replicas(model, left & set(held))  # which a model may lack, and still be complete
+        share_over_replicas(model, left & set(held))  # which a complete checkpoint may lack
         finder = PartFinder(model, shapes, sources)
         with torch.no_grad():
             for recipe in recipes:
@@ -85,12 +84,12 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
 def _fill(
     recipe: Recipe,
     model: nn.Module,
-    held: Mapping[str, Holding],
+    held: Mapping[str, LocalPart],
     sources: Mapping[str, Source],
     finder: PartFinder,
 ) -> None:
-    targets = {name: held[name] for name in recipe.targets if name in held}  # a model may leave some alone
-    shapes = {name: holding.shape for name, holding in held.items()}
+    targets = {name: held[name] for name in recipe.targets if name in held}  # a model may ignore some
+    shapes = {name: part.shape for name, part in held.items()}
     if recipe.conversion is None:
         for target in targets.values():
             for box, place in target.pieces():
@@ -118,7 +117,7 @@ def _fill(
 
 
 def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> tuple[list[Recipe], list[str]]:
-    """Of a ``LightningModule`` the state dict's own names, of a module in it those behind a prefix."""
+    """Match the names of a Lightning checkpoint: those of the state dict, or those behind the prefix of a module."""
     first = next(iter(shapes), "")
     prefixes = [key.removesuffix(first) for key in sources if key == first or key.endswith(f".{first}")]
     found = {prefix: sum(prefix + name in sources for name in shapes) for prefix in prefixes}
@@ -157,9 +156,9 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
 
 
 def _check_kinds(
-    recipes: Iterable[Recipe], held: Mapping[str, Holding], sources: Mapping[str, Source], path: str | Path
+    recipes: Iterable[Recipe], held: Mapping[str, LocalPart], sources: Mapping[str, Source], path: str | Path
 ) -> None:
-    """Raise ``ValueError`` where a cast would change numbers: between real ones and whole, complex or packed ones."""
+    """Raise ``ValueError`` if a cast would change numbers: from or to integers, complex or packed numbers."""
     wrong = {
         key: name
         for recipe in recipes
@@ -178,11 +177,11 @@ def _check_kinds(
 
 
 def _check_complete(
-    model: nn.Module, held: Mapping[str, Holding], made: set[str], left_over: Iterable[str], path: str | Path
+    model: nn.Module, held: Mapping[str, LocalPart], made: set[str], left_over: Iterable[str], path: str | Path
 ) -> None:
-    """Raise ``ValueError`` unless each tensor is made under one of its names, and nothing else is."""
+    """Raise ``ValueError`` unless the checkpoint makes every tensor, under one of its names, and nothing else."""
     tensors = {id(held[name].tensor) for name in made if name in held}
-    missing = {name for name, holding in held.items() if id(holding.tensor) not in tensors}
+    missing = {name for name, part in held.items() if id(part.tensor) not in tensors}
     unexpected = set(left_over)
     if is_hugging_face(model):
         missing, unexpected = _compat.without_ignored_keys(model, missing, unexpected)

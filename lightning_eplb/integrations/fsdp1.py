@@ -1,4 +1,4 @@
-"""Lightning's ``FSDPStrategy`` (FSDP1): it shards everything but the experts."""
+"""Lightning's ``FSDPStrategy`` (FSDP1), which shards everything but the experts."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spre
 
 
 def check_fsdp(strategy: FSDPStrategy) -> None:
-    """Raise ``ValueError`` for what can't be done while experts are spread over ranks. Needs no communication."""
+    """Raise ``ValueError`` for options that are not supported with expert parallelism. Performs no communication."""
     if strategy.cpu_offload.offload_params:
         raise ValueError(
             "FSDPStrategy(cpu_offload=True) is not supported by EPLBCallback, as experts stay on their device;"
@@ -40,7 +40,7 @@ def check_fsdp(strategy: FSDPStrategy) -> None:
 
 
 def check_fsdp_hook(model: nn.Module | None) -> None:
-    """Raise ``ValueError`` if a communication hook was registered that may not average. Needs no communication."""
+    """Raise ``ValueError`` for a registered communication hook that may not average. Performs no communication."""
     hook = _compat.fsdp1_comm_hook(model) if isinstance(model, FullyShardedDataParallel) else None
     if hook is not None and hook not in (averaging := _compat.fsdp1_averaging_hooks()):
         name = getattr(hook, "__name__", repr(hook))
@@ -53,16 +53,16 @@ def check_fsdp_hook(model: nn.Module | None) -> None:
 
 
 class SpreadExperts:
-    """Lets an ``FSDPStrategy`` train a model whose experts are spread over ranks, until ``undo``.
+    """Expert parallelism under an ``FSDPStrategy``, until :meth:`undo`.
 
-    Experts are left out of what it wraps, and readied for it. That is done when the strategy asks the precision plugin
-    to convert the model, the last thing before it wraps it: ``configure_model`` has run by then. Its state dicts, and
-    what it saves, have the experts in the form that they have everything else in. It also resumes from the distributed
-    checkpoints of FSDP2.
+    FSDP ignores the experts, which are prepared for that when the strategy asks the precision plugin to convert the
+    model. That is the last call before FSDP wraps the model, after ``configure_model``. State dicts and checkpoints
+    hold the experts in the same form as all other parameters. The strategy also resumes from distributed checkpoints
+    of FSDP2.
 
     Args:
-        strategy: That of the trainer, before its ``setup``.
-        module: Converted by then.
+        strategy: Strategy of the trainer, before its ``setup``.
+        module: Model, converted before the strategy wraps it.
     """
 
     def __init__(self, strategy: FSDPStrategy, module: "pl.LightningModule") -> None:
@@ -86,7 +86,7 @@ class SpreadExperts:
         return converted
 
     def _is_saved_in_shards(self) -> bool:
-        """How FSDP has been told to make state dicts, just now."""
+        """Return ``True`` while FSDP makes sharded state dicts."""
         wrapped = self._strategy.model
         settings = FullyShardedDataParallel.get_state_dict_type(wrapped) if wrapped is not None else None
         return settings is not None and settings.state_dict_type == StateDictType.SHARDED_STATE_DICT
@@ -95,7 +95,7 @@ class SpreadExperts:
         strategy = self._strategy
         path = strategy.broadcast(checkpoint_path)
         if not Path(path).is_dir():
-            if Path(path).is_file():  # Lightning's reader runs the code in it: raise for that, as other strategies do
+            if Path(path).is_file():  # Lightning's reader runs the code in it: raise, as other strategies do
                 torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
             return self._load(path, weights_only=weights_only)
         assert strategy.model is not None
@@ -105,7 +105,7 @@ class SpreadExperts:
         )
 
     def undo(self) -> None:
-        """Leave strategy and plugin as they were; state dicts, and what is saved, stay right."""
+        """Restore strategy and plugin. State dicts and checkpoints stay correct."""
         restore(self._precision, "convert_module")
         restore(self._strategy, "load_checkpoint")
         kwargs: dict[str, Any] = self._strategy.kwargs
@@ -117,7 +117,7 @@ class SpreadExperts:
 def _save_checkpoint(
     strategy: FSDPStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
 ) -> None:
-    """Save as the strategy does, but replace a folder in one step. It may be called at any time after ``fit``, too."""
+    """Save as the strategy does, but replace a folder in one step. May be called after ``fit``, too."""
     save = type(strategy).save_checkpoint
     if not _compat.saves_shards(strategy) or storage_options is not None:
         save(strategy, checkpoint, filepath, storage_options)

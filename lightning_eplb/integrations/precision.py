@@ -1,4 +1,4 @@
-"""What Lightning's precision plugin does on each rank by itself and must do alike on all: clipping, and its scaler."""
+"""Lightning's precision plugin: gradient clipping by the norm of the whole model, and the gradient scaler."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ from lightning_eplb.strategies import ExpertParallelStrategy
 
 
 def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-    """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
+    """Let the precision plugin, through which every clipping goes, clip by the norm of the whole model.
 
-    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
-    and it refuses those of several meshes. What the model is, is looked up when it is first clipped: it may be built
-    later, and who tries learning rates trains before ``on_fit_start``.
+    Lightning clips by the norm of a rank's own gradients, without the experts of other ranks, and does not support
+    several meshes. The model is looked up at the first clipping: it may be built later than this call, and
+    ``LearningRateFinder`` trains before ``on_fit_start``.
     """
     clip_as_before(trainer)
     precision = trainer.precision_plugin
@@ -57,7 +57,10 @@ def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") 
 
 
 def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
-    """The same for ``FullyShardedDataParallel.clip_grad_norm_``, which takes experts to be the same on all ranks."""
+    """Let ``FullyShardedDataParallel.clip_grad_norm_`` clip by the norm of the whole model.
+
+    FSDP takes the parameters that it ignores to be the same on all ranks.
+    """
     if not isinstance(wrapped, FullyShardedDataParallel) or groups.size == 1:
         return
     experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
@@ -71,7 +74,7 @@ def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.Lightning
 
 
 class _Clipped(NamedTuple):
-    """See :func:`~lightning_eplb.parallel.clipping.clip_by_norm_of_all_`."""
+    """Arguments of :func:`~lightning_eplb.parallel.clipping.clip_by_norm_of_all_`."""
 
     expert_parameters: Sequence[Tensor]
     groups: ExpertGroups
@@ -84,6 +87,6 @@ def clip_as_before(trainer: "pl.Trainer") -> None:
 
 
 def shared_scaler(trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
-    """The gradient scaler, where several ranks must agree about what it does."""
+    """Return the gradient scaler if several ranks must agree on its decisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and trainer.world_size > 1 else None

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import _compat
+from lightning_eplb._validation import check_divides, check_multiple
 from lightning_eplb.integrations.fsdp1 import check_fsdp
 from lightning_eplb.parallel.communication_hooks import check_averages
 from lightning_eplb.parallel.convert import check_experts, expert_layers, find_experts
@@ -30,17 +31,11 @@ def check_spread(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None
 def checked_ep_size(trainer: "pl.Trainer", ep_size: int | None, num_redundant_experts: int) -> int:
     """The size of an EP group, once it is sure that the trainer and the callback's arguments go together."""
     ep_size = ep_size_in(trainer, ep_size)
-    if trainer.world_size % ep_size:
-        sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
-        raise ValueError(
-            f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
-        )
-    if num_redundant_experts % ep_size:
-        below = num_redundant_experts // ep_size * ep_size
-        raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={ep_size};"
-            f" {below} or {below + ep_size} would do"
-        )
+    ranks = trainer.world_size
+    check_divides(ep_size, ranks, f"ep_size={ep_size}", f"the {ranks} data-parallel ranks")
+    check_multiple(
+        num_redundant_experts, ep_size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={ep_size}"
+    )
     if isinstance(trainer.strategy, FSDPStrategy):
         check_fsdp(trainer.strategy)
     elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):

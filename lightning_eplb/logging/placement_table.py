@@ -1,4 +1,4 @@
-"""Where the experts are, as a table."""
+"""Placement of the experts as a table."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ COLUMNS = ("layer", "expert", "rank", "ranks of copies", "tokens", "times even")
 
 
 def placement_rows(placement: ExpertPlacement, load_YL: np.ndarray) -> list[list[Any]]:
-    """A row for each logical expert of each layer, with the columns :data:`COLUMNS`.
+    """Return a row with :data:`COLUMNS` for each logical expert of each layer.
 
     Args:
-        placement: Where they are.
-        load_YL: Their tokens, ``[Y, L]``.
+        placement: Placement of the experts.
+        load_YL: Tokens of each logical expert, ``[Y, L]``.
     """
     mean_Y = np.maximum(load_YL.mean(axis=1), 1e-9)
     rank_YLC = placement.logical_to_physical // placement.slots_per_rank

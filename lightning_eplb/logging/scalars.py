@@ -1,4 +1,4 @@
-"""The scalars of an optimizer step: their names, what they mean, and their values."""
+"""Scalars of an optimizer step: names, units, meanings and values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.balancer.steps import StepLoad
@@ -55,17 +55,17 @@ SCALARS: dict[str, tuple[str, str]] = {
     ),
     "eplb/rearrange_exchange_seconds": ("seconds", "of these, while rows moved"),
 }
-"""Unit and meaning of each. Tokens are summed over layers; where nothing else is said it is that optimizer step's."""
+"""Unit and meaning by name. Tokens are summed over layers. Values are those of the optimizer step unless stated."""
 
 
 def scalars_of(balancer: ExpertLoadBalancer, step: StepLoad) -> dict[str, float]:
-    """What is known after a step, by the names of :data:`SCALARS`.
+    """Return the known scalars after a step, by the names of :data:`SCALARS`.
 
-    It communicates with nobody. On ranks above 0 the seconds are their own.
+    Performs no communication. Seconds are those of the calling rank.
 
     Args:
-        balancer: Whose step it was.
-        step: What :meth:`~lightning_eplb.ExpertLoadBalancer.step` returned.
+        balancer: Balancer after the step.
+        step: Result of its :meth:`~lightning_eplb.ExpertLoadBalancer.step`.
     """
     values = {
         "eplb/balancedness": step.balancedness,

@@ -12,7 +12,7 @@ from transformers import core_model_loading as hf
 
 from lightning_eplb.checkpoint import conversion
 from lightning_eplb.checkpoint.conversion import Recipe
-from lightning_eplb.checkpoint.parts import PartFinder
+from lightning_eplb.checkpoint.local_parts import PartFinder
 from lightning_eplb.checkpoint.sources import whole_box
 
 GATE, UP = "experts.*.gate.weight", "experts.*.up.weight"

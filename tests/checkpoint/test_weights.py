@@ -23,7 +23,7 @@ from lightning_eplb import (
     parallelize_experts,
 )
 from lightning_eplb.checkpoint import sources
-from lightning_eplb.checkpoint.local_parts import holdings
+from lightning_eplb.checkpoint.local_parts import local_parts
 from tests.fidelity import SEQUENCES, TOLERANCE, Case, ShufflePolicy, reference, tokens_of, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_resume import save_halfway
@@ -117,9 +117,9 @@ def load_after_moves(name: str, layout: str, path: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    pointers = [holding.local.data_ptr() for holding in holdings(model).values()]
+    pointers = [holding.local.data_ptr() for holding in local_parts(model).values()]
     load_weights(model, path)
-    assert pointers == [holding.local.data_ptr() for holding in holdings(model).values()]
+    assert pointers == [holding.local.data_ptr() for holding in local_parts(model).values()]
     check_equal(model, path)
 
 
@@ -264,7 +264,7 @@ def load_from_lightning(path: str, layout: str, inner: bool) -> dict[str, Tensor
     module = LanguageModel(on_meta("mixtral"), "adamw")
     parallelized(module.model, layout)
     read = count_bytes(lambda: load_weights(module.model if inner else module, path))
-    held = [holding.local for holding in holdings(module).values()]
+    held = [holding.local for holding in local_parts(module).values()]
     assert read == sum(tensor.numel() * tensor.element_size() for tensor in held)
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
