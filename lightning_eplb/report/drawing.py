@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
-from PIL import Image
 
 from lightning_eplb.report.scales import Scale, nice_ticks
 
@@ -19,6 +18,8 @@ HEIGHT = 100
 
 def picture(values_RB: np.ndarray, scale: Scale) -> str:
     """Return a PNG with one pixel for each value, as a data URL."""
+    from PIL import Image
+
     image = Image.fromarray(scale.levels(values_RB))
     image.putpalette(bytes.fromhex("".join(colour[1:] for colour in scale.colours)))
     file = io.BytesIO()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from matplotlib import colormaps
 
 from lightning_eplb.logging.heatmap import COLOUR_LIMITS
 
@@ -38,6 +37,8 @@ class Scale:
     @cached_property
     def colours(self) -> list[str]:
         """Colour of each level, ``#rrggbb``, all different, and :data:`NOTHING`."""
+        from matplotlib import colormaps
+
         rgb = (255 * colormaps["cividis"](np.linspace(0, 1, len(self.values)))[:, :3]).round().astype(int)
         return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rgb.tolist()] + [NOTHING]
 
