@@ -1,7 +1,7 @@
 """Checks of arguments that several classes share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -75,7 +75,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*low, *(number // divisor for divisor in low)})
 
 
-def one_of(values: Sequence[object]) -> str:
+def one_of(values: Iterable[object]) -> str:
     """Return values as words of a sentence.
 
     Example:

@@ -36,8 +36,8 @@ def check_complete(folder: Path) -> None:
     if not is_distributed_checkpoint(folder):
         missing = REST if (folder / INDEX).is_file() else INDEX
         raise ValueError(
-            f"{folder} is no complete checkpoint: it has no {missing}. It was never written, or removed, in whole;"
-            " resume from another one"
+            f"{folder} is not a complete checkpoint: it has no {missing}. It was written or removed in part."
+            " Resume from another one."
         )
 
 
@@ -69,12 +69,12 @@ def read_rest(folder: Path, index: Any, weights_only: bool | None = None) -> dic
     for file in rest_files(folder):
         rest = torch.load(file, map_location="cpu", weights_only=weights_only)
         if not isinstance(rest, dict):
-            raise ValueError(f"{file} is not of a checkpoint of Lightning: it holds a {type(rest).__name__}")
+            raise ValueError(f"{file} is not a part of a Lightning checkpoint: it holds a {type(rest).__name__}.")
         if rest.pop(WRITE, None) == write:
             return rest
     raise ValueError(
-        f"{folder} is a mixture of two checkpoints: {REST} is not of the write that made its {INDEX}; resume from"
-        " another one"
+        f"{folder} is a mixture of two checkpoints: {REST} is not of the write that made its {INDEX}. Resume from"
+        " another one."
     )
 
 
@@ -117,7 +117,7 @@ def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = 
     for key, path in (index.planner_data or {}).items():
         _put(nested, path, flat[key])
     if weights_key(index) not in nested:
-        raise ValueError(f"{folder} holds no weights of a model: {weights_key(index)!r} is not in its {INDEX}")
+        raise ValueError(f"{folder} holds no weights of a model: {weights_key(index)!r} is not in its {INDEX}.")
     checkpoint["state_dict"] = nested[weights_key(index)]
     names = sorted((key for key in nested if key.startswith("optimizer_")), key=lambda key: int(key.split("_")[1]))
     if names:

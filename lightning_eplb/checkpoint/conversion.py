@@ -155,7 +155,7 @@ def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size],
     }
     if recipe.conversion is None:
         if len(recipe.all_keys) > 1:
-            raise ValueError(f"{recipe.name} would be loaded from {' and '.join(recipe.all_keys)} alike")
+            raise ValueError(f"{recipe.name} would be loaded from both {' and '.join(recipe.all_keys)}.")
         made = {recipe.name: on_meta[recipe.name][0]}
     else:
         try:
@@ -169,7 +169,7 @@ def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size],
         if name in shapes and tensor.shape != shapes[name]:
             raise ValueError(
                 f"{name} has shape {list(shapes[name])} in the model and {list(tensor.shape)} in the checkpoint"
-                f" ({listed(recipe.all_keys)}); the model must be built by the checkpoint's configuration"
+                f" ({listed(recipe.all_keys)}). Build the model with the checkpoint's configuration."
             )
     recipe.targets = {name: tensor.shape for name, tensor in made.items()}
     rows = {shape[0] for shape in recipe.targets.values() if len(shape)}

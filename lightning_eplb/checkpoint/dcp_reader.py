@@ -80,27 +80,27 @@ def read_index(folder: str | Path) -> Metadata:
         ends = _ends_of_files(index)
     except _UnknownNameError as error:
         raise ValueError(
-            f"{file} names {error}, which no index of a distributed checkpoint needs: it may be made to run code, and"
-            " was not read; take a checkpoint that you know the origin of"
+            f"{file} names {error}, which no index of a distributed checkpoint needs. It may run code, and was"
+            " not read. Use a checkpoint of known origin."
         ) from None
     except OSError:
         raise
     except Exception as error:  # of bytes that may be anything, so is this
         raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}); resume from another checkpoint"
+            f"{file} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
         ) from error
     for name, end in ends.items():
         if not is_inside(name):
             raise ValueError(
-                f"{file} names the file {name!r}, which is outside of its folder, and was not read; take a checkpoint"
-                " that you know the origin of"
+                f"{file} names the file {name!r}, which is outside of its folder, and was not read. Use a"
+                " checkpoint of known origin."
             )
         shard = Path(folder) / name
         size = shard.stat().st_size if shard.is_file() else 0
         if size < end:
             raise ValueError(
                 f"{shard} has {size} of the {end} bytes that {INDEX} names: the checkpoint was copied or removed in"
-                " part, or is damaged; resume from another one"
+                " part, or is damaged. Resume from another one."
             )
     return index
 
@@ -166,7 +166,7 @@ class DistributedReader(FileSystemReader):
             raise
         except Exception as error:  # of bytes that may be anything, so is this
             raise ValueError(
-                f"a shard in {self.path} is damaged ({type(error).__name__}); resume from another checkpoint"
+                f"a shard in {self.path} is damaged ({type(error).__name__}). Resume from another checkpoint."
             ) from error
 
 
@@ -212,7 +212,7 @@ class _DataPlanner(DefaultLoadPlanner):
         except Exception as error:
             raise _RunsCodeError(
                 f"{read_item.dest_index.fqn} in the checkpoint is damaged, or can't be read without running code from"
-                " it; if you know its origin, allow its classes with torch.serialization.add_safe_globals()"
+                " it. If you know its origin, allow its classes with torch.serialization.add_safe_globals()."
             ) from error
         data = io.BytesIO()  # PyTorch's own planner loads it again, without weights_only
         torch.save(content, data)

@@ -70,8 +70,8 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
             check_complete(path)
         else:
             raise ValueError(
-                f"path={str(path)!r} is no checkpoint: a folder with {SINGLE_FILE} or {INDEX_FILE} would do, as would"
-                " a file or folder that Trainer.save_checkpoint has written (nothing is downloaded)"
+                f"path={str(path)!r} is not a checkpoint. Use a folder with {SINGLE_FILE} or {INDEX_FILE}, or a file or"
+                " folder of Trainer.save_checkpoint. Nothing is downloaded."
             )
 
 
@@ -101,7 +101,7 @@ def _safetensors(paths: list[Path], files: ExitStack) -> dict[str, Source]:
             sources |= {key: _SafetensorsSource(file, key) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # of bytes that may be anything, so is this
             raise ValueError(
-                f"path={str(path)!r} can't be read as safetensors, of which it may be a part: {error}; copy it again"
+                f"path={str(path)!r} can't be read as safetensors, and may be cut off: {error}. Copy it again."
             ) from error
     return sources
 
@@ -114,8 +114,8 @@ def _named_files(folder: Path) -> list[Path]:
     outside = [name for name in names if not is_inside(name)]
     if outside:
         raise ValueError(
-            f"path={str(folder)!r} was not read, as its {INDEX_FILE} names {listed(outside)} outside of this folder;"
-            " take a checkpoint that you know the origin of"
+            f"path={str(folder)!r} was not read, as its {INDEX_FILE} names {listed(outside)} outside of this folder."
+            " Use a checkpoint of known origin."
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -160,21 +160,21 @@ def _lightning(file: Path) -> dict[str, Source]:
     except Exception as error:  # of bytes that may be anything, so is this
         raise ValueError(
             f"path={str(file)!r} can't be read as a file of Trainer.save_checkpoint ({type(error).__name__}): it is"
-            " damaged, or has more in it than tensors and plain Python, of which nothing was run"
+            " damaged, or holds more than tensors and plain Python. No code of it was run."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"path={str(file)!r} has no 'state_dict'; a file of Trainer.save_checkpoint has it")
+        raise ValueError(f"path={str(file)!r} has no 'state_dict'. Use a file of Trainer.save_checkpoint.")
     state_dict = checkpoint["state_dict"]
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(
-            f"path={str(file)!r} has a 'state_dict' that is no dictionary from names to tensors; a file of"
-            " Trainer.save_checkpoint has one"
+            f"path={str(file)!r} has a 'state_dict' that is not a dictionary from names to tensors. Use a file"
+            " of Trainer.save_checkpoint."
         )
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     odd = [key for key, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(
-            f"path={str(file)!r} has {listed(odd)} sparse, quantized or on the meta device; save plain tensors"
+            f"path={str(file)!r} has {listed(odd)} sparse, quantized or on the meta device. Save plain tensors."
         )
     return {key: _MappedSource(tensor) for key, tensor in tensors.items()}
 

@@ -124,8 +124,8 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
     if len(best) > 1 and "" not in best:
         raise ValueError(
-            f"path: the checkpoint has several modules like this one: {listed(best)}; load the LightningModule that was"
-            " saved"
+            f"path: the checkpoint has several modules like this one: {listed(best)}. Load the LightningModule that was"
+            " saved."
         )
     prefix = best[0] if best and "" not in best else ""
     recipes = [
@@ -136,7 +136,7 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
         if saved != shapes[recipe.name]:
             raise ValueError(
                 f"{recipe.name} has shape {list(shapes[recipe.name])} in the model and {list(saved)} in the checkpoint"
-                f" ({recipe.key}); the model must be built as the one that was saved"
+                f" ({recipe.key}). Build the model like the saved one."
             )
     left_over = [key for key in sources if key.startswith(prefix) and key.removeprefix(prefix) not in shapes]
     return recipes, left_over
@@ -150,8 +150,8 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
         raise ValueError(
-            f"path={str(path)!r} is quantized ({method}), and quantized weights are not loaded here; load it with"
-            " from_pretrained(), which can dequantize it, and save_pretrained() it to a folder that this takes"
+            f"path={str(path)!r} is quantized ({method}), which is not supported. Load it with"
+            " from_pretrained(), which can dequantize it, and save that with save_pretrained()."
         )
 
 
@@ -172,7 +172,7 @@ def _check_kinds(
         raise ValueError(
             f"path={str(path)!r} has another kind of numbers (real, whole, complex or packed) than the model in"
             f" {listed(sorted(wrong))}: {name} is {str(held[name].tensor.dtype).removeprefix('torch.')}, and a cast"
-            " would change it; quantized weights load with from_pretrained(), which can dequantize them"
+            " would change it. Load quantized weights with from_pretrained(), which can dequantize them."
         )
 
 
@@ -194,6 +194,4 @@ def _check_complete(
         inner = next((name for name, module in model.named_modules() if is_hugging_face(module)), "")
         if inner and not is_from_lightning(path):
             parts.append(f"is to be loaded into the model of transformers that is {inner} here, not into what has it")
-        raise ValueError(
-            f"path={str(path)!r} {' and '.join(parts)}; the model must be of the class and settings that were saved"
-        )
+        raise ValueError(f"path={str(path)!r} {' and '.join(parts)}. Use a model of the saved class and settings.")

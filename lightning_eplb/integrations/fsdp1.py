@@ -23,19 +23,19 @@ def check_fsdp(strategy: FSDPStrategy) -> None:
     """Raise ``ValueError`` for options that are not supported with expert parallelism. Performs no communication."""
     if strategy.cpu_offload.offload_params:
         raise ValueError(
-            "FSDPStrategy(cpu_offload=True) is not supported by EPLBCallback, as experts stay on their device;"
-            " a larger ep_size leaves fewer of them on each"
+            "FSDPStrategy(cpu_offload=True) is not supported by EPLBCallback, as experts stay on their device."
+            " Use a larger ep_size for fewer experts on each."
         )
     if not strategy.kwargs.get("use_orig_params"):
         raise ValueError(
             "FSDPStrategy(use_orig_params=False) is not supported by EPLBCallback, as an optimizer must hold experts"
-            " beside what is sharded; leave the argument out"
+            " beside sharded parameters. Leave the argument out."
         )
     ignored = list(strategy.kwargs.get("ignored_states") or ())
     if strategy.kwargs.get("ignored_modules") or any(isinstance(one, nn.Module) for one in ignored):
         raise ValueError(
-            "FSDPStrategy ignores parameters or modules, not both, and with EPLBCallback it ignores those of experts;"
-            " give ignored_states=[...] the parameters of your modules"
+            "FSDPStrategy ignores parameters or modules, not both, and with EPLBCallback it ignores those of experts."
+            " Use ignored_states=[...] with the parameters of your modules."
         )
 
 
@@ -48,7 +48,7 @@ def check_fsdp_hook(model: nn.Module | None) -> None:
             f"FullyShardedDataParallel.register_comm_hook(hook={name}) is not supported"
             " with experts that are spread over ranks: their gradients are averaged over all ranks, and so must all"
             f" others be. Use one of {', '.join(each.__name__ for each in averaging)} of"
-            " torch.distributed.algorithms._comm_hooks.default_hooks, or none"
+            " torch.distributed.algorithms._comm_hooks.default_hooks, or none."
         )
 
 

@@ -67,7 +67,7 @@ def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.Lightning
 
     def clip(max_norm: float | int, norm_type: float | int = 2.0) -> Tensor:
         if norm_type != 2:
-            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
+            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback. Use 2.0.")
         return clip_by_norm_of_all_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
 
     replace(wrapped, "clip_grad_norm_", clip)

@@ -147,7 +147,7 @@ def _draw_pair(before: Any, after: Any, title: str, suffix: str, columns: str, c
     before_shape, after_shape = (list(tokens_YC.shape) for tokens_YC in tokens.values())
     if before_shape != after_shape:
         raise ValueError(
-            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}; they must be equal"
+            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}. They must be equal."
         )
     shares = {name: _share(tokens_YC) for name, tokens_YC in tokens.items()}
     limit = _colour_limit(np.stack(list(shares.values())))
@@ -167,7 +167,7 @@ def _tokens(values: Any, name: str, dimensions: str) -> np.ndarray:
         values = values.detach().cpu().numpy()
     tokens_YC = np.asarray(values, dtype=np.float64)
     if tokens_YC.ndim != 2 or not tokens_YC.size:
-        raise ValueError(f"{name} has shape {list(tokens_YC.shape)}; it must be {dimensions}, at least one of each")
+        raise ValueError(f"{name} has shape {list(tokens_YC.shape)}; it must be {dimensions}, at least one of each.")
     return tokens_YC
 
 

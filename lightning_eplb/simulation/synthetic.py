@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_eplb._validation import one_of
 from lightning_eplb.simulation.trace import read_trace
 
 RECORDED_LOADS = {path.stem: path for path in sorted((Path(__file__).parent / "data").glob("*.npy"))}
@@ -38,7 +39,7 @@ def recorded_load(name: str) -> np.ndarray:
         ValueError: No load has that name.
     """
     if name not in RECORDED_LOADS:
-        raise ValueError(f"recorded load {name!r} is unknown; one of {', '.join(RECORDED_LOADS)} would do")
+        raise ValueError(f"recorded load {name!r} is unknown. Use {one_of(RECORDED_LOADS)}.")
     return read_trace(RECORDED_LOADS[name])
 
 
@@ -80,7 +81,7 @@ def synthetic_load(
         ValueError: No load has that name, or a number is too small.
     """
     if name not in SYNTHETIC_LOADS:
-        raise ValueError(f"synthetic load {name!r} is unknown; one of {', '.join(SYNTHETIC_LOADS)} would do")
+        raise ValueError(f"synthetic load {name!r} is unknown. Use {one_of(SYNTHETIC_LOADS)}.")
     sizes = {
         "num_steps": num_steps,
         "num_layers": num_layers,

@@ -340,9 +340,9 @@ def load_own(path: str) -> tuple[dict[str, Tensor], Tensor]:
 
 Change = Literal["no folder", "a file less", "a tensor less", "one more", "other shape", "fewer experts", "quantized"]
 REFUSED: dict[Change, str] = {
-    "no folder": "is no checkpoint: a folder with model.safetensors or model.safetensors.index.json would do",
+    "no folder": "is not a checkpoint. Use a folder with model.safetensors or model.safetensors.index.json",
     "a file less": "lacks model-00001-of-00008.safetensors, which its model.safetensors.index.json names",
-    "a tensor less": " lacks model.norm.weight; the model must be of the class and settings that were saved",
+    "a tensor less": " lacks model.norm.weight. Use a model of the saved class and settings.",
     "one more": " has, and the model has not, model.extra; the model must be of the class",
     "other shape": "model.norm.weight has shape [16] in the model and [17] in the checkpoint (model.norm.weight)",
     "fewer experts": "model.layers.0.mlp.experts.down_proj has shape [8, 16, 24] in the model and [7, 16, 24] in the",
