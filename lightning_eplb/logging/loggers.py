@@ -7,8 +7,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_eplb.logging.placement_table import COLUMNS, placement_rows
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 EXPERT_LOAD, SLOT_LOAD, RANK_LOAD = PICTURES = ("eplb/expert_load", "eplb/slot_load", "eplb/rank_load")
 HISTOGRAM = "eplb/load_histogram"
 TABLE = "eplb/placement"
+COLUMNS = ("layer", "expert", "rank", "ranks of copies", "tokens", "times even")
+"""Columns of the table."""
 
 
 def takes_pictures(loggers: Iterable[Logger]) -> bool:
@@ -98,6 +99,23 @@ def log_placement(loggers: Iterable[Logger], step: int, placement: ExpertPlaceme
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(key=TABLE, columns=list(COLUMNS), data=placement_rows(placement, load_YL), step=step)
+
+
+def placement_rows(placement: ExpertPlacement, load_YL: np.ndarray) -> list[list[Any]]:
+    """Return a row with :data:`COLUMNS` for each logical expert of each layer.
+
+    Args:
+        placement: Placement of the experts.
+        load_YL: Tokens of each logical expert, ``[Y, L]``.
+    """
+    mean_Y = np.maximum(load_YL.mean(axis=1), 1e-9)
+    rank_YLC = placement.logical_to_physical // placement.slots_per_rank
+    rows = []
+    for layer, expert in np.ndindex(load_YL.shape):
+        primary, *copies = rank_YLC[layer, expert][placement.logical_to_physical[layer, expert] != EMPTY].tolist()
+        tokens = int(load_YL[layer, expert])
+        rows.append([layer, expert, primary, " ".join(map(str, copies)), tokens, round(tokens / mean_Y[layer], 3)])
+    return rows
 
 
 def _picture(figure: "Figure") -> np.ndarray:
