@@ -276,7 +276,7 @@ def test_several_modules_in_what_lightning_saved(tmp_path: Path) -> None:
     with torch.device("meta"):
         model, whole_module = Own(), nn.ModuleDict({"teacher": Own(), "student": Own()})
     with pytest.raises(
-        ValueError, match=r"several modules like this one: teacher\., student\.; load the LightningModule"
+        ValueError, match=r"several modules like this one: teacher\., student\.\. Load the LightningModule"
     ):
         load_weights(model, tmp_path / "last.ckpt")
     load_weights(whole_module, tmp_path / "last.ckpt")
@@ -343,10 +343,10 @@ REFUSED: dict[Change, str] = {
     "no folder": "is not a checkpoint. Use a folder with model.safetensors or model.safetensors.index.json",
     "a file less": "lacks model-00001-of-00008.safetensors, which its model.safetensors.index.json names",
     "a tensor less": " lacks model.norm.weight. Use a model of the saved class and settings.",
-    "one more": " has, and the model has not, model.extra; the model must be of the class",
+    "one more": " has, and the model has not, model.extra. Use a model of the saved class",
     "other shape": "model.norm.weight has shape [16] in the model and [17] in the checkpoint (model.norm.weight)",
     "fewer experts": "model.layers.0.mlp.experts.down_proj has shape [8, 16, 24] in the model and [7, 16, 24] in the",
-    "quantized": "is quantized (fp8), and quantized weights are not loaded here; load it with from_pretrained()",
+    "quantized": "is quantized (fp8), which is not supported. Load it with from_pretrained()",
 }
 
 
