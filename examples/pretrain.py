@@ -30,21 +30,20 @@ from lightning_eplb.logging.heatmap import draw_expert_load
 
 
 class MoELanguageModel(pl.LightningModule):
-    """A Mixtral model on bytes, without an auxiliary loss: nothing tells the router to spread its tokens.
+    """Mixtral model on bytes, without an auxiliary loss that would spread the tokens over experts.
 
     Args:
         width: Width of the residual stream.
-        expert_width: Width within an expert.
+        expert_width: Hidden width of an expert.
         layers: Number of layers, each with attention and experts.
         heads: Attention heads.
         experts: Experts of a layer.
-        top_k: Experts that a token visits.
+        top_k: Experts of a token.
         learning_rate: Peak learning rate of AdamW, after a warm-up.
-        warmup_steps: Optimizer steps in which it rises, from a twentieth.
-        weights: A checkpoint of this model to start from, to fine-tune it; however many ranks it was trained on. The
-            folder of a Hugging Face model would do, too.
-        sharded_redundant_experts: With ``ExpertParallelStrategy``, which shards the model with FSDP2: the number that
-            ``EPLBCallback`` is given. ``None`` with other strategies.
+        warmup_steps: Optimizer steps in which the learning rate rises from a twentieth.
+        weights: Checkpoint of this model, from any number of ranks, or folder of a Hugging Face model to start from.
+        sharded_redundant_experts: ``num_redundant_experts`` of ``EPLBCallback`` under ``ExpertParallelStrategy``, which
+            shards the model with FSDP2. ``None`` under other strategies.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class MoELanguageModel(pl.LightningModule):
 
 
 class Windows(Dataset):
-    """A text as windows of ``length`` bytes that do not overlap."""
+    """Text as windows of ``length`` bytes that do not overlap."""
 
     def __init__(self, text: bytes, length: int) -> None:
         count = len(text) // length
@@ -125,12 +124,12 @@ class Windows(Dataset):
 
 
 class StandardLibrary(pl.LightningDataModule):
-    """The bytes of the standard library's source files. Every twentieth file is kept for validation.
+    """Bytes of the source files of Python's standard library. Every twentieth file is for validation.
 
     Args:
         sequence_length: Tokens of a sequence.
         batch_size: Sequences of a rank's batch.
-        validation_sequences: How many sequences are used, evenly spaced over the files that are kept.
+        validation_sequences: Sequences for validation, evenly spaced over its files.
     """
 
     def __init__(self, sequence_length: int = 128, batch_size: int = 8, validation_sequences: int = 128) -> None:
@@ -159,7 +158,7 @@ class StandardLibrary(pl.LightningDataModule):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's, without what would push loss and balancedness out of a terminal of 80 columns."""
+    """Lightning's progress bar, with loss and balancedness within 80 columns."""
 
     BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
@@ -170,14 +169,14 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Summary(Callback):
-    """Prints at the end how fast the first steps were and the last ones, and where the results lie.
+    """Print the speed of the first and the last steps, and the folder of the results, at the end.
 
-    List it after ``EPLBCallback``: a step's time then has that callback's in it. Waiting for data, validation and
-    checkpoints are left out.
+    List it after ``EPLBCallback``, so that the time of a step includes that of the callback. Waiting for data,
+    validation and checkpoints do not count.
 
     Args:
-        steps: How many optimizer steps are "first" and "last".
-        warmup: How many steps at the start don't count for the speed: they fill caches.
+        steps: Number of optimizer steps at each end.
+        warmup: Steps at the start that do not count for the speed, as they fill caches.
     """
 
     def __init__(self, steps: int = 50, warmup: int = 10) -> None:

@@ -69,6 +69,9 @@ class Registered(NamedTuple):
     children: dict[str, nn.Module | None]
 
 
+WRAPPER_NAMES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` insert."""
+
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 """Names of these dictionaries in ``vars(module)``."""
 
@@ -345,7 +348,8 @@ def end_of_dataloader(loop: Any) -> str | None:
     """
     if loop.trainer.predicting:
         return None
-    return loop._store_dataloader_outputs.__name__
+    _ = loop._store_dataloader_outputs
+    return "_store_dataloader_outputs"
 
 
 @_uses("lightning", "_FabricModule._strategy", "_FabricOptimizer._strategy")

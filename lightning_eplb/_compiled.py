@@ -1,4 +1,4 @@
-"""How the integer loops of planning are compiled."""
+"""Compilation of the integer loops of planning."""
 
 import hashlib
 import os
@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parent
 
 
 def _folder() -> Path:
-    """Where compiled loops are kept. Another one as soon as any file of the package that has such loops is another.
+    """Return the folder of compiled loops: another one as soon as any file of the package with such loops changes.
 
     Numba looks at the file of the loop itself, but not at the files of those that it calls.
     """
     sources = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_bytes()
-        if b"\n@compiled\n" in source or b"\n@inlined\n" in source or path.name == Path(__file__).name:
+        if b"\n@compiled\n" in source or path.name == Path(__file__).name:
             sources.update(source)
     root = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else PACKAGE / "__pycache__"  # type: ignore[attr-defined]
     return root / f"compiled-{sources.hexdigest()[:16]}"
@@ -38,30 +38,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     written, where numba keeps those of the user; ``NUMBA_CACHE_DIR`` names another place. Where none can be written,
     every process compiles anew.
     """
-    return _compile(function)
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a step that loops take often: its instructions are laid into each loop that calls it.
-
-    An array is handed over as seven numbers or more, so that a call with a few of them takes longer than what a small
-    step does with them.
-    """
-    return _compile(function, forceinline=True)
-
-
-def will_be_kept(loop: Callable[..., Any]) -> bool:
-    """Whether no process has compiled this loop yet, and what this one compiles is kept for the next."""
-    place = next((path for path in (FOLDER, *FOLDER.parents) if path.exists()), FOLDER)
-    return os.access(place, os.W_OK) and not any(FOLDER.rglob(f"*.{loop.__name__}-*.nbi"))
-
-
-def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     others = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     try:
         numba.config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]
-        return numba.njit(cache=True, error_model="numpy", **options)(function)
+        return numba.njit(cache=True, error_model="numpy")(function)
     except RuntimeError:  # no place can be written
-        return numba.njit(function, error_model="numpy", **options)
+        return numba.njit(function, error_model="numpy")
     finally:
         numba.config.CACHE_DIR = others  # type: ignore[attr-defined]
+
+
+def will_be_kept(loop: Callable[..., Any]) -> bool:
+    """Return whether no process has compiled this loop yet, and what this one compiles is kept for the next."""
+    place = next((path for path in (FOLDER, *FOLDER.parents) if path.exists()), FOLDER)
+    return os.access(place, os.W_OK) and not any(FOLDER.rglob(f"*.{loop.__name__}-*.nbi"))

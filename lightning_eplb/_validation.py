@@ -1,10 +1,12 @@
-"""Checks that arguments of several classes have in common."""
+"""Checks of arguments that several classes share."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 
 def check_whole_numbers(**arguments: Any) -> None:
-    """Raise ``ValueError`` for the first argument that is no whole number, before it is compared with any."""
+    """Raise ``ValueError`` for the first argument that is not an integer, before it is compared with any."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise ValueError(f"{name}={value!r} must be a whole number, an int")
@@ -18,7 +20,7 @@ def check_switches(**arguments: Any) -> None:
 
 
 def check_steps(**arguments: Any) -> None:
-    """Raise ``ValueError`` for the first argument that is no number of optimizer steps."""
+    """Raise ``ValueError`` for the first argument that is not a number of optimizer steps."""
     check_whole_numbers(**arguments)
     for name, value in arguments.items():
         if value < 1:
@@ -26,10 +28,59 @@ def check_steps(**arguments: Any) -> None:
 
 
 def check_redundancy(redundancy: str, min_tokens_per_copy: int | None) -> None:
-    """Raise ``ValueError`` unless these fit by themselves."""
+    """Raise ``ValueError`` for invalid values of these two arguments."""
     if redundancy not in ("window", "batch"):
         raise ValueError(f"redundancy={redundancy!r} must be 'window' or 'batch'")
     if min_tokens_per_copy is not None and (type(min_tokens_per_copy) is not int or min_tokens_per_copy < 1):
         raise ValueError(
             f"min_tokens_per_copy={min_tokens_per_copy!r} must be a whole number from 1 up; None to measure it"
         )
+
+
+def check_multiple(value: int, factor: int, named: str, of: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is zero or a positive multiple of ``factor``.
+
+    Args:
+        value: Value to check.
+        factor: Positive number.
+        named: Value in the message, such as ``num_redundant_experts=6``.
+        of: Factor in the message, such as ``ep_size=4``.
+    """
+    if value < 0 or value % factor:
+        below = max(0, value // factor * factor)
+        raise ValueError(f"{named} must be a multiple of {of}. Use {below} or {below + factor}.")
+
+
+def check_divides(value: int, number: int, named: str, of: str) -> None:
+    """Raise ``ValueError`` unless ``value`` divides ``number``.
+
+    Args:
+        value: Positive number to check.
+        number: Positive number.
+        named: Value in the message, such as ``ep_size=3``.
+        of: Number in the message, such as ``the 8 experts``.
+    """
+    if number % value:
+        raise ValueError(f"{named} must divide {of}. Use {one_of(divisors(number))}.")
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors of a positive number, in ascending order.
+
+    Example:
+        >>> divisors(12)
+        [1, 2, 3, 4, 6, 12]
+    """
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*low, *(number // divisor for divisor in low)})
+
+
+def one_of(values: Iterable[object]) -> str:
+    """Return values as words of a sentence.
+
+    Example:
+        >>> one_of([1, 2, 4])
+        '1, 2 or 4'
+    """
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last

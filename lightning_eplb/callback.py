@@ -15,10 +15,11 @@ from typing_extensions import override
 
 from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
-from lightning_eplb.checkpoint.consolidate import ReadsDistributedCheckpoints
+from lightning_eplb.checkpoint.consolidate import DistributedCheckpointIO
 from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.integrations.evaluation import Evaluation
 from lightning_eplb.integrations.fsdp1 import SpreadExperts, check_fsdp_hook
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.integrations.precision import (
     clip_as_before,
     clip_by_global_norm,
@@ -165,8 +166,8 @@ class EPLBCallback(Callback):
         if isinstance(trainer.strategy, FSDPStrategy):
             self._undo_spread_experts()
             self._spread_experts = SpreadExperts(trainer.strategy, pl_module)
-        elif not isinstance(trainer.strategy.checkpoint_io, ReadsDistributedCheckpoints):
-            trainer.strategy.checkpoint_io = ReadsDistributedCheckpoints(trainer.strategy.checkpoint_io)
+        elif not isinstance(trainer.strategy.checkpoint_io, DistributedCheckpointIO):
+            replace(trainer.strategy, "checkpoint_io", DistributedCheckpointIO(trainer.strategy.checkpoint_io))
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
@@ -320,6 +321,7 @@ class EPLBCallback(Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         clip_as_before(trainer)
+        restore(trainer.strategy, "checkpoint_io")
         self._undo_spread_experts()
         if self._trace_writer is not None:
             self._trace_writer.close()

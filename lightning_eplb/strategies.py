@@ -11,6 +11,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
+from lightning_eplb import _compat
 from lightning_eplb._validation import check_switches, check_whole_numbers
 from lightning_eplb.checkpoint.consolidate import WEIGHTS
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
@@ -23,9 +24,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     r"""Fully sharded data parallelism (FSDP2) in which ranks share the experts of Mixture-of-Experts layers.
 
     Makes a device mesh with the dimensions ``efsdp``, ``ep`` and ``tensor_parallel`` (of size 1), and ``replicate``
-    before them for hybrid sharding. ``ep`` ranks share the experts of a layer, ``efsdp`` ranks share each expert, and
-    all other parameters are sharded over both, which together are ``data_parallel``: every rank gets batches of its
-    own. The model is parallelized in ``configure_model``, in one call:
+    before them for hybrid sharding. ``ep`` ranks share the experts of a layer, ``efsdp`` ranks share each expert. All
+    other parameters are sharded over both, which together are ``data_parallel``: every rank gets its own batches. The
+    model is parallelized in ``configure_model``, in one call:
 
     Example::
 
@@ -37,20 +38,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         strategy = ExpertParallelStrategy(ep_size=8)
         trainer = Trainer(strategy=strategy, devices=8, num_nodes=4, callbacks=[EPLBCallback(num_redundant_experts=8)])
 
-    A model that ``configure_model`` builds under ``torch.device("meta")`` gets its memory after it was sharded, and
-    random weights; :func:`~lightning_eplb.load_weights` in ``configure_model`` fills it from a checkpoint instead, and
-    ``Trainer.fit(ckpt_path=...)`` goes on with a run.
+    A model that ``configure_model`` builds under ``torch.device("meta")`` gets memory and random weights after it was
+    sharded. :func:`~lightning_eplb.load_weights` in ``configure_model`` loads a checkpoint instead, and
+    ``Trainer.fit(ckpt_path=...)`` resumes a run.
 
     Args:
-        ep_size: Ranks that share the experts of a layer. ``None``: all that are not replicas.
-        replicate_size: Ranks that hold the same shards of everything. 1: there are no replicas.
-        save_distributed_checkpoint: Each rank saves its own shards, into one folder; else rank 0 gathers and saves all
-            of them, into one file. Both are in the order of the unmodified model.
-        process_group_backend: Of the default process group. ``None``: the one for the accelerator.
-        timeout: Of its collectives.
+        ep_size: Ranks that share the experts of a layer. Defaults to all ranks divided by ``replicate_size``.
+        replicate_size: Ranks that hold the same shards of everything. Defaults to 1, no hybrid sharding.
+        save_distributed_checkpoint: Save each rank's shards into one folder. Otherwise rank 0 gathers them into one
+            file. Both are in the order of the unmodified model. Defaults to ``True``.
+        process_group_backend: Backend of the default process group. Defaults to that of the accelerator.
+        timeout: Timeout of its collectives. Defaults to torch's.
 
     Raises:
-        ValueError: In ``__init__``, or before any communication, when the sizes don't fit the number of ranks.
+        ValueError: In ``__init__``, or before any communication, if the sizes don't fit the number of ranks.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         )
         self._ep_size = ep_size
         self.before_loading: Callable[[], None] | None = None
-        """Called on all ranks before a checkpoint is loaded into the model; ``EPLBCallback`` sets it."""
+        """Function that all ranks call before a checkpoint is loaded into the model. Set by ``EPLBCallback``."""
         self.replicate_size = replicate_size
 
     @property
@@ -107,9 +108,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self.replicate_size > 1:
             names, shape = (REPLICATE, *names), (self.replicate_size, *shape)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
-        self._device_mesh[names[:-1]]._flatten("data_parallel")
+        _compat.flatten_mesh(self._device_mesh[names[:-1]], "data_parallel")
         assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
+        _compat.set_device_mesh(self.lightning_module, self._device_mesh)
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
@@ -134,5 +135,5 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if Path(path).is_dir():
             strict = self.lightning_module.strict_loading
             return load_distributed_checkpoint(path, self.model, self.optimizers, strict, weights_only)
-        self.model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+        self.model.zero_grad()  # torch initializes an optimizer's state only if no gradient is left
         return super().load_checkpoint(path, weights_only)

@@ -16,7 +16,7 @@ from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, 
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
 from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
 from lightning_eplb.functional import balancedness
-from lightning_eplb.integrations.replicated import warn_of_drift
+from lightning_eplb.integrations.ddp import warn_if_out_of_sync
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch_plan
 from lightning_eplb.parallel.barrier import monitored_barrier
@@ -302,7 +302,7 @@ class ExpertLoadBalancer(RunTotals):
         """Return the policy's plan, or a plan that leads to ``target``, on every rank."""
         monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
-            self._warn_if_out_of_sync()
+            self._warn_of_drift()
         costs = self.costs if self.costs is not None else self._cost_model.costs(with_gradients)
         context = PlanningContext(self.capacity, costs, self._cost_model.overlap_bytes())
         num_steps = self._schedule.look_back(self.load.num_steps)
@@ -336,12 +336,12 @@ class ExpertLoadBalancer(RunTotals):
         floor = self.min_tokens_per_copy or self._cost_model.min_tokens_per_copy()
         for layer, _ in self._modules:
             layer.set_redundancy(layer.chooses_by_batch, floor)
-        self._warn_if_out_of_sync()
+        self._warn_of_drift()
 
-    def _warn_if_out_of_sync(self) -> None:
+    def _warn_of_drift(self) -> None:
         ddp = self._modules[0][0].ddp
         if ddp is not None and not self._has_warned:
-            self._has_warned = warn_of_drift(ddp, self.groups)
+            self._has_warned = warn_if_out_of_sync(ddp, self.groups)
 
     def window_balancedness(self) -> float:
         """Return the balancedness of the window's load under the current placement; 1 before the first step."""

@@ -104,7 +104,6 @@ class RearrangementPlanner:
         Args:
             placement: Current placement.
         """
-        forecast(np.ones((8, 1, 2), dtype=np.int64))
         choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
         load_YL = np.ones((placement.num_layers, placement.num_logical_experts), dtype=np.int64)
         rank_tokens(load_YL, placement)

@@ -1,4 +1,4 @@
-"""Read a distributed checkpoint, a folder with a file from each rank, as if it were the file of a DDP run."""
+"""Consolidate a distributed checkpoint, a folder with a file from each rank, into the form of a DDP run's file."""
 
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -8,97 +8,98 @@ from lightning.fabric.plugins import CheckpointIO
 from typing_extensions import override
 
 INDEX, REST = ".metadata", "meta.pt"
-"""What a distributed checkpoint of Lightning has beside its shards: PyTorch's index, and all that is no tensor."""
+"""Files of Lightning's distributed checkpoint beside its shards: PyTorch's index, and everything but tensors."""
 WEIGHTS, WEIGHTS_FSDP1 = "state_dict", "model"
-"""What Lightning calls the model's state there: under ``ModelParallelStrategy``, and under ``FSDPStrategy``."""
+"""Lightning's keys of the model's state: of ``ModelParallelStrategy``, and of ``FSDPStrategy``."""
 WRITE = "lightning_eplb_write"
-"""The key of what is no tensor for the write that it belongs to: ``save_id`` in the index, and in names of shards."""
+"""Key in :data:`REST` for the write that it belongs to: ``save_id`` in the index and in names of shards."""
 
 
 def is_distributed_checkpoint(path: Any) -> bool:
-    """Whether ``path`` is a folder to which each rank of a Lightning run wrote its shards."""
+    """Return ``True`` for a folder to which each rank of a Lightning run wrote its shards."""
     return (Path(path) / INDEX).is_file() and bool(rest_files(Path(path)))
 
 
 def rest_files(folder: Path) -> list[Path]:
-    """Files with what is no tensor: one, or several where a write was interrupted as it replaced the one before."""
+    """Return the files with everything but tensors: one, or several if a write was interrupted."""
     return [file for file in (folder / REST, *sorted(folder.glob(f"*.{REST}"))) if file.is_file()]
 
 
 def has_shards(path: Any) -> bool:
-    """Whether ``path`` is a folder with at least a part of a distributed checkpoint."""
+    """Return ``True`` for a folder with at least a part of a distributed checkpoint."""
     folder = Path(path)
     return any((folder / name).is_file() for name in (INDEX, REST)) or any(folder.glob("*.distcp"))
 
 
 def check_complete(folder: Path) -> None:
-    """Raise ``ValueError`` for a folder that is no distributed checkpoint. Needs no communication."""
+    """Raise ``ValueError`` for a folder that is not a complete distributed checkpoint. Performs no communication."""
     if not is_distributed_checkpoint(folder):
         missing = REST if (folder / INDEX).is_file() else INDEX
         raise ValueError(
-            f"{folder} is no complete checkpoint: it has no {missing}. It was never written, or removed, in whole;"
-            " resume from another one"
+            f"{folder} is not a complete checkpoint: it has no {missing}. It was written or removed in part."
+            " Resume from another one."
         )
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file's name, relative to a folder, stays in it, on any system."""
+    """Return ``True`` if a file name, relative to a folder, stays inside it on every system."""
     path = PureWindowsPath(name)  # knows both kinds of slashes
     return not path.anchor and ".." not in path.parts
 
 
 def write_of(index: Any) -> str | None:
-    """The write that made an index and the shards that it names; ``None``: one that gave its files fixed names."""
+    """Return the id of the write that made an index and its shards; ``None`` for a write with fixed file names."""
     save_id = getattr(index.storage_meta, "save_id", None)
     names = {info.relative_path for info in index.storage_data.values()}
     return save_id if save_id and all(name.startswith(save_id) for name in names) else None
 
 
 def read_rest(folder: Path, index: Any, weights_only: bool | None = None) -> dict[str, Any]:
-    """All of a distributed checkpoint that is no tensor, from the write that made its index.
+    """Return everything but tensors from the write that made the index.
 
     Args:
-        index: Of this folder.
+        folder: Distributed checkpoint.
+        index: Index of this folder.
         weights_only: As in ``torch.load``.
 
     Raises:
-        ValueError: None of its files is of that write.
+        ValueError: No file belongs to that write.
     """
     write = write_of(index)
     for file in rest_files(folder):
         rest = torch.load(file, map_location="cpu", weights_only=weights_only)
         if not isinstance(rest, dict):
-            raise ValueError(f"{file} is not of a checkpoint of Lightning: it holds a {type(rest).__name__}")
+            raise ValueError(f"{file} is not a part of a Lightning checkpoint: it holds a {type(rest).__name__}.")
         if rest.pop(WRITE, None) == write:
             return rest
     raise ValueError(
-        f"{folder} is a mixture of two checkpoints: {REST} is not of the write that made its {INDEX}; resume from"
-        " another one"
+        f"{folder} is a mixture of two checkpoints: {REST} is not of the write that made its {INDEX}. Resume from"
+        " another one."
     )
 
 
 def weights_key(index: Any) -> str:
-    """What a distributed checkpoint calls the model's state; ``index`` is the ``Metadata`` of PyTorch's reader."""
+    """Return the key of the model's state in a distributed checkpoint with this index, PyTorch's ``Metadata``."""
     parts = {path[0] for path in (index.planner_data or {}).values()}
     return WEIGHTS_FSDP1 if WEIGHTS_FSDP1 in parts else WEIGHTS
 
 
 def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-    """The whole checkpoint on the CPU, as ``Trainer.save_checkpoint`` writes it under DDP. Needs no communication.
+    """Read a whole checkpoint to the CPU, in the form of ``Trainer.save_checkpoint`` under DDP. No communication.
 
     Args:
-        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)`` or with
+        folder: Checkpoint of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)`` or with
             ``FSDPStrategy(state_dict_type="sharded")``.
-        weights_only: As in ``torch.load``, for what is no tensor.
+        weights_only: As in ``torch.load``, for everything but tensors.
 
     Returns:
-        With ``state_dict`` and, unless only weights were saved, ``optimizer_states``, which count parameters as
-        ``torch.optim`` does.
+        Checkpoint with ``state_dict`` and, unless only weights were saved, ``optimizer_states``, in which parameters
+        are numbered as in ``torch.optim``.
 
     Raises:
-        ValueError: The folder is incomplete, damaged, of two writes, or holds more than data.
+        ValueError: The folder is incomplete, damaged, a mixture of two writes, or holds more than data.
     """
-    # Here, as every process that imports the package would load much that few need.
+    # Imported late: these modules are slow to import, and few processes need them.
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from lightning_eplb.checkpoint.dcp_reader import DistributedReader, load_data
@@ -116,7 +117,7 @@ def read_distributed_checkpoint(folder: str | Path, weights_only: bool | None = 
     for key, path in (index.planner_data or {}).items():
         _put(nested, path, flat[key])
     if weights_key(index) not in nested:
-        raise ValueError(f"{folder} holds no weights of a model: {weights_key(index)!r} is not in its {INDEX}")
+        raise ValueError(f"{folder} holds no weights of a model: {weights_key(index)!r} is not in its {INDEX}.")
     checkpoint["state_dict"] = nested[weights_key(index)]
     names = sorted((key for key in nested if key.startswith("optimizer_")), key=lambda key: int(key.split("_")[1]))
     if names:
@@ -132,7 +133,7 @@ def _put(nested: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _counted(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with numbers for names: parameters are counted through all groups."""
+    """Return an optimizer's state with numbers for names, counted through all groups."""
     groups = state["param_groups"]
     if isinstance(groups, dict):  # a list of dictionaries, taken apart
         groups = [groups[i] for i in range(len(groups))]
@@ -146,8 +147,8 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class ReadsDistributedCheckpoints(CheckpointIO):
-    """Lets a strategy that saves files resume from a distributed checkpoint; all else is left to its own plugin."""
+class DistributedCheckpointIO(CheckpointIO):
+    """Plugin that reads distributed checkpoints for a strategy that saves files. Wraps the strategy's own plugin."""
 
     def __init__(self, plugin: CheckpointIO) -> None:
         self.plugin = plugin

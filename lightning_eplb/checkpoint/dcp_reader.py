@@ -1,7 +1,7 @@
-"""Read the folders of ``torch.distributed.checkpoint`` (DCP) as data: nothing in them runs code.
+"""Read folders of ``torch.distributed.checkpoint`` (DCP) as data, without running code from them.
 
-PyTorch's own reader unpickles the index ``.metadata``, and its planner all that is no tensor. Import this module late,
-where such a folder is read: every process that imports the package would load much that few need.
+PyTorch's own reader unpickles the index ``.metadata``, and its planner everything but tensors. Import this module where
+a folder is read, not at the top of a module: it is slow to import.
 """
 
 import io
@@ -29,40 +29,27 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.futures import Future
 from typing_extensions import override
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.consolidate import INDEX, is_inside
 
-_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
-_CLASSES = {
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "BytesStorageMetadata"),
-    (_FILESYSTEM, "_StorageInfo"),
-}
-"""Dataclasses of which an index consists, beside plain Python."""
-_CALLS = {("torch", "Size"), ("torch.serialization", "_get_layout"), (_METADATA, "_MEM_FORMAT_ENCODING")}
-"""Functions, and classes, that an index calls."""
 _PATHS = {
     "PosixPath": PurePosixPath,
     "PurePosixPath": PurePosixPath,
     "WindowsPath": PureWindowsPath,
     "PureWindowsPath": PureWindowsPath,
 }
-"""Of where a checkpoint was written: any system may read it."""
+"""Classes of paths in an index, each with one that every system has."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the few classes of an index, and raises for any other name."""
+    """Unpickler for the few classes of an index. Raises for any other name."""
 
     @override
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         name = (module_name, global_name)
-        if name in _CLASSES:
+        if name in _compat.PICKLED_CLASSES:
             return _maker(partial(object.__new__, super().find_class(*name)))
-        if name in _CALLS:
+        if name in _compat.PICKLED_CALLS:
             return _maker(super().find_class(*name))
         if module_name in ("pathlib", "pathlib._local") and global_name in _PATHS:
             return _maker(_PATHS[global_name])
@@ -72,19 +59,19 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _UnknownNameError(Exception):
-    """A name that no index needs."""
+    """Name in a pickle that no index needs."""
 
 
 def _maker(make: Callable[..., Any]) -> type:
-    """A class that stands for ``make``: a pickle can call it, and whatever it sets on it changes nothing else."""
+    """Return a new class that calls ``make``. A pickle can call it, and attributes that it sets affect nothing else."""
     return type("Maker", (), {"__new__": lambda _, *arguments: make(*arguments)})
 
 
 def read_index(folder: str | Path) -> Metadata:
-    """The index of a folder, checked: all files that it names are inside the folder and as long as it says.
+    """Read and check the index of a folder: its files are inside the folder and at least as long as it says.
 
     Raises:
-        ValueError: It is damaged, names anything that an index does not need, or does not fit the files.
+        ValueError: The index is damaged, names anything that an index does not need, or does not fit the files.
     """
     file = Path(folder) / INDEX
     try:
@@ -93,33 +80,33 @@ def read_index(folder: str | Path) -> Metadata:
         ends = _ends_of_files(index)
     except _UnknownNameError as error:
         raise ValueError(
-            f"{file} names {error}, which no index of a distributed checkpoint needs: it may be made to run code, and"
-            " was not read; take a checkpoint that you know the origin of"
+            f"{file} names {error}, which no index of a distributed checkpoint needs. It may run code, and was"
+            " not read. Use a checkpoint of known origin."
         ) from None
     except OSError:
         raise
     except Exception as error:  # of bytes that may be anything, so is this
         raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}); resume from another checkpoint"
+            f"{file} is damaged ({type(error).__name__}: {error}). Resume from another checkpoint."
         ) from error
     for name, end in ends.items():
         if not is_inside(name):
             raise ValueError(
-                f"{file} names the file {name!r}, which is outside of its folder, and was not read; take a checkpoint"
-                " that you know the origin of"
+                f"{file} names the file {name!r}, which is outside of its folder, and was not read. Use a"
+                " checkpoint of known origin."
             )
         shard = Path(folder) / name
         size = shard.stat().st_size if shard.is_file() else 0
         if size < end:
             raise ValueError(
                 f"{shard} has {size} of the {end} bytes that {INDEX} names: the checkpoint was copied or removed in"
-                " part, or is damaged; resume from another one"
+                " part, or is damaged. Resume from another one."
             )
     return index
 
 
 def _ends_of_files(index: Any) -> dict[str, int]:
-    """The bytes that each file must have at least. Raises anything at all for what is no index."""
+    """Return the least size of each file in bytes. Raises an exception of any type for an invalid index."""
     if not isinstance(index, Metadata):
         raise TypeError(f"it holds a {type(index).__name__}")
     for key, entry in index.state_dict_metadata.items():
@@ -150,13 +137,13 @@ def _ends_of_files(index: Any) -> dict[str, int]:
 
 
 def leftovers(folder: Path, index: Metadata) -> list[Path]:
-    """Shards of other writes than the one that made ``index``: earlier ones, or unfinished ones."""
+    """Return shards of other writes than that of ``index``: earlier or unfinished ones."""
     names = {info.relative_path for info in index.storage_data.values()}
     return [shard for shard in folder.glob("*.distcp") if shard.name not in names]
 
 
 class DistributedReader(FileSystemReader):
-    """PyTorch's reader, but for the index, which is read once, by :func:`read_index`, and for words about damage."""
+    """PyTorch's reader with the index from :func:`read_index`, read once, and with errors that explain damage."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -179,21 +166,24 @@ class DistributedReader(FileSystemReader):
             raise
         except Exception as error:  # of bytes that may be anything, so is this
             raise ValueError(
-                f"a shard in {self.path} is damaged ({type(error).__name__}); resume from another checkpoint"
+                f"a shard in {self.path} is damaged ({type(error).__name__}). Resume from another checkpoint."
             ) from error
 
 
 def load_data(
     state: dict[str, Any], reader: DistributedReader, weights_only: bool | None = None, no_dist: bool = False
 ) -> None:
-    """Fill ``state`` as ``torch.distributed.checkpoint.load``. Every rank must call it, unless ``no_dist``.
+    """Fill ``state`` as ``torch.distributed.checkpoint.load`` does. Collective, unless ``no_dist``.
 
     Args:
-        weights_only: As in ``torch.load``, for what is no tensor.
+        state: Tensors and values to fill, by name.
+        reader: Reader of the folder.
+        weights_only: As in ``torch.load``, for everything but tensors.
+        no_dist: Read on this rank alone. Defaults to ``False``.
 
     Raises:
-        ValueError: On all ranks. It does not fit, or what is no tensor is more than data.
-        CheckpointException: On all ranks. One could not read it.
+        ValueError: On all ranks, if the checkpoint does not fit or holds more than data.
+        CheckpointException: On all ranks, if one of them could not read it.
     """
     try:
         load(state, storage_reader=reader, planner=_DataPlanner(weights_only), no_dist=no_dist)
@@ -205,11 +195,11 @@ def load_data(
 
 
 class _RunsCodeError(ValueError):
-    """Something in a shard that is no tensor and no plain Python."""
+    """Value in a shard that is neither a tensor nor plain Python."""
 
 
 class _DataPlanner(DefaultLoadPlanner):
-    """PyTorch's planner, which runs no code of what is no tensor unless ``weights_only`` is false."""
+    """PyTorch's planner, which runs no code from a shard unless ``weights_only`` is ``False``."""
 
     def __init__(self, weights_only: bool | None) -> None:
         super().__init__()
@@ -222,9 +212,9 @@ class _DataPlanner(DefaultLoadPlanner):
         except Exception as error:
             raise _RunsCodeError(
                 f"{read_item.dest_index.fqn} in the checkpoint is damaged, or can't be read without running code from"
-                " it; if you know its origin, allow its classes with torch.serialization.add_safe_globals()"
+                " it. If you know its origin, allow its classes with torch.serialization.add_safe_globals()."
             ) from error
-        data = io.BytesIO()  # PyTorch's own planner reads it again, and by its own words runs what it finds
+        data = io.BytesIO()  # PyTorch's own planner loads it again, without weights_only
         torch.save(content, data)
         data.seek(0)
         super().load_bytes(read_item, data)

@@ -1,4 +1,4 @@
-"""Write a distributed checkpoint in place of another, so that at any time there is one of the two, and no mixture."""
+"""Replace a distributed checkpoint by another so that one of the two is complete at any time."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -22,19 +22,19 @@ from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index
 def save_distributed_checkpoint(
     folder: Path, checkpoint: dict[str, Any], weights_key: str, is_first_on_node: bool
 ) -> None:
-    """Each rank writes its shards, as Lightning's strategies do, but under names that no other write has.
+    """Write this rank's shards as Lightning's strategies do, but under names that no other write uses. Collective.
 
-    The index, which names them, is replaced last, in one step. So a rank that dies leaves what was there before, for
-    this package and for PyTorch's own reader. Every rank must call it; if one fails, all raise.
+    The index, which names the shards, is replaced last, in one step. If a rank dies, the checkpoint before can still
+    be read, by this package and by PyTorch's own reader. If one rank fails, all raise.
 
     Args:
-        folder: The same on all ranks; it may hold a checkpoint.
-        checkpoint: As ``Trainer`` makes it. Its states of model and optimizers are taken out.
-        weights_key: The strategy's name for the model's state.
-        is_first_on_node: Whether this rank removes the files of the checkpoint that was there before.
+        folder: Folder to write to, the same on all ranks. It may hold a checkpoint.
+        checkpoint: Checkpoint of the ``Trainer``. States of model and optimizers are removed from it.
+        weights_key: Key of the strategy for the model's state.
+        is_first_on_node: Remove the files of the checkpoint before on this rank.
 
     Raises:
-        CheckpointException: A rank could not write, as on a full disk; what was there before can still be loaded.
+        CheckpointException: A rank could not write, as on a full disk. The checkpoint before can still be loaded.
     """
     state = {weights_key: checkpoint.pop("state_dict")}
     state |= {f"optimizer_{i}": values for i, values in enumerate(checkpoint.pop("optimizer_states", []))}
@@ -47,12 +47,12 @@ def save_distributed_checkpoint(
 
 def _remove(files: Iterable[Path]) -> None:
     for file in files:
-        with suppress(OSError):  # it is in nobody's way
+        with suppress(OSError):  # a file that is left over does no harm
             file.unlink()
 
 
 class _ReplacingFileSystem(FileSystem):
-    """For the index: PyTorch's writer removes one that exists, and then renames the new one."""
+    """File system that replaces the index in one step. PyTorch's writer removes it and then renames the new one."""
 
     @override
     def exists(self, path: str | os.PathLike) -> bool:
@@ -60,9 +60,10 @@ class _ReplacingFileSystem(FileSystem):
 
     @override
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        """
-        Lightning without this package knows one name for what is no tensor, and refuses a folder that lacks it. So it
-        finds what was there before, or nothing, or the new checkpoint; this package finds the rest by any name.
+        """Replace the index, and move the file with everything but tensors of the write before out of the way.
+
+        Lightning without this package knows one name of that file and does not load a folder that lacks it. It finds
+        the checkpoint before, none, or the new one. This package finds the file by any name.
         """
         rest = Path(new_path).with_name(REST)
         if rest.is_file():
@@ -71,10 +72,11 @@ class _ReplacingFileSystem(FileSystem):
 
 
 class _ReplacingWriter(FileSystemWriter):
-    """PyTorch's writer with a prefix to all names; the coordinator, rank 0, writes what is no tensor, too.
+    """PyTorch's writer with a prefix to all names. Rank 0, the coordinator, also writes everything but tensors.
 
     Args:
-        rest: All that is no tensor.
+        folder: Folder to write to.
+        rest: Everything of the checkpoint but tensors.
     """
 
     def __init__(self, folder: Path, rest: dict[str, Any]) -> None:
@@ -84,7 +86,7 @@ class _ReplacingWriter(FileSystemWriter):
 
     @override
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, before any rank writes."""
+        """Remove files of unfinished writes, and prefix all names. Runs on rank 0 before any rank writes."""
         with suppress(OSError, ValueError):  # there is no checkpoint, or none that can be read
             _remove(leftovers(Path(self.path), read_index(Path(self.path))))  # their space may be needed
         plans = super().prepare_global_plan(plans)
@@ -93,7 +95,7 @@ class _ReplacingWriter(FileSystemWriter):
 
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, after all ranks have written."""
+        """Write everything but tensors, and then the index. Runs on rank 0 after all ranks have written."""
         rest = Path(self.path) / f"{self.save_id}.{REST}"
         with _synced(rest) as file:
             torch.save({**self._rest, WRITE: self.save_id}, file)
@@ -103,7 +105,7 @@ class _ReplacingWriter(FileSystemWriter):
 
 @contextmanager
 def _synced(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is on the disk when it is closed."""
+    """Open a file that is synced to disk when it is closed."""
     with path.open("wb") as file:
         yield file
         file.flush()

@@ -1,4 +1,4 @@
-"""Parameters and optimizer state are the unmodified model's: every row of an expert in logical order."""
+"""Parameters and optimizer state in the unmodified model's form: all experts, in logical order."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.experts import ExpertLayer
@@ -30,17 +31,17 @@ from lightning_eplb.relocation.optimizer_state import (
 )
 
 _WHOLE: set[int] = set()
-"""Ids of the optimizers whose state has all experts' rows just now, as one around them makes its state dict."""
+"""Ids of optimizers whose state has all experts' rows while an optimizer around them makes its state dict."""
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""Parts of parameters' names that FSDP1, activation checkpointing and ``torch.compile`` put in."""
+_HOOKED = "lightning_eplb_hooks"
+"""Attribute of an optimizer whose state dict has all experts' rows."""
 
 
 def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters as the unmodified model has them: every expert, in logical order. Every rank must call it.
+    """Return all parameters of the unmodified model: every expert, in logical order. Every rank must call it.
 
-    ``model.named_parameters()`` has the experts of this rank only, in the order of the placement, which changes. For
-    weight averages, statistics, exports or checkpoints of your own, use this, or ``model.state_dict()``.
+    ``model.named_parameters()`` has only the experts of this rank, in the order of the placement, which changes. Use
+    this function or ``model.state_dict()`` for weight averages, statistics, exports and checkpoints of your own.
 
     Example::
 
@@ -49,11 +50,10 @@ def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
             torch.save(weights, "weights.pt")  # the unmodified model loads it with strict=False: it has no buffers
 
     Args:
-        model: Converted by ``parallelize_experts``; plain, or wrapped in ``DistributedDataParallel``, by FSDP1, by
-            FSDP2 or by Fabric.
+        model: Model converted by ``parallelize_experts``, plain or wrapped by DDP, FSDP1, FSDP2 or Fabric.
 
     Returns:
-        By the names of the unmodified model, copies on the CPU that need no gradient; the same on every rank.
+        Copies on the CPU without gradient, by the names of the unmodified model. The same on every rank.
 
     Raises:
         RuntimeError: Some ranks did not call it within ten minutes. A warning names them after ten seconds.
@@ -89,7 +89,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _without_wrappers(name: str) -> str:
-    for part in _WRAPPERS:
+    for part in _compat.WRAPPER_NAMES:
         name = name.replace(part, "")
     return name
 
@@ -101,24 +101,23 @@ def _layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
 def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     """Make ``optimizer.state_dict()`` gather all experts' rows, and ``load_state_dict()`` keep this rank's.
 
-    From then on all ranks must call both together, as they must with the state dict of the model. Those of optimizers
-    inside it do the same.
+    From then on both are collective, as the model's state dict is. Nested optimizers get the same hooks.
 
     Args:
-        optimizer: Holds parameters of ``model``.
-        model: Converted by ``parallelize_experts``.
+        optimizer: Optimizer of parameters of ``model``.
+        model: Model converted by ``parallelize_experts``.
     """
     layer_of = _layers_by_parameter(model)
     if not any(layer.groups.size > 1 for layer in layer_of.values()):
         return
     for each in nested_optimizers([optimizer]):
-        if not isinstance(each, Optimizer) or "_gathers_experts" in vars(each):
+        if not isinstance(each, Optimizer) or _HOOKED in vars(each):
             continue
         if _has_state_dict_of_its_own(each):
             _replace_methods(each, layer_of)
         else:
             _register_hooks(each, layer_of)
-        each._gathers_experts = True  # type: ignore[attr-defined]
+        vars(each)[_HOOKED] = True
 
 
 def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
@@ -146,12 +145,12 @@ def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> N
 
 
 def _has_state_dict_of_its_own(optimizer: Optimizer) -> bool:
-    """It calls no hooks, or has more in its state dict than they are given."""
+    """Return ``True`` if ``state_dict`` is overridden: it may call no hooks, or hold more than hooks are given."""
     return type(optimizer).state_dict is not Optimizer.state_dict
 
 
 def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
-    """For a state dict in a form that is not known: the optimizer makes it of state that has all experts' rows."""
+    """Let an optimizer with a state dict of its own make it from state with all experts' rows."""
     make, load = optimizer.state_dict, optimizer.load_state_dict
     groups = next(iter(layer_of.values())).groups
 
@@ -178,13 +177,13 @@ def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> 
 
 @contextmanager
 def _all_rows(optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]) -> Iterator[None]:
-    """The optimizers' state has all experts' rows, in logical order."""
+    """Give the optimizers' state all experts' rows in logical order, for the length of the context."""
     before = _entries(optimizers, layer_of)
     gathered: dict[int, Any] = {}
     _WHOLE.update(map(id, optimizers))
     try:
         for state, parameter, entries in before:
-            if id(entries) not in gathered:  # a wrapper may show the state of what it wraps as its own
+            if id(entries) not in gathered:  # a wrapper may share the state of the optimizer inside
                 gathered[id(entries)] = _gathered(entries, layer_of[id(parameter)])
             state[parameter] = gathered[id(entries)]
         yield
@@ -197,7 +196,7 @@ def _all_rows(optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer])
 def _entries(
     optimizers: Sequence[Optimizer], layer_of: dict[int, ExpertLayer]
 ) -> list[tuple[Any, Tensor, dict[str, Any]]]:
-    """The states of optimizers that have entries for expert parameters, with the parameter and the entries."""
+    """Return the entries for expert parameters, each with the optimizer's state and the parameter."""
     return [
         (optimizer.state, parameter, entries)
         for optimizer in optimizers
@@ -209,7 +208,7 @@ def _entries(
 def _check_alike(
     optimizer: Optimizer, entries: Sequence[tuple[dict[str, Any], ExpertLayer]], groups: ExpertGroups
 ) -> None:
-    """Raise ``ValueError`` on all ranks unless all keep rows of experts by the same names, which they are to gather."""
+    """Raise ``ValueError`` on all ranks unless all ranks keep rows of experts under the same names."""
     names = [
         (layer.name, sorted(map(str, kept)), sum(_is_per_expert(value, layer) for value in leaves(kept)))
         for kept, layer in entries
@@ -239,9 +238,9 @@ def _cut(entries: dict[str, Any], layer: ExpertLayer) -> dict[str, Any]:
 def _expert_states(
     optimizer: Optimizer, layer_of: dict[int, ExpertLayer], state_dict: dict[str, Any]
 ) -> Iterable[tuple[Any, ExpertLayer]]:
-    """The keys of expert parameters in a state dict: numbers or names, in the order of the parameters of all groups."""
+    """Yield the keys of expert parameters in a state dict, numbers or names, each with its layer."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
-    for key, parameter in zip(keys, parameters, strict=False):  # a dictionary that does not fit is refused by torch
+    for key, parameter in zip(keys, parameters, strict=False):  # torch raises for a dictionary that does not fit
         if key in state_dict["state"] and id(parameter) in layer_of:
             yield key, layer_of[id(parameter)]

@@ -1,4 +1,4 @@
-"""Distributed checkpoints of FSDP1 and FSDP2: both load what either has written, into their shards."""
+"""Save and load distributed checkpoints of FSDP1 and FSDP2. Each loads the other's, into its own shards."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,24 +20,25 @@ def load_distributed_checkpoint(
     strict: bool = True,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Fill this rank's shards, of which each rank reads its own. Every rank must call it.
+    """Load model and optimizers. Each rank reads its own shards. Collective.
 
     Args:
-        folder: Of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)``, or with
-            ``FSDPStrategy(state_dict_type="sharded")``; the same on all ranks.
-        model: Sharded, its optimizers made.
-        optimizers: Those to load; gradients are zeroed. One that was not saved is left as it is, and a parameter that
-            had no state has none.
-        strict: Whether each parameter must be there; those that are not stay as they are.
-        weights_only: As in ``torch.load``, for what is no tensor.
+        folder: Checkpoint of a run with ``ExpertParallelStrategy(save_distributed_checkpoint=True)`` or with
+            ``FSDPStrategy(state_dict_type="sharded")``, the same on all ranks.
+        model: Sharded model, whose optimizers exist. Its gradients are zeroed.
+        optimizers: Optimizers to load. One that was not saved stays as it is; a parameter without saved state gets
+            none.
+        strict: Raise if a parameter is missing in the checkpoint. Otherwise it stays as it is. Defaults to ``True``.
+        weights_only: As in ``torch.load``, for everything but tensors.
 
     Returns:
-        What the checkpoint has beside the state of model and optimizers.
+        Entries of the checkpoint beside the state of model and optimizers.
 
     Raises:
-        ValueError: The folder is incomplete, damaged, of two writes, or holds more than data; nothing was loaded.
+        ValueError: The folder is incomplete, damaged, a mixture of two writes, or holds more than data. Nothing was
+            loaded.
     """
-    # Here, as every process that imports the package would load much that few need.
+    # Imported late: these modules are slow to import, and few processes need them.
     from torch.distributed.checkpoint import state_dict as sharded
 
     from lightning_eplb.checkpoint.dcp_reader import DistributedReader, load_data
@@ -46,7 +47,7 @@ def load_distributed_checkpoint(
     reader = DistributedReader(folder)
     index = reader.read_metadata()
     rest = read_rest(Path(folder), index, weights_only)
-    model.zero_grad()  # torch makes room for an optimizer's state only where no gradient was left behind
+    model.zero_grad()  # torch initializes an optimizer's state only if no gradient is left
     saved: set[tuple] = {path[:3] for path in (index.planner_data or {}).values()}
     with _in_shards(model):
         key = weights_key(index)
@@ -68,16 +69,17 @@ def load_distributed_checkpoint(
 
 
 def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: Any, weights_key: str) -> None:
-    """Save a distributed checkpoint as ``strategy.save_checkpoint``. Every rank must call it.
+    """Save a distributed checkpoint, in place of ``strategy.save_checkpoint``. Collective.
 
     Args:
-        strategy: That of the trainer.
-        checkpoint: As ``Trainer`` makes it.
-        filepath: A folder, made if need be; a checkpoint in it is replaced, as is a file. Rank 0's counts.
-        weights_key: The strategy's name for the model's state.
+        strategy: Strategy of the trainer.
+        checkpoint: Checkpoint of the ``Trainer``.
+        filepath: Folder, created if missing. A checkpoint in it is replaced, and so is a file of that name. Rank 0's
+            value counts.
+        weights_key: Key of the strategy for the model's state.
 
     Raises:
-        CheckpointException: A rank could not write; what was there before can still be loaded.
+        CheckpointException: A rank could not write. The checkpoint before can still be loaded.
     """
     from lightning_eplb.checkpoint.dcp_writer import save_distributed_checkpoint
 
@@ -88,7 +90,7 @@ def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath
 
 
 def _in_shards(model: nn.Module) -> AbstractContextManager:
-    """While state dicts are to hold shards: FSDP1 must be told, and experts ask it."""
+    """Let FSDP1 make sharded state dicts, for the length of the context."""
     if not FullyShardedDataParallel.fsdp_modules(model):
         return nullcontext()
     return FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, on disk: each can be read in part."""
+"""Tensors of a checkpoint on disk, each of which can be read in part."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,43 +18,43 @@ from lightning_eplb.checkpoint.consolidate import (
 )
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-"""What ``save_pretrained`` of Hugging Face's libraries writes: one file, or the index of several."""
+"""Files of Hugging Face's ``save_pretrained``: a single file, or the index of several."""
 
 Box = tuple[slice, ...]
-"""A part of a tensor: one slice with start and stop, and without a step, for each dimension."""
+"""Part of a tensor: a slice with start and stop, and without a step, for each dimension."""
 
 
 def whole_box(shape: torch.Size) -> Box:
-    """All of a tensor of ``shape``."""
+    """Return the box of a whole tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
 class Source(Protocol):
-    """A tensor on disk."""
+    """Tensor on disk."""
 
     @property
     def shape(self) -> torch.Size: ...
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether it holds real numbers: neither whole nor complex ones, nor several packed into one."""
+        """``True`` for real numbers: neither integers nor complex or packed numbers."""
         ...
 
     def read(self, box: Box) -> Tensor:
-        """That part of it, on the CPU; nothing but that is read where the format allows it."""
+        """Read a part to the CPU, and nothing else if the format allows it."""
         ...
 
 
 @contextmanager
 def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
-    """The tensors of a checkpoint by their names in it.
+    """Open a checkpoint, and yield its tensors by name.
 
     Args:
-        path: A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files that it names;
-            one such file; or a file, or the folder of a distributed checkpoint, that Lightning's ``Trainer`` has saved.
+        path: Folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the files that it names;
+            one such file; or a file or distributed checkpoint that Lightning's ``Trainer`` has saved.
 
     Raises:
-        ValueError: ``path`` is none of these, or damaged, or a file that an index names is missing or elsewhere.
+        ValueError: ``path`` is none of these or damaged, or a file of the index is missing or outside of the folder.
     """
     path = Path(path)
     with ExitStack() as files:
@@ -70,13 +70,13 @@ def open_checkpoint(path: str | Path) -> Iterator[Mapping[str, Source]]:
             check_complete(path)
         else:
             raise ValueError(
-                f"path={str(path)!r} is no checkpoint: a folder with {SINGLE_FILE} or {INDEX_FILE} would do, as would"
-                " a file or folder that Trainer.save_checkpoint has written (nothing is downloaded)"
+                f"path={str(path)!r} is not a checkpoint. Use a folder with {SINGLE_FILE} or {INDEX_FILE}, or a file or"
+                " folder of Trainer.save_checkpoint. Nothing is downloaded."
             )
 
 
 def is_from_lightning(path: str | Path) -> bool:
-    """Whether ``path`` is a file, or the folder of a distributed checkpoint, and has nothing to do with safetensors."""
+    """Return ``True`` for a file that is not safetensors, and for a distributed checkpoint."""
     return (Path(path).is_file() and Path(path).suffix != ".safetensors") or is_distributed_checkpoint(path)
 
 
@@ -101,21 +101,21 @@ def _safetensors(paths: list[Path], files: ExitStack) -> dict[str, Source]:
             sources |= {key: _SafetensorsSource(file, key) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # of bytes that may be anything, so is this
             raise ValueError(
-                f"path={str(path)!r} can't be read as safetensors, of which it may be a part: {error}; copy it again"
+                f"path={str(path)!r} can't be read as safetensors, and may be cut off: {error}. Copy it again."
             ) from error
     return sources
 
 
 def _named_files(folder: Path) -> list[Path]:
-    """The only file, or what the index names; in the order in which transformers looks for them."""
+    """Return the single file, or else the files of the index. transformers looks for them in this order."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     names = _names_in_index(folder / INDEX_FILE)
     outside = [name for name in names if not is_inside(name)]
     if outside:
         raise ValueError(
-            f"path={str(folder)!r} was not read, as its {INDEX_FILE} names {listed(outside)} outside of this folder;"
-            " take a checkpoint that you know the origin of"
+            f"path={str(folder)!r} was not read, as its {INDEX_FILE} names {listed(outside)} outside of this folder."
+            " Use a checkpoint of known origin."
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -132,7 +132,7 @@ def _names_in_index(file: Path) -> list[str]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of JSON. Raises ``ValueError`` for anything else."""
+    """Read a JSON file with an object. Raises ``ValueError`` for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -143,7 +143,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class _MappedSource:
-    """In memory that is a file's: what is not looked at is not read."""
+    """Tensor in a memory-mapped file."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -160,21 +160,21 @@ def _lightning(file: Path) -> dict[str, Source]:
     except Exception as error:  # of bytes that may be anything, so is this
         raise ValueError(
             f"path={str(file)!r} can't be read as a file of Trainer.save_checkpoint ({type(error).__name__}): it is"
-            " damaged, or has more in it than tensors and plain Python, of which nothing was run"
+            " damaged, or holds more than tensors and plain Python. No code of it was run."
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"path={str(file)!r} has no 'state_dict'; a file of Trainer.save_checkpoint has it")
+        raise ValueError(f"path={str(file)!r} has no 'state_dict'. Use a file of Trainer.save_checkpoint.")
     state_dict = checkpoint["state_dict"]
     if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
         raise ValueError(
-            f"path={str(file)!r} has a 'state_dict' that is no dictionary from names to tensors; a file of"
-            " Trainer.save_checkpoint has one"
+            f"path={str(file)!r} has a 'state_dict' that is not a dictionary from names to tensors. Use a file"
+            " of Trainer.save_checkpoint."
         )
     tensors = {key: value for key, value in state_dict.items() if isinstance(value, Tensor)}
     odd = [key for key, tensor in tensors.items() if not _is_plain(tensor)]
     if odd:
         raise ValueError(
-            f"path={str(file)!r} has {listed(odd)} sparse, quantized or on the meta device; save plain tensors"
+            f"path={str(file)!r} has {listed(odd)} sparse, quantized or on the meta device. Save plain tensors."
         )
     return {key: _MappedSource(tensor) for key, tensor in tensors.items()}
 
@@ -184,7 +184,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class _DistributedSource:
-    """Of what ranks saved, each shard that has a part of the box is read."""
+    """Tensor of a distributed checkpoint. Reads the shards that overlap with the box."""
 
     def __init__(self, reader: Any, key: str, entry: Any) -> None:
         self._reader, self._key, self._entry = reader, key, entry
@@ -205,7 +205,7 @@ class _DistributedSource:
 
 
 class _PartsOf:
-    """What PyTorch's reader asks of a planner: where to put what it has read."""
+    """Planner for PyTorch's reader that returns places in one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -215,7 +215,7 @@ class _PartsOf:
         return self._target[tuple(slice(start, start + length) for start, length in parts)]
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """It is a part of the target already."""
+        """Do nothing: the tensor is a part of the target."""
 
 
 def _distributed(folder: Path) -> dict[str, Source]:
@@ -235,5 +235,5 @@ def _distributed(folder: Path) -> dict[str, Source]:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first of them, and how many more there are."""
+    """Join the first names, and say how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

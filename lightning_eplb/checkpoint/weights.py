@@ -1,16 +1,15 @@
-"""Weights from disk into a model whose experts are spread over ranks."""
+"""Load weights from disk into a model whose experts are spread over ranks."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_eplb.checkpoint.holdings import Holding, holdings
-from lightning_eplb.checkpoint.parts import PartFinder
-from lightning_eplb.checkpoint.recipes import Recipe, find_recipes, is_hugging_face
+from lightning_eplb import _compat
+from lightning_eplb.checkpoint.conversion import Recipe, find_recipes, is_hugging_face
+from lightning_eplb.checkpoint.local_parts import LocalPart, PartFinder, local_parts
 from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed, open_checkpoint, read_json, whole_box
 from lightning_eplb.parallel.materialize import (
     allocate,
@@ -22,17 +21,17 @@ from lightning_eplb.parallel.materialize import (
 
 
 def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | str | None = None) -> nn.Module:
-    """Fill a parallelized model with the weights of a checkpoint, in place. Each rank reads what it holds.
+    """Load the weights of a checkpoint into a parallelized model, in place. Each rank reads its own part.
 
-    Of expert layers that is the experts of this rank, of tensors that ``fully_shard`` cut this rank's shard, of all
-    else the whole. A model that was built on the meta device gets its memory here, for no more than that. Call it after
-    ``parallelize_experts`` or ``fully_shard_moe`` and before the optimizer is made, on every rank; each reads the files
-    by itself.
+    That part is the experts of this rank, this rank's shard of tensors that ``fully_shard`` has sharded, and all other
+    tensors whole. A model on the meta device gets memory for this part here. Call it on every rank, after
+    ``parallelize_experts`` or ``fully_shard_moe`` and before the optimizer is made. It performs no communication
+    to read the files.
 
-    The checkpoint is the folder of a Hugging Face model, as ``from_pretrained`` takes it: names and tensors that differ
-    from the model's, such as one tensor for each expert, are converted as transformers does it. Or it is a file or
-    folder that ``Trainer.save_checkpoint`` has written, on however many ranks: then of a ``LightningModule``, or of a
-    module in it, the weights are loaded and nothing else. Values are cast to the data types of the model.
+    The checkpoint is the folder of a Hugging Face model, as for ``from_pretrained``. Names and tensors that differ from
+    the model's, such as one tensor for each expert, are converted as in transformers. Or it is a file or folder of
+    ``Trainer.save_checkpoint``, from any number of ranks: the weights of the ``LightningModule``, or of a module in it,
+    are loaded and nothing else. Values are cast to the data types of the model.
 
     Example::
 
@@ -44,23 +43,23 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
                 self.model = load_weights(model, folder)
 
     Args:
-        model: A model of transformers, or any other whose state dict has the checkpoint's names.
-        path: The folder, or the file of a Lightning checkpoint. For a model on the hub it is what
-            ``huggingface_hub.snapshot_download(name)`` returns.
-        device: Where a model on the meta device gets its memory, as in :func:`~lightning_eplb.materialize`.
+        model: Model of transformers, or any other whose state dict has the checkpoint's names.
+        path: Folder of a model, or file or folder of a Lightning checkpoint. For a model on the hub, the result of
+            ``huggingface_hub.snapshot_download(name)``.
+        device: Device on which a model on the meta device gets memory, as in :func:`~lightning_eplb.materialize`.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: ``path`` is no such checkpoint, a damaged or a quantized one; or tensors are missing in it, are left
-            over, or have other shapes or kinds of numbers than the model's. The model is as it was then, unless a shard
-            is damaged inside: that is found as it is read.
+        ValueError: ``path`` is no such checkpoint, damaged or quantized; or its tensors are missing, left over, or of
+            other shapes or kinds of numbers than the model's. The model is unchanged then, unless a shard is damaged
+            inside, which is found while it is read.
     """
     device = memory_device(model, device)
     _check_unquantized(model, Path(path))
-    held = holdings(model)
-    shapes = {name: holding.shape for name, holding in held.items()}
+    held = local_parts(model)
+    shapes = {name: part.shape for name, part in held.items()}
     with open_checkpoint(path) as sources:
         if is_from_lightning(path):
             recipes, left_over = _of_module(shapes, sources)
@@ -70,11 +69,11 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         _check_complete(model, held, made, [*left_over, *sorted(made - set(shapes))], path)
         _check_kinds(recipes, held, sources, path)
         empty = allocate(model, device)
-        held = holdings(model)
+        held = local_parts(model)
         filled = {id(held[name].tensor) for name in made if name in held}
         left = {name for name, tensor in named_tensors(model).items() if name in empty and id(tensor) not in filled}
         initialize(model, left, device)
-        broadcast_replicated(model, left & set(held))  # which a model may lack, and still be complete
+        broadcast_replicated(model, left & set(held))  # which a complete checkpoint may lack
         finder = PartFinder(model, shapes, sources)
         with torch.no_grad():
             for recipe in recipes:
@@ -85,12 +84,12 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
 def _fill(
     recipe: Recipe,
     model: nn.Module,
-    held: Mapping[str, Holding],
+    held: Mapping[str, LocalPart],
     sources: Mapping[str, Source],
     finder: PartFinder,
 ) -> None:
-    targets = {name: held[name] for name in recipe.targets if name in held}  # a model may leave some alone
-    shapes = {name: holding.shape for name, holding in held.items()}
+    targets = {name: held[name] for name in recipe.targets if name in held}  # a model may ignore some
+    shapes = {name: part.shape for name, part in held.items()}
     if recipe.conversion is None:
         for target in targets.values():
             for box, place in target.pieces():
@@ -118,15 +117,15 @@ def _fill(
 
 
 def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> tuple[list[Recipe], list[str]]:
-    """Of a ``LightningModule`` the state dict's own names, of a module in it those behind a prefix."""
+    """Match the names of a Lightning checkpoint: those of the state dict, or those behind the prefix of a module."""
     first = next(iter(shapes), "")
     prefixes = [key.removesuffix(first) for key in sources if key == first or key.endswith(f".{first}")]
     found = {prefix: sum(prefix + name in sources for name in shapes) for prefix in prefixes}
     best = [prefix for prefix, count in found.items() if count == max(found.values())]
     if len(best) > 1 and "" not in best:
         raise ValueError(
-            f"path: the checkpoint has several modules like this one: {listed(best)}; load the LightningModule that was"
-            " saved"
+            f"path: the checkpoint has several modules like this one: {listed(best)}. Load the LightningModule that was"
+            " saved."
         )
     prefix = best[0] if best and "" not in best else ""
     recipes = [
@@ -137,7 +136,7 @@ def _of_module(shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) 
         if saved != shapes[recipe.name]:
             raise ValueError(
                 f"{recipe.name} has shape {list(shapes[recipe.name])} in the model and {list(saved)} in the checkpoint"
-                f" ({recipe.key}); the model must be built as the one that was saved"
+                f" ({recipe.key}). Build the model like the saved one."
             )
     left_over = [key for key in sources if key.startswith(prefix) and key.removeprefix(prefix) not in shapes]
     return recipes, left_over
@@ -151,15 +150,15 @@ def _check_unquantized(model: nn.Module, path: Path) -> None:
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
         raise ValueError(
-            f"path={str(path)!r} is quantized ({method}), and quantized weights are not loaded here; load it with"
-            " from_pretrained(), which can dequantize it, and save_pretrained() it to a folder that this takes"
+            f"path={str(path)!r} is quantized ({method}), which is not supported. Load it with"
+            " from_pretrained(), which can dequantize it, and save that with save_pretrained()."
         )
 
 
 def _check_kinds(
-    recipes: Iterable[Recipe], held: Mapping[str, Holding], sources: Mapping[str, Source], path: str | Path
+    recipes: Iterable[Recipe], held: Mapping[str, LocalPart], sources: Mapping[str, Source], path: str | Path
 ) -> None:
-    """Raise ``ValueError`` where a cast would change numbers: between real ones and whole, complex or packed ones."""
+    """Raise ``ValueError`` if a cast would change numbers: from or to integers, complex or packed numbers."""
     wrong = {
         key: name
         for recipe in recipes
@@ -173,21 +172,19 @@ def _check_kinds(
         raise ValueError(
             f"path={str(path)!r} has another kind of numbers (real, whole, complex or packed) than the model in"
             f" {listed(sorted(wrong))}: {name} is {str(held[name].tensor.dtype).removeprefix('torch.')}, and a cast"
-            " would change it; quantized weights load with from_pretrained(), which can dequantize them"
+            " would change it. Load quantized weights with from_pretrained(), which can dequantize them."
         )
 
 
 def _check_complete(
-    model: nn.Module, held: Mapping[str, Holding], made: set[str], left_over: Iterable[str], path: str | Path
+    model: nn.Module, held: Mapping[str, LocalPart], made: set[str], left_over: Iterable[str], path: str | Path
 ) -> None:
-    """Raise ``ValueError`` unless each tensor is made under one of its names, and nothing else is."""
+    """Raise ``ValueError`` unless the checkpoint makes every tensor, under one of its names, and nothing else."""
     tensors = {id(held[name].tensor) for name in made if name in held}
-    missing = {name for name, holding in held.items() if id(holding.tensor) not in tensors}
+    missing = {name for name, part in held.items() if id(part.tensor) not in tensors}
     unexpected = set(left_over)
     if is_hugging_face(model):
-        info = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-        model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
-        missing, unexpected = info.missing_keys, info.unexpected_keys
+        missing, unexpected = _compat.without_ignored_keys(model, missing, unexpected)
     parts = [
         f"{what} {listed(sorted(names))}"
         for what, names in {"lacks": missing, "has, and the model has not,": unexpected}.items()
@@ -197,6 +194,4 @@ def _check_complete(
         inner = next((name for name, module in model.named_modules() if is_hugging_face(module)), "")
         if inner and not is_from_lightning(path):
             parts.append(f"is to be loaded into the model of transformers that is {inner} here, not into what has it")
-        raise ValueError(
-            f"path={str(path)!r} {' and '.join(parts)}; the model must be of the class and settings that were saved"
-        )
+        raise ValueError(f"path={str(path)!r} {' and '.join(parts)}. Use a model of the saved class and settings.")

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from lightning_eplb.cli import dashboard, inspect_checkpoint, report, simulate
-from lightning_eplb.cli.error import CommandError
+from lightning_eplb.cli.terminal import CommandError
 
 COMMANDS = {"simulate": simulate, "report": report, "inspect": inspect_checkpoint, "dashboard": dashboard}
 DESCRIPTION = "Look at the load of a Mixture-of-Experts model's experts, and at what balancing makes of it."
@@ -28,11 +28,11 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        words: The command line without the program's name; ``None``: that of the process.
+        words: Command line without the program's name. Defaults to that of the process.
 
     Returns:
-        The exit status: 0; 1 where the command could not do its work; 2 where an argument, or a file that it names,
-        does not fit. Errors are one sentence on standard error.
+        Exit status: 0; 1 if the command failed; 2 for an argument, or a file that it names, that does not fit. Errors
+        are one sentence on standard error.
     """
     arguments = _parser().parse_args(words)
     try:
@@ -41,7 +41,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
     except CommandError as error:
         return _fail(str(error), 1)
-    except BrokenPipeError:  # whoever read us, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as error:

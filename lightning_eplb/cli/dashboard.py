@@ -1,8 +1,8 @@
-"""``dashboard``: a workspace in Weights & Biases that shows what ``EPLBCallback`` logs."""
+"""``dashboard``: make a workspace in Weights & Biases for the scalars and pictures of ``EPLBCallback``."""
 
 import argparse
 
-from lightning_eplb.cli.error import CommandError
+from lightning_eplb.cli.terminal import CommandError
 
 HELP = "make a dashboard in Weights & Biases"
 DESCRIPTION = """\
@@ -15,7 +15,7 @@ for example:
   %(prog)s --entity my-team --project my-model
 """
 NOT_IN_NAMES = frozenset("/\\#?%:")
-"""Characters that Weights & Biases refuses in the names of projects."""
+"""Characters that Weights & Biases does not allow in names of projects."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``inspect``: the load and the placement that a checkpoint holds."""
+"""``inspect``: show the load and the placement in a checkpoint."""
 
 import argparse
 import warnings
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_eplb.checkpoint.consolidate import check_complete, has_shards, read_rest
-from lightning_eplb.cli.table import aligned
+from lightning_eplb.cli.terminal import aligned
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.split import level_tokens
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class _Saved:
-    """Of the state of an ``EPLBCallback``, checked. The window is ``[W, Y, L]``: steps, layers, experts."""
+    """Checked state of an ``EPLBCallback``. The window is ``[W, Y, L]``: steps, layers, experts."""
 
     window: np.ndarray
     num_rearrangements: int
@@ -80,7 +80,7 @@ class _Saved:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """All but the weights of a checkpoint, which stay on disk. Nothing of the file is run."""
+    """Read a checkpoint without its weights, which stay on disk. Runs no code from the file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a checkpoint, such as runs/pretrain/checkpoints/last.ckpt")
     try:
@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(path: Path) -> dict[str, Any]:
-    from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index  # which loads much that a file does not need
+    from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index  # slow to import
 
     if not has_shards(path):
         raise ValueError(f"{path} is no checkpoint of Lightning: it has neither an index .metadata nor shards")

@@ -1,22 +1,21 @@
-"""What ``simulate`` and ``report`` ask for alike: a load, and the cluster to replay it on."""
+"""Arguments that ``simulate`` and ``report`` share: a load, and the cluster to replay it on."""
 
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from lightning_eplb._validation import check_divides, check_multiple
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
 from lightning_eplb.simulation.replay import DEFAULT_COSTS, Replay, Setting, replay
 from lightning_eplb.simulation.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
 from lightning_eplb.simulation.trace_formats import read_load as read_file
 
 MOST_COUNTS = 2**28
-"""Counts of a synthetic load, 2 GiB, which take about ten seconds to draw."""
+"""Upper bound of the counts of a synthetic load: 2 GiB, which take about ten seconds to draw."""
 EXPERTS = 64
-"""Of each layer of a synthetic load, where nothing else is said."""
+"""Default number of experts in each layer of a synthetic load."""
 
 POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
     "static": lambda arguments: StaticPolicy(),
@@ -26,7 +25,7 @@ POLICIES: dict[str, Callable[[argparse.Namespace], Policy]] = {
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which load, on which cluster."""
+    """Add arguments that choose a load and a cluster."""
     parser.add_argument(
         "trace",
         nargs="?",
@@ -86,11 +85,11 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_load(arguments: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """The load, ``[W, Y, L]`` int64, and what to call it.
+    """Return the chosen load, ``[W, Y, L]`` int64, and its name.
 
     Raises:
-        ValueError: A number does not fit, not one of a trace and the names is given, there are too few steps for a
-            decision, or the file is no trace or damaged. Numbers are checked before anything is read or drawn.
+        ValueError: A number does not fit; not exactly one of a trace and the names is given; there are too few steps
+            for a decision; or the file is not a trace, or damaged. Numbers are checked before anything is read.
         OSError: The file can't be read.
     """
     _check_numbers(arguments)
@@ -149,15 +148,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         )
     if not arguments.replica_tokens >= 0:
         raise ValueError(f"--replica-tokens {arguments.replica_tokens} must be zero or more; inf for no replicas")
-    if arguments.ep_size % arguments.num_nodes:
-        raise ValueError(
-            f"--num-nodes {arguments.num_nodes} must divide --ep-size {arguments.ep_size};"
-            f" one of {_divisors(arguments.ep_size)} would do"
-        )
+    check_divides(
+        arguments.num_nodes, arguments.ep_size, f"--num-nodes {arguments.num_nodes}", f"--ep-size {arguments.ep_size}"
+    )
 
 
 def _check_counts(sizes: dict[str, int], counts: int) -> None:
-    """Raise ``ValueError`` where a load is too large to be drawn."""
+    """Raise ``ValueError`` for a load that is too large to be drawn."""
     if counts > MOST_COUNTS:
         flags = " of ".join(f"{_flag(name)} {number}" for name, number in sizes.items())
         raise ValueError(f"{flags} are {counts:,} counts, and {MOST_COUNTS:,} are the most that are drawn")
@@ -166,17 +163,14 @@ def _check_counts(sizes: dict[str, int], counts: int) -> None:
 def _check_sizes(arguments: argparse.Namespace, steps: int, experts: int) -> None:
     """Raise ``ValueError`` for the first number that does not fit a load of so many steps and experts."""
     for name in ("ep_size", "num_groups"):
-        if experts % getattr(arguments, name):
-            raise ValueError(
-                f"{_flag(name)} {getattr(arguments, name)} must divide the {experts} experts; one of"
-                f" {_divisors(experts)} would do"
-            )
-    if arguments.num_redundant_experts < 0 or arguments.num_redundant_experts % arguments.ep_size:
-        below = max(0, arguments.num_redundant_experts // arguments.ep_size * arguments.ep_size)
-        raise ValueError(
-            f"--num-redundant-experts {arguments.num_redundant_experts} must be a multiple of --ep-size"
-            f" {arguments.ep_size}; {below} or {below + arguments.ep_size} would do"
-        )
+        value = getattr(arguments, name)
+        check_divides(value, experts, f"{_flag(name)} {value}", f"the {experts} experts")
+    check_multiple(
+        arguments.num_redundant_experts,
+        arguments.ep_size,
+        f"--num-redundant-experts {arguments.num_redundant_experts}",
+        f"--ep-size {arguments.ep_size}",
+    )
     usable = (experts - experts // arguments.ep_size) * arguments.ep_size
     if arguments.num_redundant_experts > usable:
         raise ValueError(
@@ -194,13 +188,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _divisors(number: int) -> list[int]:
-    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*low, *(number // divisor for divisor in low)})
-
-
 def setting_of(arguments: argparse.Namespace) -> Setting:
-    """Cluster and schedule that the arguments name."""
+    """Return cluster and schedule of the arguments."""
     return Setting(
         arguments.ep_size,
         arguments.num_redundant_experts,
@@ -215,7 +204,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
 def replay_policies(
     load_WYL: np.ndarray, arguments: argparse.Namespace, names: Sequence[str], after_step: Callable[[], object]
 ) -> dict[str, Replay]:
-    """The replay that moves nothing, and one of each of the policies ``names``, by name.
+    """Replay the load without moves and with each of the policies ``names``. Return the replays by name.
 
     Raises:
         ValueError: A number does not fit the load or another number.
@@ -225,8 +214,3 @@ def replay_policies(
         name: replay(load_WYL, POLICIES[name](arguments), setting, name=name, after_step=after_step)
         for name in dict.fromkeys(("static", *names))
     }
-
-
-def progress(steps: int, words: str) -> "tqdm[Any]":
-    """A bar on standard error that counts steps; none where that is no terminal."""
-    return tqdm(total=steps, desc=words, unit=" steps", leave=False, disable=None)

@@ -1,10 +1,10 @@
-"""``report``: a load and its replays as a page."""
+"""``report``: write a load and its replays as an HTML page."""
 
 import argparse
 from pathlib import Path
 
-from lightning_eplb.cli.error import CommandError
-from lightning_eplb.cli.load import POLICIES, add_load_arguments, progress, read_load, replay_policies, setting_of
+from lightning_eplb.cli.load import POLICIES, add_load_arguments, read_load, replay_policies, setting_of
+from lightning_eplb.cli.terminal import CommandError, progress
 from lightning_eplb.report import prepare, render
 from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes
 from lightning_eplb.simulation.trace_formats import FORMATS
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path, trace: str | None) -> None:
-    """Raise ``ValueError`` where the page can't be written, or would be written over its trace."""
+    """Raise ``ValueError`` if the page can't be written, or would replace its trace."""
     if output.is_dir():
         raise ValueError(f"-o {output} is a folder; name a file, such as {output / 'report.html'}")
     if trace is not None and output.exists() and Path(trace).exists() and output.samefile(trace):

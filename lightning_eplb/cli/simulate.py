@@ -1,12 +1,12 @@
-"""``simulate``: a load on a cluster of any size, policies and bounds side by side."""
+"""``simulate``: replay a load on a cluster of any size, with policies and bounds side by side."""
 
 import argparse
 from collections.abc import Callable
 
 import numpy as np
 
-from lightning_eplb.cli.load import POLICIES, add_load_arguments, progress, read_load, replay_policies, setting_of
-from lightning_eplb.cli.table import aligned
+from lightning_eplb.cli.load import POLICIES, add_load_arguments, read_load, replay_policies, setting_of
+from lightning_eplb.cli.terminal import aligned, progress
 from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
 from lightning_eplb.simulation.replay import Replay, describe, draw_over_time
 from lightning_eplb.simulation.trace_formats import FORMATS
@@ -36,7 +36,7 @@ for example:
   %(prog)s --recorded mixtral-8x7b-e16k4 --ep-size 4 --num-redundant-experts 4 --step-interval 8
 """
 ROWS = (*POLICIES, "published", "per-batch", "perfect")
-"""Names of the table's rows, in their order."""
+"""Names of the table's rows, in order."""
 MEANINGS = """
 Balancedness is that of single steps after the first decision: mean over ranks / fullest rank, 1 is perfect.
 Speed-up is that of the experts' part of a step, over the placement that training starts from; moves and replicas'
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _replay(
     load_WYL: np.ndarray, arguments: argparse.Namespace, wanted: list[str], after_step: Callable[[], object]
 ) -> dict[str, Replay]:
-    """Replay what the wanted rows need, by name."""
+    """Return the replays that the wanted rows need, by name."""
     names = [name for name in POLICIES if name in wanted or (name == "balanced" and "per-batch" in wanted)]
     replays = replay_policies(load_WYL, arguments, names, after_step)
     if "published" in wanted:

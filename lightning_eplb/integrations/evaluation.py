@@ -1,6 +1,5 @@
 """Validation, testing and prediction in which ranks have different numbers of batches."""
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +9,8 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eplb import _compat
+from lightning_eplb.integrations.patches import call_before, restore
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.join import ExpertJoin
 from lightning_eplb.parallel.parallelize import expert_layers
@@ -41,6 +42,7 @@ class Evaluation:
         self._control: dist.ProcessGroup | None = None
         self._num_batches, self._dataloader = 0, 0
         self._loop = _loop_of(trainer)
+        self._replaced = ["on_run_end"]
         groups = {id(layer.groups): layer.groups for layer, _ in self._layers}
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             self._control = next((each.cpu_group for each in groups.values()), None)
@@ -50,8 +52,10 @@ class Evaluation:
                 self._serve_uneven_calls(of_all)
         if self._control is None and self._uneven is None:
             return
-        _call_before(self._loop, "_store_dataloader_outputs", self._pause)
-        _call_before(self._loop, "on_run_end", self._finish)
+        if (end := _compat.end_of_dataloader(self._loop)) is not None:
+            self._replaced.append(end)
+            call_before(self._loop, end, self._pause)
+        call_before(self._loop, "on_run_end", self._finish)
 
     def start_batch(self, dataloader_idx: int) -> None:
         """Synchronize with the other ranks under FSDP. Every rank calls it before a batch.
@@ -68,8 +72,7 @@ class Evaluation:
         for layer, _ in self._layers:
             layer.set_join(None)
         self._layers, self._uneven, self._control, self._counted = [], None, None, []
-        for name in ("_store_dataloader_outputs", "on_run_end"):
-            vars(self._loop).pop(name, None)
+        restore(self._loop, *self._replaced)
 
     def _serve_uneven_calls(self, groups: ExpertGroups) -> None:
         named = [(layer.name, layer.num_logical_experts, module) for layer, module in self._layers]
@@ -79,7 +82,7 @@ class Evaluation:
             layer.set_join(self._uneven)
         wrapped = self._trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel) and wrapped.will_sync_module_buffers():
-            wrapped._sync_buffers()  # the first forward would, and a rank without any batch has none
+            _compat.sync_buffers(wrapped)  # the first forward would, and a rank without any batch has none
             wrapped.require_forward_param_sync = False
         if groups.edp_group is not None:
             self._counted = [CounterSync(module, layer.per_expert.counters) for layer, module in self._layers]
@@ -127,16 +130,3 @@ def _loop_of(trainer: "pl.Trainer") -> Any:
         return trainer.test_loop
     is_within_fit = trainer.state.fn == TrainerFn.FITTING
     return trainer.fit_loop.epoch_loop.val_loop if is_within_fit else trainer.validate_loop
-
-
-def _call_before(owner: Any, name: str, function: Callable[[], None]) -> None:
-    """Make the method ``name`` of ``owner`` call ``function`` first, if there is such a method."""
-    method = getattr(owner, name, None)
-    if method is None:  # the prediction loop reduces no metrics
-        return
-
-    def call_both(*args: Any, **kwargs: Any) -> Any:
-        function()
-        return method(*args, **kwargs)
-
-    setattr(owner, name, call_both)

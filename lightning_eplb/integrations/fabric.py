@@ -1,4 +1,4 @@
-"""Lightning Fabric: what it wraps, and how it clips."""
+"""Lightning Fabric: wrapped optimizers, and gradient clipping by the norm of the whole model."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,12 +9,14 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eplb import _compat
+from lightning_eplb.integrations.patches import replace
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.parallelize import expert_layers
 
 
 def optimizer_within(optimizer: Any) -> Any:
-    """The optimizer that Fabric has wrapped; any other as it is."""
+    """Return the optimizer that Fabric has wrapped, or any other as it is."""
     return optimizer.optimizer if is_wrapped(optimizer) else optimizer
 
 
@@ -22,12 +24,11 @@ def clip_fabric_by_global_norm(wrapped: Iterable[object]) -> None:
     """Let ``fabric.clip_gradients(..., max_norm=...)`` use the norm of the whole model, as ``clip_grad_norm_`` does.
 
     Args:
-        wrapped: Objects that lead to a strategy: a module or an optimizer that ``fabric.setup`` returned. Others are
-            ignored.
+        wrapped: Modules and optimizers that ``fabric.setup`` returned. Other objects are ignored.
     """
     for one in filter(is_wrapped, wrapped):
-        strategy: Strategy = one._strategy  # type: ignore[attr-defined]
-        strategy.clip_gradients_norm = partial(_clip_gradients_norm, strategy)  # type: ignore[method-assign]
+        strategy: Strategy = _compat.fabric_strategy(one)
+        replace(strategy, "clip_gradients_norm", partial(_clip_gradients_norm, strategy))
 
 
 def _clip_gradients_norm(

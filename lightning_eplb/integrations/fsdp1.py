@@ -1,4 +1,4 @@
-"""Lightning's ``FSDPStrategy`` (FSDP1): it shards everything but the experts."""
+"""Lightning's ``FSDPStrategy`` (FSDP1), which shards everything but the experts."""
 
 from functools import partial
 from pathlib import Path
@@ -9,66 +9,60 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.algorithms._comm_hooks import default_hooks
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
+from lightning_eplb import _compat
 from lightning_eplb.checkpoint.consolidate import INDEX, WEIGHTS_FSDP1
 from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.parallel.flat_parameters import prepare_for_flattening, spread_parameters
 from lightning_eplb.parallel.parallelize import expert_layers
 
-_AVERAGING_HOOKS = (
-    default_hooks.allreduce_hook,
-    default_hooks.reduce_scatter_hook,
-    default_hooks.fp16_compress_hook,
-    default_hooks.bf16_compress_hook,
-)
-
 
 def check_fsdp(strategy: FSDPStrategy) -> None:
-    """Raise ``ValueError`` for what can't be done while experts are spread over ranks. Needs no communication."""
+    """Raise ``ValueError`` for options that are not supported with expert parallelism. Performs no communication."""
     if strategy.cpu_offload.offload_params:
         raise ValueError(
-            "FSDPStrategy(cpu_offload=True) is not supported by EPLBCallback, as experts stay on their device;"
-            " a larger ep_size leaves fewer of them on each"
+            "FSDPStrategy(cpu_offload=True) is not supported by EPLBCallback, as experts stay on their device."
+            " Use a larger ep_size for fewer experts on each."
         )
     if not strategy.kwargs.get("use_orig_params"):
         raise ValueError(
             "FSDPStrategy(use_orig_params=False) is not supported by EPLBCallback, as an optimizer must hold experts"
-            " beside what is sharded; leave the argument out"
+            " beside sharded parameters. Leave the argument out."
         )
     ignored = list(strategy.kwargs.get("ignored_states") or ())
     if strategy.kwargs.get("ignored_modules") or any(isinstance(one, nn.Module) for one in ignored):
         raise ValueError(
-            "FSDPStrategy ignores parameters or modules, not both, and with EPLBCallback it ignores those of experts;"
-            " give ignored_states=[...] the parameters of your modules"
+            "FSDPStrategy ignores parameters or modules, not both, and with EPLBCallback it ignores those of experts."
+            " Use ignored_states=[...] with the parameters of your modules."
         )
 
 
 def check_fsdp_hook(model: nn.Module | None) -> None:
-    """Raise ``ValueError`` if a communication hook was registered that may not average. Needs no communication."""
-    hook = model._comm_hook if isinstance(model, FullyShardedDataParallel) else None
-    if hook is not None and hook not in _AVERAGING_HOOKS:
+    """Raise ``ValueError`` for a registered communication hook that may not average. Performs no communication."""
+    hook = _compat.fsdp1_comm_hook(model) if isinstance(model, FullyShardedDataParallel) else None
+    if hook is not None and hook not in (averaging := _compat.fsdp1_averaging_hooks()):
         name = getattr(hook, "__name__", repr(hook))
         raise ValueError(
             f"FullyShardedDataParallel.register_comm_hook(hook={name}) is not supported"
             " with experts that are spread over ranks: their gradients are averaged over all ranks, and so must all"
-            f" others be. Use one of {', '.join(each.__name__ for each in _AVERAGING_HOOKS)} of"
-            " torch.distributed.algorithms._comm_hooks.default_hooks, or none"
+            f" others be. Use one of {', '.join(each.__name__ for each in averaging)} of"
+            " torch.distributed.algorithms._comm_hooks.default_hooks, or none."
         )
 
 
 class SpreadExperts:
-    """Lets an ``FSDPStrategy`` train a model whose experts are spread over ranks, until ``undo``.
+    """Expert parallelism under an ``FSDPStrategy``, until :meth:`undo`.
 
-    Experts are left out of what it wraps, and readied for it. That is done when the strategy asks the precision plugin
-    to convert the model, the last thing before it wraps it: ``configure_model`` has run by then. Its state dicts, and
-    what it saves, have the experts in the form that they have everything else in. It also resumes from the distributed
-    checkpoints of FSDP2.
+    FSDP ignores the experts, which are prepared for that when the strategy asks the precision plugin to convert the
+    model. That is the last call before FSDP wraps the model, after ``configure_model``. State dicts and checkpoints
+    hold the experts in the same form as all other parameters. The strategy also resumes from distributed checkpoints
+    of FSDP2.
 
     Args:
-        strategy: That of the trainer, before its ``setup``.
-        module: Converted by then.
+        strategy: Strategy of the trainer, before its ``setup``.
+        module: Model, converted before the strategy wraps it.
     """
 
     def __init__(self, strategy: FSDPStrategy, module: "pl.LightningModule") -> None:
@@ -76,9 +70,9 @@ class SpreadExperts:
         self._precision = strategy.precision_plugin
         self._convert, self._load = self._precision.convert_module, strategy.load_checkpoint
         self._ignored = strategy.kwargs.get("ignored_states")
-        self._precision.convert_module = self._convert_and_leave_out  # type: ignore[method-assign]
-        strategy.load_checkpoint = self._load_checkpoint  # type: ignore[method-assign]
-        strategy.save_checkpoint = partial(_save_checkpoint, strategy)  # type: ignore[method-assign]
+        replace(self._precision, "convert_module", self._convert_and_leave_out)
+        replace(strategy, "load_checkpoint", self._load_checkpoint)
+        replace(strategy, "save_checkpoint", partial(_save_checkpoint, strategy))
 
     def _convert_and_leave_out(self, module: nn.Module) -> nn.Module:
         converted = self._convert(module)
@@ -92,7 +86,7 @@ class SpreadExperts:
         return converted
 
     def _is_saved_in_shards(self) -> bool:
-        """How FSDP has been told to make state dicts, just now."""
+        """Return ``True`` while FSDP makes sharded state dicts."""
         wrapped = self._strategy.model
         settings = FullyShardedDataParallel.get_state_dict_type(wrapped) if wrapped is not None else None
         return settings is not None and settings.state_dict_type == StateDictType.SHARDED_STATE_DICT
@@ -101,7 +95,7 @@ class SpreadExperts:
         strategy = self._strategy
         path = strategy.broadcast(checkpoint_path)
         if not Path(path).is_dir():
-            if Path(path).is_file():  # Lightning's reader runs the code in it: raise for that, as other strategies do
+            if Path(path).is_file():  # Lightning's reader runs the code in it: raise, as other strategies do
                 torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
             return self._load(path, weights_only=weights_only)
         assert strategy.model is not None
@@ -111,9 +105,9 @@ class SpreadExperts:
         )
 
     def undo(self) -> None:
-        """Leave strategy and plugin as they were; state dicts, and what is saved, stay right."""
-        vars(self._precision).pop("convert_module", None)
-        vars(self._strategy).pop("load_checkpoint", None)
+        """Restore strategy and plugin. State dicts and checkpoints stay correct."""
+        restore(self._precision, "convert_module")
+        restore(self._strategy, "load_checkpoint")
         kwargs: dict[str, Any] = self._strategy.kwargs
         kwargs.pop("ignored_states", None)
         if self._ignored is not None:
@@ -123,9 +117,9 @@ class SpreadExperts:
 def _save_checkpoint(
     strategy: FSDPStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
 ) -> None:
-    """Save as the strategy does, but replace a folder in one step. It may be called at any time after ``fit``, too."""
+    """Save as the strategy does, but replace a folder in one step. May be called after ``fit``, too."""
     save = type(strategy).save_checkpoint
-    if strategy._state_dict_type != "sharded" or storage_options is not None:
+    if not _compat.saves_shards(strategy) or storage_options is not None:
         save(strategy, checkpoint, filepath, storage_options)
     elif save is FSDPStrategy.save_checkpoint:
         save_folder(strategy, checkpoint, filepath, WEIGHTS_FSDP1)

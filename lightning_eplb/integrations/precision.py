@@ -1,4 +1,4 @@
-"""What Lightning's precision plugin does on each rank by itself and must do alike on all: clipping, and its scaler."""
+"""Lightning's precision plugin: gradient clipping by the norm of the whole model, and the gradient scaler."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
 from lightning_eplb.parallel.flat_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
@@ -20,11 +21,11 @@ from lightning_eplb.strategies import ExpertParallelStrategy
 
 
 def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-    """Let the precision plugin, through which every clipping goes, use the norm of the whole model.
+    """Let the precision plugin, through which every clipping goes, clip by the norm of the whole model.
 
-    Lightning clips each rank by the norm of the gradients it has; the experts of other ranks would be missing from it,
-    and it refuses those of several meshes. What the model is, is looked up when it is first clipped: it may be built
-    later, and who tries learning rates trains before ``on_fit_start``.
+    Lightning clips by the norm of a rank's own gradients, without the experts of other ranks, and does not support
+    several meshes. The model is looked up at the first clipping: it may be built later than this call, and
+    ``LearningRateFinder`` trains before ``on_fit_start``.
     """
     clip_as_before(trainer)
     precision = trainer.precision_plugin
@@ -51,26 +52,29 @@ def clip_by_global_norm(trainer: "pl.Trainer", pl_module: "pl.LightningModule") 
         else:
             clip_grad_value_(precision.main_params(optimizer), float(clip_val))
 
-    precision.clip_grad_by_norm = clip_grad_by_norm  # type: ignore[method-assign]
-    precision.clip_grad_by_value = clip_grad_by_value  # type: ignore[method-assign]
+    replace(precision, "clip_grad_by_norm", clip_grad_by_norm)
+    replace(precision, "clip_grad_by_value", clip_grad_by_value)
 
 
 def clip_fsdp_by_global_norm(wrapped: nn.Module | None, pl_module: "pl.LightningModule", groups: ExpertGroups) -> None:
-    """The same for ``FullyShardedDataParallel.clip_grad_norm_``, which takes experts to be the same on all ranks."""
+    """Let ``FullyShardedDataParallel.clip_grad_norm_`` clip by the norm of the whole model.
+
+    FSDP takes the parameters that it ignores to be the same on all ranks.
+    """
     if not isinstance(wrapped, FullyShardedDataParallel) or groups.size == 1:
         return
     experts = [parameter for _, module in expert_layers(pl_module) for parameter in module.parameters(recurse=False)]
 
     def clip(max_norm: float | int, norm_type: float | int = 2.0) -> Tensor:
         if norm_type != 2:
-            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback; 2.0 would do")
+            raise ValueError(f"norm_type={norm_type} is not supported with EPLBCallback. Use 2.0.")
         return clip_by_norm_of_all_(wrapped.parameters(), float(max_norm), experts, groups, shard_groups(wrapped))
 
-    wrapped.clip_grad_norm_ = clip  # type: ignore[method-assign]
+    replace(wrapped, "clip_grad_norm_", clip)
 
 
 class _Clipped(NamedTuple):
-    """See :func:`~lightning_eplb.parallel.clipping.clip_by_norm_of_all_`."""
+    """Arguments of :func:`~lightning_eplb.parallel.clipping.clip_by_norm_of_all_`."""
 
     expert_parameters: Sequence[Tensor]
     groups: ExpertGroups
@@ -79,11 +83,10 @@ class _Clipped(NamedTuple):
 
 def clip_as_before(trainer: "pl.Trainer") -> None:
     """Undo :func:`clip_by_global_norm`."""
-    for name in ("clip_grad_by_norm", "clip_grad_by_value"):
-        vars(trainer.precision_plugin).pop(name, None)
+    restore(trainer.precision_plugin, "clip_grad_by_norm", "clip_grad_by_value")
 
 
 def shared_scaler(trainer: "pl.Trainer") -> torch.amp.GradScaler | None:
-    """The gradient scaler, where several ranks must agree about what it does."""
+    """Return the gradient scaler if several ranks must agree on its decisions."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and trainer.world_size > 1 else None

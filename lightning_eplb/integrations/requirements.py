@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_eplb import _compat
+from lightning_eplb._validation import check_divides, check_multiple
 from lightning_eplb.integrations.fsdp1 import check_fsdp
 from lightning_eplb.parallel.communication_hooks import check_averages
 from lightning_eplb.parallel.discovery import check_experts, find_experts
@@ -38,17 +40,11 @@ def check_trainer(trainer: "pl.Trainer", ep_size: int, num_redundant_experts: in
         ep_size: Ranks of an EP group, as :func:`resolve_ep_size` returns it.
         num_redundant_experts: Redundant experts of each layer.
     """
-    if trainer.world_size % ep_size:
-        sizes = [size for size in range(1, trainer.world_size + 1) if trainer.world_size % size == 0]
-        raise ValueError(
-            f"ep_size={ep_size} must divide the {trainer.world_size} data-parallel ranks; one of {sizes} would do"
-        )
-    if num_redundant_experts % ep_size:
-        below = num_redundant_experts // ep_size * ep_size
-        raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={ep_size};"
-            f" {below} or {below + ep_size} would do"
-        )
+    ranks = trainer.world_size
+    check_divides(ep_size, ranks, f"ep_size={ep_size}", f"the {ranks} data-parallel ranks")
+    check_multiple(
+        num_redundant_experts, ep_size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={ep_size}"
+    )
     if isinstance(trainer.strategy, FSDPStrategy):
         check_fsdp(trainer.strategy)
     elif not isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy, ExpertParallelStrategy)):
@@ -56,17 +52,15 @@ def check_trainer(trainer: "pl.Trainer", ep_size: int, num_redundant_experts: in
             f"strategy={type(trainer.strategy).__name__} is not supported by EPLBCallback; 'ddp', 'fsdp' or"
             " lightning_eplb.ExpertParallelStrategy() on several devices, or a single device, would do"
         )
-    hook_state = getattr(trainer.strategy, "_ddp_comm_state", None)
-    if ep_size > 1 and type(hook_state).__name__ == "PostLocalSGDState":  # which only its users import
+    comm = _compat.comm_hook_of(trainer.strategy) if isinstance(trainer.strategy, DDPStrategy) else None
+    if comm is not None and ep_size > 1 and type(comm.state).__name__ == "PostLocalSGDState":  # imported by its users
         raise ValueError(
             "DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback: local SGD averages"
             " parameters over ranks, and each has other experts; leave its three arguments out"
         )
-    hook = getattr(trainer.strategy, "_ddp_comm_hook", None)
-    if ep_size > 1 and hook is not None:
-        wrapper = getattr(trainer.strategy, "_ddp_comm_wrapper", None)
-        source = f"DDPStrategy(ddp_comm_hook={getattr(hook, '__name__', repr(hook))})"
-        check_averages(source, hook, hook_state, wrapper)
+    if comm is not None and ep_size > 1 and comm.hook is not None:
+        source = f"DDPStrategy(ddp_comm_hook={getattr(comm.hook, '__name__', repr(comm.hook))})"
+        check_averages(source, comm.hook, comm.state, comm.wrapper)
     check_nodes(ep_size, trainer.num_devices)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if ep_size > 1 and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -110,10 +104,7 @@ def check_pruning(trainer: "pl.Trainer", pl_module: "pl.LightningModule", ep_siz
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, ModelPruning):
             continue
-        pruned = ModelPruning.sanitize_parameters_to_prune(
-            pl_module, callback._parameters_to_prune, callback._parameter_names
-        )
-        for module, name in pruned:
+        for module, name in _compat.pruned_by(callback, pl_module):
             if id(module) in experts:
                 raise ValueError(
                     f"{type(callback).__name__} prunes {name!r} of a {type(module).__name__}, and EPLBCallback spreads"

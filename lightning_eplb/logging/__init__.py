@@ -1,4 +1,4 @@
-"""Pictures of the load, and how they reach a logger."""
+"""Scalars, pictures and tables of the load, for loggers and the terminal."""
 
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_rank_load
 from lightning_eplb.logging.loggers import log_heatmaps, log_histogram, log_placement, takes_pictures

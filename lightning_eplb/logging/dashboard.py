@@ -1,26 +1,26 @@
-"""A dashboard of what ``EPLBCallback`` logs, for Weights & Biases.
+"""Dashboard in Weights & Biases for the scalars and pictures of ``EPLBCallback``.
 
-Imported by whoever asks for it: it needs the extra ``dashboard``.
+Needs the extra ``dashboard``, so it is imported only on demand.
 """
 
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 STEP = "trainer/global_step"
-"""The axis of all panels, which ``WandbLogger`` gives to all that it logs."""
+"""Axis of all panels, which ``WandbLogger`` sets for everything that it logs."""
 
 
 def build_dashboard(entity: str, project: str, name: str = "Expert load") -> ws.Workspace:
-    """Define the workspace. Nothing is sent; ``.save()`` on it does that.
+    """Define the workspace. Nothing is sent until its ``.save()`` is called.
 
     Args:
-        entity: The user or team that the project is of.
-        project: The project, as in ``WandbLogger(project=...)``.
-        name: Of the workspace.
+        entity: User or team of the project.
+        project: Project, as in ``WandbLogger(project=...)``.
+        name: Name of the workspace. Defaults to "Expert load".
 
     Returns:
-        Sections Balance (are the ranks level?), Experts (which experts are hot, where are they?) and Cost (what does
-        balancing take, and what does it save?).
+        Workspace with the sections Balance (load of the ranks), Experts (hot experts and their places) and Cost (time
+        and traffic of balancing, time saved).
     """
     balance = [
         _lines("Balancedness: mean rank over fullest rank", "balancedness", "predicted_balancedness", range_y=(0, 1)),

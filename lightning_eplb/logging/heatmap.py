@@ -1,11 +1,11 @@
-"""Draw how tokens fall on experts and on ranks: one row a MoE layer, one column an expert or a rank.
+"""Draw the tokens of experts and ranks: a row for each MoE layer, a column for each expert or rank.
 
-A cell's colour is its *share*: its tokens over the even ones, the mean of its layer. White is even (1), red is more,
-blue is less; the scale is logarithmic, so that twice and half of even are equally strong. The map (``RdBu``) suits
-every common kind of colour blindness. Layers without a token are grey.
+The colour of a cell is its *share*: its tokens divided by the mean of its layer. White is even (1), red is more, blue
+is less. The scale is logarithmic, so twice and half of even are equally strong. The map (``RdBu``) is safe for common
+kinds of colour blindness. Layers without a token are grey.
 
-Matplotlib is imported when something is drawn. Figures are made without ``pyplot``: nothing is kept that must be
-closed, and the backend that the user chose is not touched.
+Matplotlib is imported when something is drawn. Figures are made without ``pyplot``, so none must be closed and the
+user's backend does not change.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``C`` columns (experts or ranks).
 """
@@ -25,27 +25,26 @@ if TYPE_CHECKING:
 
 MOST_WRITTEN_COLUMNS = 16
 MOST_WRITTEN_ROWS = 24
-"""Up to here a cell has room for its number."""
+"""Largest numbers of columns and rows with a number in each cell."""
 
 COLOUR_LIMITS = (1.25, 1.5, 2, 4, 8, 16)
-"""Ends of the colour scale, as shares; the first one that holds every cell is taken, or the last."""
+"""Ends of the colour scale, as shares. The first one that covers every cell is used, or the last."""
 
 
 def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts", axes: "Axes | None" = None) -> "Figure":
-    """Draw which logical experts get how many tokens, layers by experts.
+    """Draw the tokens of the logical experts, layers by experts.
 
     Args:
-        load_YL: Tokens of each logical expert, ``[Y, L]``: a tensor on any device or a numpy array, such as
+        load_YL: Tokens of each logical expert, ``[Y, L]``: a tensor on any device or a NumPy array, such as
             ``ExpertLoad.compute()["load"]``.
-        title: What stands above the picture.
-        axes: Draw there; ``None`` for a new figure, as large as the model needs.
+        title: Title of the picture.
+        axes: Axes to draw on. Defaults to those of a new figure, as large as the model needs.
 
     Returns:
-        A figure with a canvas; ``figure.savefig("load.png")`` writes it. The fullest expert's share stands under the
-        title.
+        Figure with a canvas; ``figure.savefig("load.png")`` writes it. The largest share is under the title.
 
     Raises:
-        ValueError: Not two dimensions, or none of a kind.
+        ValueError: ``load_YL`` does not have two dimensions, or one of them is 0.
     """
     tokens_YL = _tokens(load_YL, "load_YL", "[layers, experts]")
     share_YL = _share(tokens_YL)
@@ -62,18 +61,18 @@ def draw_expert_load(load_YL: Any, title: str = "Load of the logical experts", a
 
 
 def draw_rank_load(tokens_YR: Any, title: str = "Load of the ranks") -> "Figure":
-    """Draw which ranks serve how many tokens, layers by ranks.
+    """Draw the tokens of the ranks, layers by ranks.
 
     Args:
-        tokens_YR: Tokens that each rank serves, ``[Y, R]``: a tensor on any device or a numpy array, such as that of
+        tokens_YR: Tokens that each rank computes, ``[Y, R]``: a tensor on any device or a NumPy array, such as that of
             :func:`~lightning_eplb.functional.rank_tokens`.
-        title: What stands above the picture.
+        title: Title of the picture.
 
     Returns:
-        A figure with a canvas; ``figure.savefig("load.png")`` writes it. The balancedness stands under the title.
+        Figure with a canvas; ``figure.savefig("load.png")`` writes it. The balancedness is under the title.
 
     Raises:
-        ValueError: Not two dimensions, or none of a kind.
+        ValueError: ``tokens_YR`` does not have two dimensions, or one of them is 0.
     """
     tokens_YR = _tokens(tokens_YR, "tokens_YR", "[layers, ranks]")
     share_YR = _share(tokens_YR)
@@ -89,11 +88,11 @@ def draw_balancedness(values: Sequence[float], axes: "Axes | None" = None) -> "F
     """Draw balancedness over steps, from 0 to 1.
 
     Args:
-        values: Of successive steps.
-        axes: Draw there; ``None`` for a new figure.
+        values: Balancedness of successive steps.
+        axes: Axes to draw on. Defaults to those of a new figure.
 
     Returns:
-        A figure with a canvas.
+        Figure with a canvas.
     """
     if axes is None:
         figure, (axes,) = _empty_figure((16, 32), panels=1)
@@ -109,16 +108,16 @@ def draw_slot_load(before_YP: Any, after_YP: Any, title: str = "Load of the slot
     """Draw the load of the physical experts before and after a rearrangement, side by side on one colour scale.
 
     Args:
-        before_YP: Tokens that each slot serves under the placement before, ``[Y, P]``, such as
-            :func:`~lightning_eplb.functional.slot_tokens` returns them.
-        after_YP: The same tokens under the placement after.
-        title: What stands above both pictures.
+        before_YP: Tokens of each slot under the placement before, ``[Y, P]``, as of
+            :func:`~lightning_eplb.functional.slot_tokens`.
+        after_YP: Tokens of each slot under the placement after, for the same load.
+        title: Title of both pictures.
 
     Returns:
-        A figure with a canvas. Ranks come one after the other, each with its primaries first.
+        Figure with a canvas. Slots are in the order of ranks, primaries of a rank first.
 
     Raises:
-        ValueError: Not two dimensions, none of a kind, or two shapes.
+        ValueError: An argument does not have two dimensions, one of them is 0, or the shapes differ.
     """
     return _draw_pair(before_YP, after_YP, title, "YP", "slots", "physical expert", "")
 
@@ -127,15 +126,15 @@ def draw_before_after(before_YR: Any, after_YR: Any, title: str = "Rearrangement
     """Draw the load of the ranks before and after a rearrangement, side by side on one colour scale.
 
     Args:
-        before_YR: Tokens that each rank serves under the placement before, ``[Y, R]``.
-        after_YR: The same tokens, of the same window, under the placement after.
-        title: What stands above both pictures. Each has its balancedness above it.
+        before_YR: Tokens of each rank under the placement before, ``[Y, R]``.
+        after_YR: Tokens of each rank under the placement after, for the same load.
+        title: Title of both pictures. Each has its balancedness above it.
 
     Returns:
-        A figure with a canvas.
+        Figure with a canvas.
 
     Raises:
-        ValueError: Not two dimensions, none of a kind, or two shapes.
+        ValueError: An argument does not have two dimensions, one of them is 0, or the shapes differ.
     """
     return _draw_pair(before_YR, after_YR, title, "YR", "ranks", "rank", "balancedness")
 
@@ -148,7 +147,7 @@ def _draw_pair(before: Any, after: Any, title: str, suffix: str, columns: str, c
     before_shape, after_shape = (list(tokens_YC.shape) for tokens_YC in tokens.values())
     if before_shape != after_shape:
         raise ValueError(
-            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}; they must be equal"
+            f"before_{suffix} has shape {before_shape} and after_{suffix} {after_shape}. They must be equal."
         )
     shares = {name: _share(tokens_YC) for name, tokens_YC in tokens.items()}
     limit = _colour_limit(np.stack(list(shares.values())))
@@ -168,12 +167,12 @@ def _tokens(values: Any, name: str, dimensions: str) -> np.ndarray:
         values = values.detach().cpu().numpy()
     tokens_YC = np.asarray(values, dtype=np.float64)
     if tokens_YC.ndim != 2 or not tokens_YC.size:
-        raise ValueError(f"{name} has shape {list(tokens_YC.shape)}; it must be {dimensions}, at least one of each")
+        raise ValueError(f"{name} has shape {list(tokens_YC.shape)}; it must be {dimensions}, at least one of each.")
     return tokens_YC
 
 
 def _share(tokens_YC: np.ndarray) -> np.ndarray:
-    """Tokens over the mean of their layer; NaN in layers without a token."""
+    """Divide tokens by the mean of their layer. NaN in layers without a token."""
     mean_Y1 = tokens_YC.mean(axis=1, keepdims=True)
     return np.divide(tokens_YC, mean_Y1, out=np.full_like(tokens_YC, np.nan), where=mean_Y1 > 0)
 
@@ -189,7 +188,7 @@ def _empty_figure(shape: tuple[int, ...], panels: int) -> "tuple[Figure, list[Ax
 
     rows, columns = shape
     written = _is_written(shape)
-    # Cells have room for a number where it is written; elsewhere they have a pixel or more, however many they are.
+    # Cells with numbers have room for them; all others have at least a pixel.
     width = float(np.clip((0.52 if written else 0.2) * columns, 3.6 if panels == 1 else 2.4, 13 / panels))
     height = float(np.clip((0.32 if written else 0.18) * rows, 1.6, 10))
     width, height = max(width, columns / 100), max(height, rows / 50)
@@ -211,7 +210,7 @@ def _draw_share(axes: "Axes", share_YC: np.ndarray, column_name: str, limit: flo
     rows, columns = share_YC.shape
     colours = colormaps["RdBu_r"].with_extremes(bad="0.75")
     norm = LogNorm(1 / limit, limit)
-    # An expert without a token has share 0, which has no logarithm: it takes the lowest colour.
+    # A share of 0 has no logarithm: it gets the lowest colour.
     shown_YC = np.maximum(share_YC, 1 / limit)
     image = axes.imshow(shown_YC, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_xlabel(column_name)
@@ -222,7 +221,7 @@ def _draw_share(axes: "Axes", share_YC: np.ndarray, column_name: str, limit: flo
         else:
             axis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 4, 5, 8, 10]))
     if columns <= 64 and rows <= 64:
-        # Thin lines between the cells; between more of them they would be all that one sees.
+        # Thin lines between the cells. With more cells they would hide these.
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=0.8)

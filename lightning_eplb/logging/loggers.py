@@ -1,4 +1,4 @@
-"""Give pictures, histograms and tables to the loggers that take them."""
+"""Log pictures, histograms and tables to Weights & Biases and TensorBoard."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -7,8 +7,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_eplb.logging.placement_table import COLUMNS, placement_rows
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,42 +15,43 @@ if TYPE_CHECKING:
 EXPERT_LOAD, SLOT_LOAD, RANK_LOAD = PICTURES = ("eplb/expert_load", "eplb/slot_load", "eplb/rank_load")
 HISTOGRAM = "eplb/load_histogram"
 TABLE = "eplb/placement"
+COLUMNS = ("layer", "expert", "rank", "ranks of copies", "tokens", "times even")
+"""Columns of the table."""
 
 
 def takes_pictures(loggers: Iterable[Logger]) -> bool:
-    """Whether :func:`log_heatmaps` would write anything, so that nothing is drawn in vain.
+    """Return ``True`` if :func:`log_heatmaps` would write anything, so that nothing is drawn in vain.
 
-    True on rank zero when there is a ``WandbLogger`` or a ``TensorBoardLogger``. It communicates with nobody: what
-    needs a collective, such as ``ExpertLoad.compute``, must be done on every rank before this is asked.
+    That is on rank 0 with a ``WandbLogger`` or a ``TensorBoardLogger``. Performs no communication. Collectives, such as
+    ``ExpertLoad.compute``, must not depend on the answer, which differs between ranks.
     """
     return rank_zero_only.rank == 0 and any(isinstance(logger, (WandbLogger, TensorBoardLogger)) for logger in loggers)
 
 
 def log_heatmaps(loggers: Iterable[Logger], step: int, figures: "Mapping[str, Figure]") -> None:
-    """Give each figure as a picture to each ``WandbLogger`` and ``TensorBoardLogger``. Others are passed over.
+    """Log figures as pictures to each ``WandbLogger`` and ``TensorBoardLogger``. Other loggers are skipped.
 
-    May be called on every rank; only rank zero writes.
+    May be called on every rank; only rank 0 writes.
 
     Args:
-        loggers: Those of the trainer, ``trainer.loggers``.
-        step: What the row of the history has as ``trainer/global_step``, which is the axis that ``WandbLogger`` gives
-            to everything. To share the row's step with what ``self.log`` wrote in the same batch, it must be what
-            Lightning gives its loggers: the number of optimizer steps *before* that batch,
-            ``trainer.global_step - 1`` in ``on_train_batch_end`` with one optimizer.
-        figures: By the name that they have in the run, such as ``eplb/expert_load``; as the ``draw_`` functions of
-            :mod:`lightning_eplb.logging.heatmap` return them.
+        loggers: ``trainer.loggers``.
+        step: Value of ``trainer/global_step``, the axis of ``WandbLogger``. To share the step with values of
+            ``self.log`` in the same batch, it is the number of optimizer steps *before* that batch, as Lightning
+            counts for its loggers: ``trainer.global_step - 1`` in ``on_train_batch_end`` with one optimizer.
+        figures: Figures of the ``draw_`` functions of :mod:`lightning_eplb.logging.heatmap`, by their name in the run,
+            such as ``eplb/expert_load``.
     """
     if not takes_pictures(loggers):
         return
     pictures = {name: _picture(figure) for name, figure in figures.items()}
     for logger in loggers:
-        # Lightning imports wandb in the logger's methods: whoever has no WandbLogger never imports it.
+        # Lightning imports wandb in methods of WandbLogger, so runs without one never import it.
         if isinstance(logger, WandbLogger):
             from PIL.Image import fromarray
 
             for name, picture in pictures.items():
-                # Not `experiment.log(..., step=...)`: that step is W&B's own counter of rows, and rows that are late
-                # by it are dropped. `log_image` writes `step` into the row as `trainer/global_step`.
+                # Not `experiment.log(..., step=...)`: that step is W&B's own counter of rows, which drops late rows.
+                # `log_image` writes `step` into the row as `trainer/global_step`.
                 logger.log_image(key=name, images=[fromarray(picture)], step=step)
         elif isinstance(logger, TensorBoardLogger):
             for name, picture in pictures.items():
@@ -59,12 +59,12 @@ def log_heatmaps(loggers: Iterable[Logger], step: int, figures: "Mapping[str, Fi
 
 
 def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any) -> None:
-    """Give each ``WandbLogger`` and ``TensorBoardLogger`` a histogram of the experts' tokens over the even ones.
+    """Log a histogram of the experts' shares to each ``WandbLogger`` and ``TensorBoardLogger``.
 
-    May be called on every rank; only rank zero writes.
+    A share is an expert's tokens divided by the mean of its layer. May be called on every rank; only rank 0 writes.
 
     Args:
-        loggers: Those of the trainer.
+        loggers: ``trainer.loggers``.
         step: As in :func:`log_heatmaps`.
         load_YL: Tokens of each logical expert, ``[Y, L]`` int64 on the CPU. Layers without a token are left out.
     """
@@ -84,14 +84,14 @@ def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any) -> None:
 
 
 def log_placement(loggers: Iterable[Logger], step: int, placement: ExpertPlacement, load_YL: np.ndarray) -> None:
-    """Give each ``WandbLogger`` a table of where the experts are and what they get.
+    """Log a table of the experts' places and tokens to each ``WandbLogger``.
 
-    May be called on every rank; only rank zero writes.
+    May be called on every rank; only rank 0 writes.
 
     Args:
-        loggers: Those of the trainer.
+        loggers: ``trainer.loggers``.
         step: As in :func:`log_heatmaps`.
-        placement: Where the experts are.
+        placement: Placement of the experts.
         load_YL: Tokens of each logical expert, ``[Y, L]``.
     """
     if rank_zero_only.rank != 0:
@@ -101,8 +101,25 @@ def log_placement(loggers: Iterable[Logger], step: int, placement: ExpertPlaceme
             logger.log_table(key=TABLE, columns=list(COLUMNS), data=placement_rows(placement, load_YL), step=step)
 
 
+def placement_rows(placement: ExpertPlacement, load_YL: np.ndarray) -> list[list[Any]]:
+    """Return a row with :data:`COLUMNS` for each logical expert of each layer.
+
+    Args:
+        placement: Placement of the experts.
+        load_YL: Tokens of each logical expert, ``[Y, L]``.
+    """
+    mean_Y = np.maximum(load_YL.mean(axis=1), 1e-9)
+    rank_YLC = placement.logical_to_physical // placement.slots_per_rank
+    rows = []
+    for layer, expert in np.ndindex(load_YL.shape):
+        primary, *copies = rank_YLC[layer, expert][placement.logical_to_physical[layer, expert] != EMPTY].tolist()
+        tokens = int(load_YL[layer, expert])
+        rows.append([layer, expert, primary, " ".join(map(str, copies)), tokens, round(tokens / mean_Y[layer], 3)])
+    return rows
+
+
 def _picture(figure: "Figure") -> np.ndarray:
-    """The figure as RGB, ``[height, width, 3]`` uint8. Given the figure itself, W&B would patch matplotlib."""
+    """Render a figure as RGB, ``[height, width, 3]`` uint8. W&B would patch matplotlib if it got the figure itself."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

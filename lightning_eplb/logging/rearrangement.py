@@ -1,4 +1,4 @@
-"""What a person is told of a rearrangement: a line, pictures, and what looks wrong."""
+"""Report a rearrangement: a line in the log, pictures, and warnings."""
 
 import sys
 from collections.abc import Sequence
@@ -14,9 +14,11 @@ from lightning_eplb.logging.loggers import EXPERT_LOAD, RANK_LOAD, SLOT_LOAD, lo
 
 
 def report_rearrangement(trainer: "pl.Trainer", done: RearrangementResult, layers: Sequence[str]) -> None:
-    """A line in the log of rank 0, and the pictures of those loggers that take any. All ranks may call it.
+    """Write a line to the log of rank 0, and pictures to its loggers. All ranks may call it.
 
     Args:
+        trainer: Trainer with the loggers and the progress bar.
+        done: Rearrangement to report.
         layers: Names of the MoE layers.
     """
     _warn_of_idle_layers(layers, done.load)
@@ -36,7 +38,7 @@ def report_rearrangement(trainer: "pl.Trainer", done: RearrangementResult, layer
 
 
 def _tell(trainer: "pl.Trainer", line: str) -> None:
-    """Say it on rank 0: in the log or, where a progress bar would be drawn over that, above the bar."""
+    """Print a line on rank 0: in the log or, if a progress bar would be drawn over it, above the bar."""
     bar = trainer.progress_bar_callback
     if bar is None or not sys.stderr.isatty():
         rank_zero_info(line)
@@ -49,7 +51,7 @@ def _in_words(done: RearrangementResult) -> str:
     if done.num_rows:
         moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"
     copies = ""
-    if done.num_copies:  # fewer copies may level less: those that were given up cost more than they saved
+    if done.num_copies:  # balancedness may fall: replicas that cost more than they save are dropped
         redundant_YRE = done.after.by_rank[:, :, done.after.primaries_per_rank :]
         filled = int((redundant_YRE >= 0).sum())
         copies = f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
@@ -64,7 +66,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _warn_of_idle_layers(names: Sequence[str], load_YL: np.ndarray) -> None:
-    """A second copy of a model is placed by its own load: parameter by parameter the two no longer correspond."""
+    """Warn of layers without a token. A copy of a model, such as an average, would be placed by a load of its own."""
     tokens_Y = load_YL.sum(axis=1)
     idle = [name for name, tokens in zip(names, tokens_Y, strict=True) if not tokens]
     if idle and tokens_Y.any():

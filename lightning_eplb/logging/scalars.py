@@ -1,4 +1,4 @@
-"""The scalars of an optimizer step: their names, what they mean, and their values."""
+"""Scalars of an optimizer step: names, units, meanings and values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.balancer.step_stats import StepStats
@@ -7,65 +7,68 @@ from lightning_eplb.functional import hottest_share, load_entropy
 SCALARS: dict[str, tuple[str, str]] = {
     "eplb/balancedness": (
         "ratio",
-        "mean over ranks of the tokens that they served, divided by the fullest rank's; 1 is perfect",
+        "mean tokens of a rank divided by those of the fullest rank; 1 is perfect",
     ),
     "eplb/window_balancedness": (
         "ratio",
-        "the same of the window's load, had the present placement served it at once; without the copies of batches",
+        "balancedness of the window's whole load on the present placement, without replicas chosen by batch",
     ),
-    "eplb/balancedness_layers/A-B": ("ratio", "the same as the first, of layers A to B: up to four groups of layers"),
-    "eplb/predicted_balancedness": ("ratio", "what the latest decision expected it to be from then on"),
+    "eplb/balancedness_layers/A-B": ("ratio", "balancedness of layers A to B, for up to four groups of layers"),
+    "eplb/predicted_balancedness": ("ratio", "balancedness that the latest decision expected from then on"),
     "eplb/forecast_error": (
         "ratio",
-        "how far the load was from what the latest decision but one expected; 0 is exact",
+        "error of the load forecast of the last decision but one; 0 is exact",
     ),
-    "eplb/avg_tokens": ("tokens", "mean over ranks of the tokens that they served"),
-    "eplb/max_tokens": ("tokens", "those of the fullest rank, looked for in each layer and forward pass"),
-    "eplb/max_over_mean": ("ratio", "max_tokens / avg_tokens: how many times an average rank's work is waited for"),
+    "eplb/avg_tokens": ("tokens", "mean tokens of a rank"),
+    "eplb/max_tokens": ("tokens", "tokens of the fullest rank, found for each layer and forward pass"),
+    "eplb/max_over_mean": ("ratio", "max_tokens / avg_tokens, the time of a step in units of a mean rank's"),
     "eplb/hottest_expert": (
         "ratio",
-        "tokens of the hottest expert over the mean of its layer's experts, in the layer where that is most",
+        "tokens of the hottest expert over the mean of its layer, largest over layers",
     ),
-    "eplb/dead_experts": ("experts", "how many got no token in the window, over all layers"),
+    "eplb/dead_experts": ("experts", "experts without a token in the window, over all layers"),
     "eplb/entropy": (
         "ratio",
-        "entropy of the experts' shares over that of even shares, mean over layers; 1 is even, 0 is all to one",
+        "entropy of the experts' shares over that of even shares, mean over layers; 1 is even, 0 is one expert only",
     ),
     "eplb/copies": ("slots", "redundant slots that held an expert, over layers and forward passes"),
-    "eplb/copy_bytes": ("bytes", "their weights out and their gradients home, over all ranks"),
+    "eplb/copy_bytes": ("bytes", "weights sent to redundant experts and gradients returned, over all ranks"),
     "eplb/plan_seconds": (
         "seconds",
-        "what rank 0's host took to choose copies and to divide the tokens among them, over layers and forward passes",
+        "time of rank 0's host to choose replicas and to split tokens among them, over layers and forward passes",
     ),
     "eplb/saved_seconds": (
         "seconds",
-        "estimate of what the experts' part of the step took less than on the first placement without copies: tokens"
-        " that the fullest rank served less, times the measured time of a token",
+        "estimated time saved in the experts' part of the step over the initial placement without redundant experts:"
+        " tokens fewer on the fullest rank, times the measured time of a token",
     ),
-    "eplb/rearrangements": ("count", "how many there were that changed the placement"),
-    "eplb/rearranged_rows": ("experts", "primaries that changed ranks in the latest, over layers, in one EP group"),
+    "eplb/rearrangements": ("count", "rearrangements that changed the placement"),
+    "eplb/rearranged_rows": (
+        "experts",
+        "primaries that changed ranks in the latest rearrangement, over layers, in one EP group",
+    ),
     "eplb/rearranged_bytes": (
         "bytes",
-        "weights, optimizer state and, where they move too, gradients that crossed ranks in the latest, over all ranks",
+        "weights, optimizer state and, if they move, gradients that changed ranks in the latest one, over all ranks",
     ),
-    "eplb/rearrange_seconds": ("seconds", "what training waited for the latest, on rank 0"),
+    "eplb/rearrange_seconds": ("seconds", "time that training waited for the latest one, on rank 0"),
     "eplb/rearrange_plan_seconds": (
         "seconds",
-        "of these, until all ranks knew what was decided; with `use_async` the host's time, behind the backward pass",
+        "part of it until all ranks had the decision; with `use_async` the host's time, during the backward pass",
     ),
-    "eplb/rearrange_exchange_seconds": ("seconds", "of these, while rows moved"),
+    "eplb/rearrange_exchange_seconds": ("seconds", "part of it in which rows were transferred"),
 }
-"""Unit and meaning of each. Tokens are summed over layers; where nothing else is said it is that optimizer step's."""
+"""Unit and meaning by name. Tokens are summed over layers. Values are those of the optimizer step unless stated."""
 
 
 def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float]:
-    """What is known after a step, by the names of :data:`SCALARS`.
+    """Return the known scalars after a step, by the names of :data:`SCALARS`.
 
-    It communicates with nobody. On ranks above 0 the seconds are their own.
+    Performs no communication. Seconds are those of the calling rank.
 
     Args:
-        balancer: Whose step it was.
-        step: What :meth:`~lightning_eplb.ExpertLoadBalancer.step` returned.
+        balancer: Balancer after the step.
+        step: Result of its :meth:`~lightning_eplb.ExpertLoadBalancer.step`.
     """
     values = {
         "eplb/balancedness": step.balancedness,

@@ -1,4 +1,4 @@
-"""What balancing did, for a reader at the end of ``fit``."""
+"""Table at the end of ``fit`` that compares the first and the last steps."""
 
 from collections import deque
 
@@ -10,11 +10,11 @@ from lightning_eplb.balancer.step_stats import StepStats
 
 
 class FitSummary:
-    """Remembers the first and the latest steps of a ``fit``, to compare them.
+    """Balancedness of the first and the last steps of a ``fit``.
 
     Args:
-        num_steps: How many optimizer steps are "first" and "last" at most; no step is both.
-        balancer: What it has done before does not count.
+        num_steps: Largest number of optimizer steps at each end. No step belongs to both.
+        balancer: Balancer of the run. Its earlier rearrangements do not count.
     """
 
     def __init__(self, num_steps: int, balancer: ExpertLoadBalancer) -> None:
@@ -33,7 +33,7 @@ class FitSummary:
         self.last.append(level)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """The table, its first row the heads of the columns."""
+        """Return the rows of the table, the headings first."""
         most = max(1, min(self.num_steps, self.total // 2))
         first, last = self.first[:most], list(self.last)[-most:]
         levels = [sum(part) / len(part) for part in (first, last)]
@@ -61,12 +61,12 @@ def _counts(balancer: ExpertLoadBalancer) -> tuple[int, int, int, float]:
 
 
 def print_table(title: str, rows: list[tuple[str, str, str]], bar: ProgressBar | None = None) -> None:
-    """To the terminal, as Lightning's own callbacks do: with rich where it is installed. On rank 0.
+    """Print a table on rank 0, with rich if it is installed, as Lightning's own callbacks do.
 
     Args:
-        title: Above the table.
-        rows: As :meth:`FitSummary.rows` gives them.
-        bar: Where it is rich's and still drawn, the table stands above it.
+        title: Title of the table.
+        rows: Rows of :meth:`FitSummary.rows`.
+        bar: Progress bar. The table is printed above it if it is rich's and still drawn.
     """
     try:
         from rich.console import Console

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_eplb import _compat
-from lightning_eplb._validation import check_whole_numbers
+from lightning_eplb._validation import check_divides, check_multiple, check_whole_numbers
 from lightning_eplb.parallel.per_expert_state import make_part
 
 PROTOCOL = (
@@ -58,18 +58,9 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
         raise ValueError(f"the MoE layers of a model must have one number of experts; found {numbers}")
     num_experts = next(iter(numbers.values()))
     assert isinstance(num_experts, int)
-    if num_experts % size:
-        raise ValueError(
-            f"ep_size={size} must divide the {num_experts} experts of {next(iter(found))}; "
-            f"{_choices(divisor for divisor in range(1, num_experts + 1) if num_experts % divisor == 0)} would do"
-        )
+    check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {next(iter(found))}")
     check_whole_numbers(num_redundant_experts=num_redundant_experts)
-    if num_redundant_experts < 0 or num_redundant_experts % size:
-        below = max(0, num_redundant_experts // size * size)
-        raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} must be a multiple of ep_size={size};"
-            f" {below} or {below + size} would do"
-        )
+    check_multiple(num_redundant_experts, size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={size}")
     others = num_experts - num_experts // size
     if size > 1 and num_redundant_experts > others * size:
         raise ValueError(
@@ -145,11 +136,6 @@ def _computed(name: str, parameter: str, by: str) -> str:
         " supported with expert parallelism. Make it a plain parameter first (torch.nn.utils.prune.remove,"
         " torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm)."
     )
-
-
-def _choices(numbers: Iterator[int]) -> str:
-    *most, last = [str(number) for number in numbers]
-    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _why_not_experts(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Who should hold which expert. Pure planning: no process group, no Lightning."""
+"""Policies that decide which rank holds which expert. Pure planning: no process group, no Lightning."""
 
 from lightning_eplb.policies.balanced import BalancedPolicy
 from lightning_eplb.policies.base import Costs, Outlook, Policy, Topology

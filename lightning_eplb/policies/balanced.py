@@ -157,7 +157,7 @@ class BalancedPolicy(Policy):
             _plan_layers(problem)
 
     def _domains(self, placement: ExpertPlacement, topology: Topology) -> list[np.ndarray] | None:
-        """The ranks of each node where groups must stay on their node; None where experts may go anywhere."""
+        """Return the ranks of each node if groups must stay on their node; ``None`` if experts may go anywhere."""
         if self.num_groups == 1:
             return None
         check_groups(self.num_groups, placement)
@@ -241,7 +241,7 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
 
 
 def _of_experts(outlook: Outlook, expert_YL: np.ndarray) -> Outlook:
-    """An outlook on some of the experts."""
+    """Return the outlook on some of the experts."""
     first, spread = (
         np.take_along_axis(part, expert_YL, axis=1) for part in (outlook.forecast.first, outlook.forecast.spread)
     )
@@ -252,7 +252,7 @@ def _of_experts(outlook: Outlook, expert_YL: np.ndarray) -> Outlook:
 
 
 def _of_ranks(topology: Topology, ranks: np.ndarray) -> Topology:
-    """A topology of the ranks of one node."""
+    """Return the topology of the ranks of one node."""
     capacity = None if topology.capacity is None else tuple(topology.capacity[rank] for rank in ranks)
     return Topology((0,) * len(ranks), capacity if capacity is not None and any(capacity) else None)
 

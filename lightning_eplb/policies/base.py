@@ -1,4 +1,4 @@
-"""What every policy is given and must return, and what the built-in ones share.
+"""Base class of the policies, and what they are given.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
 """
@@ -17,7 +17,7 @@ from lightning_eplb.policies.forecast import Forecast
 
 @dataclass(frozen=True)
 class Topology:
-    """Which node each rank of the expert-parallel group is on, and how much work it should get.
+    """Node and capacity of each rank of the expert-parallel group.
 
     Example::
 
@@ -80,7 +80,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class Costs:
-    """What time a token and a move take. Seconds, or any other unit of time that all of them share.
+    """Time that a token and a move take, in seconds or any other unit of time that all of them share.
 
     Attributes:
         token: To compute one token on one expert, forward and backward.
@@ -104,7 +104,7 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """What is known when it is time to decide.
+    """Load, forecast and costs that are known when it is time to decide.
 
     Attributes:
         window: Tokens of each expert over the window, int64 ``[Y, L]``.
@@ -198,7 +198,7 @@ def check_groups(num_groups: int, placement: ExpertPlacement) -> None:
 
 
 def checked_load(load_YL: Any, placement: ExpertPlacement, topology: Topology) -> np.ndarray:
-    """The load as int64, once it is sure that load, placement and topology speak of the same experts and ranks.
+    """Check that load, placement and topology speak of the same experts and ranks. Returns the load as int64.
 
     Raises:
         ValueError: The load is not ``[Y, L]`` whole numbers from zero up, or the topology has other ranks.

@@ -164,6 +164,11 @@ def spill_greedily(
     """Fill the redundant slots, which are empty, in place, each with the expert that has most to give.
 
     Args:
+        load_L: Tokens of each expert, int64.
+        slots_RS: Slots with primaries only; filled in place.
+        num_primaries: First slots of each rank.
+        level_R: Tokens that each rank should serve, int64.
+        least: Tokens that a replica must take over.
         order: 0 to 3. Odd: ranks with the smallest gap are filled up first, not those that can take most. 2 and above:
             the lowest of the ranks that are too full gives first, not the fullest.
     """
@@ -218,6 +223,11 @@ def grow_tree(
     one expert a rank: the alias method (Walker 1974; Vose 1991).
 
     Args:
+        load_L: Tokens of each expert, int64.
+        slots_RS: Slots with primaries only; filled in place.
+        num_primaries: First slots of each rank.
+        level_R: Tokens that each rank should serve, int64.
+        least: Tokens that a replica must take over.
         below: Least and most that a rank gives away below its level, in parts of it. The least, up to half of its
             heaviest expert, can flow back when the load changes: so ranks that are level are connected, too.
     """

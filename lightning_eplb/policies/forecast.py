@@ -34,7 +34,7 @@ class Forecast:
     spread: np.ndarray
 
     def error(self, load_YL: np.ndarray) -> float:
-        """How far the load was from what was expected: the root of the squares' sum, 0 where all shares are right.
+        """Compare with the load that came: root of the sum of squares, 0 if all shares were right.
 
         Shares of the experts are compared, in parts of the load: ``sqrt(sum (share - expected)**2 / sum share**2)``,
         averaged over layers. 1 is as far off as to expect nothing at all.
@@ -108,7 +108,7 @@ def sub_windows(steps_WYL: np.ndarray, most: int = 3) -> np.ndarray:
 
 
 def plain_mean(load_YL: np.ndarray, spread: float = UNKNOWN_SPREAD) -> Forecast:
-    """The forecast of who knows the window's sum only: the same again, give or take ``spread`` of it."""
+    """Forecast from the window's sum alone: the same again, give or take ``spread`` of it."""
     load_YL = np.ascontiguousarray(load_YL, dtype=np.int64)
     return Forecast(
         load_YL, load_YL, load_YL // 1024 * int(1024 * spread) + load_YL % 1024 * int(1024 * spread) // 1024

@@ -17,7 +17,7 @@ LEVEL_ENOUGH = 1.0 + 1.0 / 1024
 
 
 class Replicas(NamedTuple):
-    """Where the replicas are, and how many tokens each serves.
+    """Replicas by expert, and the tokens that each serves.
 
     Attributes:
         first_L: First replica of each expert, int64 ``[L + 1]``: expert ``l`` has those from ``first_L[l]`` to

@@ -1,4 +1,4 @@
-"""What a report says, as numbers: a load and its replays, with time in bins so that the page stays small.
+"""Numbers of a report: a load and its replays, with time in bins so that the page stays small.
 
 Shape suffixes: ``W`` steps, ``B`` bins of steps, ``Y`` MoE layers, ``L`` logical experts.
 """
@@ -12,22 +12,23 @@ from lightning_eplb.policies import BalancedPolicy, StaticPolicy
 from lightning_eplb.simulation.replay import Replay, Setting, replay, speed_up
 
 MOST_BINS = 160
-"""A screen has no room for more columns."""
+"""Largest number of bins: a screen has no room for more columns."""
 MOST_CELLS = 1_500_000
-"""Of the maps of all layers' experts together: large models get fewer bins, so that a page stays below 2 MB."""
+"""Largest number of cells in the maps of all layers' experts. Large models get fewer bins: a page is below 2 MB."""
 GRID_STEPS = 1_000
-"""The other sizes are tried on so many of the last steps: a report must not take minutes."""
+"""Number of last steps that other sizes are replayed with: a report must not take minutes."""
 
 
 @dataclass(frozen=True)
 class OtherSize:
-    """What the load would be on another number of ranks, with another number of copies.
+    """Result of a replay with another number of ranks and of redundant experts.
 
     Attributes:
         num_ranks: Ranks that share the experts of a layer.
-        redundant_per_rank: Redundant experts that each of them holds of a layer.
-        balancedness: Mean of the steps after the first decision.
-        speed_up: Of the experts' part of a step, over the first placement on as many ranks without copies.
+        redundant_per_rank: Redundant experts of a layer on each rank.
+        balancedness: Mean balancedness of the steps after the first decision.
+        speed_up: Speed-up of the experts' part of a step, over the initial placement on the same ranks without
+            redundant experts.
     """
 
     num_ranks: int
@@ -41,16 +42,16 @@ class ReportContent:
     """All numbers of a page.
 
     Attributes:
-        source: Where the load is from.
-        settings: What it was replayed with, by name: the numbers of :class:`lightning_eplb.simulation.replay.Setting`.
-        edges: The first step of each bin, and the number of steps, ``[B + 1]`` int64.
-        static: The replay that moved nothing.
-        replays: Of the policies, in the order to show them.
-        balancedness: Of each replay the mean of each bin's steps, ``[B]``; NaN in a bin without a token.
-        balancedness_by_layer: Of each replay the mean rank over the fullest one in each layer and bin, ``[Y, B]``.
-        share: Tokens of each expert over the mean of its layer, ``[Y, L, B]`` float32; NaN where the layer has none.
+        source: Source of the load.
+        settings: Numbers of :class:`lightning_eplb.simulation.replay.Setting` of the replays, by name.
+        edges: First step of each bin, and the number of steps, ``[B + 1]`` int64.
+        static: Replay without moves.
+        replays: Replays of the policies, in the order to show them.
+        balancedness: Mean over the steps of each bin, ``[B]``, by replay. NaN in a bin without a token.
+        balancedness_by_layer: Mean rank over fullest rank in each layer and bin, ``[Y, B]``, by replay.
+        share: Tokens of each expert over the mean of its layer, ``[Y, L, B]`` float32. NaN where the layer has none.
         total: Tokens of each expert over all steps, ``[Y, L]`` int64.
-        other_sizes: What other numbers would bring.
+        other_sizes: Results of other numbers of ranks and of redundant experts.
     """
 
     source: str
@@ -66,7 +67,7 @@ class ReportContent:
 
     @property
     def best(self) -> Replay:
-        """The policy that "after" is of: the last one that moves something, if any does."""
+        """Replay that "after" shows: the last one that moves anything, if any does."""
         return next((each for each in reversed(self.replays) if each.name != self.static.name), self.static)
 
     @property
@@ -87,13 +88,13 @@ def prepare(
     """Bin a load and its replays.
 
     Args:
-        load_WYL: The load, int64.
-        replays: Of policies, all of this load at the same size.
-        static: The replay of ``StaticPolicy``.
-        source: Where the load is from, in a few words.
-        num_ranks: Ranks that it was replayed on.
-        other_sizes: As :func:`try_other_sizes` returns them.
-        **settings: The other numbers that it was replayed with, to be told.
+        load_WYL: Tokens of each expert in each step, int64.
+        replays: Replays of this load by policies, all at the same size.
+        static: Replay of ``StaticPolicy``.
+        source: Source of the load, in a few words.
+        num_ranks: Ranks of the replays.
+        other_sizes: Results of :func:`try_other_sizes`.
+        **settings: Other settings of the replays, to show.
     """
     edges = time_bins(*load_WYL.shape)
     load_BYL = _sum_bins(load_WYL, edges)
@@ -119,13 +120,13 @@ def prepare(
 
 
 def time_bins(steps: int, layers: int, experts: int) -> np.ndarray:
-    """Bins of as equal numbers of steps as there can be: the first step of each, and ``steps``."""
+    """Divide the steps into bins of about equal size. Return the first step of each, and ``steps``."""
     bins = min(steps, MOST_BINS, max(MOST_CELLS // (layers * experts), 24))
     return np.linspace(0, steps, bins + 1).astype(np.int64)
 
 
 def sizes_to_try(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
-    """Numbers of ranks and of redundant experts on each, near ``num_ranks``, that go with so many experts."""
+    """Return numbers of ranks near ``num_ranks`` that divide the experts, each with redundant experts per rank."""
     near = [num_ranks // 2, num_ranks, 2 * num_ranks, 4 * num_ranks]
     return [(ranks, redundant) for ranks in near if ranks > 1 and num_experts % ranks == 0 for redundant in (0, 1, 2)]
 
@@ -139,11 +140,10 @@ def try_other_sizes(
     """Replay the load's last steps with ``BalancedPolicy`` at each size.
 
     Args:
-        load_WYL: The load, int64.
-        sizes: As :func:`sizes_to_try` returns them.
-        setting: Schedule, and the nodes' size: other numbers of ranks get nodes of the same size. Division of tokens
-            and costs are the default ones.
-        after_step: Called after each step of each replay.
+        load_WYL: Tokens of each expert in each step, int64.
+        sizes: Results of :func:`sizes_to_try`.
+        setting: Schedule, and size of the nodes, which stays the same. Token split and costs are the defaults.
+        after_step: Function called after each step of each replay.
     """
     last_WYL = last_steps(load_WYL, setting.step_interval)
     found, first = [], {}
@@ -166,7 +166,7 @@ def try_other_sizes(
 
 
 def last_steps(load_WYL: np.ndarray, step_interval: int) -> np.ndarray:
-    """The steps that other sizes are tried on: the last ones, of three intervals at least."""
+    """Return the last steps, at least three intervals, that other sizes are replayed with."""
     return load_WYL[-max(GRID_STEPS, 3 * step_interval) :]
 
 

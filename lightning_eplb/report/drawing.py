@@ -1,6 +1,6 @@
-"""The drawings of a report, as HTML that needs no script to be seen.
+"""Drawings of a report, as HTML that is visible without a script.
 
-Everything is stretched to the page's width; what must not be stretched (letters, the width of lines) is outside of it.
+Drawings are stretched to the width of the page. Letters and widths of lines, which must not be, are outside of them.
 """
 
 import base64
@@ -9,16 +9,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
-from PIL import Image
 
 from lightning_eplb.report.scales import Scale, nice_ticks
 
 HEIGHT = 100
-"""Of the charts, in the units of their drawings."""
+"""Height of the charts, in units of their drawings."""
 
 
 def picture(values_RB: np.ndarray, scale: Scale) -> str:
-    """One pixel for each value, as the address of a PNG that holds its own data."""
+    """Return a PNG with one pixel for each value, as a data URL."""
+    from PIL import Image
+
     image = Image.fromarray(scale.levels(values_RB))
     image.putpalette(bytes.fromhex("".join(colour[1:] for colour in scale.colours)))
     file = io.BytesIO()
@@ -27,22 +28,22 @@ def picture(values_RB: np.ndarray, scale: Scale) -> str:
 
 
 def frame(name: str, label: str, body: str, *, rows: Iterable[tuple[float, str]], steps: int, height: str) -> str:
-    """A drawing between its axes, and a line below that tells what is under the cursor.
+    """Return a drawing between its axes, above a line that describes the place under the cursor.
 
     Args:
-        name: Its id in the page.
-        label: What it shows, for those who can't see it.
-        body: The drawing, which is stretched.
-        rows: Ticks of the vertical axis: how far from the top, 0 to 1, and the words.
-        steps: The horizontal axis goes from step 0 to here.
-        height: Of the drawing, as CSS has it.
+        name: Id in the page.
+        label: Description for screen readers.
+        body: Drawing, which is stretched.
+        rows: Ticks of the vertical axis: distance from the top, 0 to 1, and label.
+        steps: End of the horizontal axis, which begins with step 0.
+        height: Height of the drawing, in CSS.
     """
     ticks = nice_ticks(steps + 1, 6)
     y_ticks = "".join(f'<span style="top:{100 * place:.2f}%">{escape(text)}</span>' for place, text in rows)
     x_ticks = "".join(
         f'<span style="left:{100 * step / steps:.2f}%">{step:,}</span>'
         if step < 0.95 * steps
-        else f'<span class="last">{step:,}</span>'  # in the middle of its place it would stick out
+        else f'<span class="last">{step:,}</span>'  # centred, it would stick out
         for step in ticks
     )
     return (
@@ -61,12 +62,12 @@ def heat(source: str, text: str) -> str:
 
 
 def row_ticks(count: int, most: int = 9) -> list[tuple[float, str]]:
-    """Ticks in the middle of rows."""
+    """Return ticks in the middle of rows."""
     return [((row + 0.5) / count, str(row)) for row in nice_ticks(count, most)]
 
 
 def legend(scale: Scale, what: str, nothing: str) -> str:
-    """The colours of a scale, with the words for its ends and for grey."""
+    """Return the colours of a scale, with labels for its ends and for grey."""
     stops = ", ".join(scale.colours[:-1:4] + scale.colours[-2:-1])
     last = len(scale.values) - 1
     ticks = "".join(f'<span style="left:{100 * level / last:.2f}%">{text}</span>' for level, text in scale.ticks)
@@ -78,11 +79,11 @@ def legend(scale: Scale, what: str, nothing: str) -> str:
 
 
 def lines(series: Sequence[tuple[str, int, np.ndarray]], edges: np.ndarray) -> str:
-    """Values from 0 to 1 over the steps, each series a line of steps that breaks where there is no value.
+    """Draw values from 0 to 1 over the steps, each series as a stepped line with gaps where values are missing.
 
     Args:
-        series: Of each line its name, the number of its style, and its values, ``[B]``.
-        edges: The first step of each bin, and the number of steps.
+        series: Name, number of the style, and values, ``[B]``, of each line.
+        edges: First step of each bin, and the number of steps.
     """
     steps = int(edges[-1])
     paths = []
@@ -101,7 +102,7 @@ def lines(series: Sequence[tuple[str, int, np.ndarray]], edges: np.ndarray) -> s
 
 
 def bars(stacks: Sequence[tuple[int, Sequence[int]]], steps: int, highest: int) -> str:
-    """Bars that stand on single steps, each of several parts one above the other."""
+    """Draw stacked bars on single steps."""
     drawn = []
     for step, parts in stacks:
         below = 0.0
@@ -122,7 +123,7 @@ def _stretched(width: int, *paths: str) -> str:
 
 
 def table(name: str, label: str, head: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> str:
-    """A table whose first column names the row. A narrow screen scrolls it by itself."""
+    """Return a table whose first column names the row. Narrow screens scroll it by itself."""
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     rows = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in others)}</tr>'

@@ -1,4 +1,4 @@
-"""The page of a report: what is said, in which order, in which words."""
+"""HTML page of a report: its sections, their order and their texts."""
 
 import json
 from html import escape
@@ -15,7 +15,7 @@ from lightning_eplb.simulation.replay import describe, speed_up
 
 STYLE_OF_LINE = {"static": 0, "deepseek": 1, "balanced": 2}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Of the page's contents: nothing is fetched, from nowhere."""
+"""Content security policy of the page: nothing is fetched."""
 TERMS = {
     "Balancedness": "Mean over ranks of the tokens that they serve, divided by the fullest rank's, tokens summed over"
     " layers as Σ mean / Σ fullest. 1 is perfect; 1 / ranks is all work on one rank.",
@@ -31,10 +31,10 @@ TERMS = {
 
 
 def render(content: ReportContent) -> str:
-    """The page, complete in itself: styles, script, pictures and numbers are in it, and nothing is fetched.
+    """Return the page with its styles, script, pictures and numbers. It fetches nothing.
 
     Args:
-        content: As :func:`lightning_eplb.report.prepare` returns it.
+        content: Result of :func:`lightning_eplb.report.prepare`.
 
     Returns:
         HTML.
@@ -146,7 +146,7 @@ def _line_key(style: int, name: str) -> str:
 
 
 def _views(content: ReportContent, scales: dict[str, Scale]) -> list[dict[str, str]]:
-    """What the map of layers can show: first what balancing leads to, then what it found."""
+    """Return the views of the map of layers: first after balancing, then before."""
     order = [content.best.name, *(name for name in content.balancedness_by_layer if name != content.best.name)]
     views = [
         {
@@ -264,7 +264,7 @@ def _moves(content: ReportContent) -> str:
 
 
 def _around(content: ReportContent, index: int) -> list[str]:
-    """Balancedness of the steps before a decision and after it, up to the neighbouring decisions."""
+    """Return the balancedness before and after a decision, up to the neighbouring decisions."""
     best = content.best
     bounds = [0, *(decision.first_step for decision in best.decisions), content.num_steps]
     parts = (best.balancedness[bounds[i] : bounds[i + 1]] for i in (index, index + 1))
@@ -330,7 +330,7 @@ def _by_layer(content: ReportContent) -> str:
 
 
 def _data(content: ReportContent, views: list[dict[str, str]], scales: dict[str, Scale]) -> str:
-    """What the script needs."""
+    """Return the data of the script, as JSON."""
     best = content.best
     layers, experts = content.total.shape
     data: dict[str, Any] = {
@@ -376,5 +376,5 @@ def _bin_width(content: ReportContent) -> str:
 
 
 def _height(rows: int) -> str:
-    """High enough that a row is seen, low enough that all are."""
+    """Return a height at which rows are visible and the whole map fits a screen."""
     return f"{min(max(0.7 * rows, 8), 32):.1f}rem"

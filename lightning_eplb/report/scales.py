@@ -1,7 +1,6 @@
-"""Colours of a report, and the words for what they stand for.
+"""Colour scales of a report, with labels of their levels.
 
-The map is cividis: made so that people with and without colour blindness see the same, and in print the brighter is
-the more, too.
+The map is cividis: it looks the same with and without colour blindness, and brighter is more in print, too.
 """
 
 import math
@@ -10,24 +9,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from matplotlib import colormaps
 
 from lightning_eplb.logging.heatmap import COLOUR_LIMITS
 
 NOTHING = "#c4c4c4"
-"""Where there is no token. Not in the map."""
+"""Colour for no token. It does not occur in the map."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Levels of a value, each with a colour and with words.
+    """Levels of a value, each with a colour and a label.
 
     Attributes:
-        name: Of the scale within a page.
-        values: The value of each level, from the lowest to the highest.
-        words: What a reader is told at each level.
-        ticks: Levels that the legend names, with their labels.
-        is_logarithmic: Whether levels are evenly spaced in their logarithm.
+        name: Name of the scale within a page.
+        values: Value of each level, ascending.
+        words: Label of each level.
+        ticks: Levels in the legend, with their labels.
+        is_logarithmic: ``True`` for levels that are evenly spaced in their logarithm.
     """
 
     name: str
@@ -38,12 +36,14 @@ class Scale:
 
     @cached_property
     def colours(self) -> list[str]:
-        """Of each level, ``#rrggbb``, all different; one more for :data:`NOTHING`."""
+        """Colour of each level, ``#rrggbb``, all different, and :data:`NOTHING`."""
+        from matplotlib import colormaps
+
         rgb = (255 * colormaps["cividis"](np.linspace(0, 1, len(self.values)))[:, :3]).round().astype(int)
         return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in rgb.tolist()] + [NOTHING]
 
     def levels(self, values: np.ndarray) -> np.ndarray:
-        """The nearest level of each value, uint8; the one after the last where it is NaN."""
+        """Return the nearest level of each value, uint8; the number of levels for NaN."""
         first, last = self.values[0], self.values[-1]
         if self.is_logarithmic:
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -55,14 +55,14 @@ class Scale:
 
 
 def ratio_scale() -> Scale:
-    """From 0 to 1, for balancedness."""
+    """Return a scale from 0 to 1, for balancedness."""
     values = np.linspace(0, 1, 101)
     ticks = tuple((level, f"{values[level]:g}") for level in (0, 25, 50, 75, 100))
     return Scale("ratio", values, tuple(f"{value:.2f}" for value in values), ticks)
 
 
 def share_scale(share: np.ndarray) -> Scale:
-    """Around 1, in equal factors, for tokens over the even ones; as wide as nearly all of ``share`` needs."""
+    """Return a logarithmic scale around 1 for tokens over the mean, wide enough for nearly all of ``share``."""
     limit = _limit(share, COLOUR_LIMITS)
     values = np.geomspace(1 / limit, limit, 97)
     words = [_times_even(value) for value in values]
@@ -72,7 +72,7 @@ def share_scale(share: np.ndarray) -> Scale:
 
 
 def hottest_scale(share: np.ndarray) -> Scale:
-    """From 1 up in equal factors, for experts that are the hottest of a layer."""
+    """Return a logarithmic scale from 1 up, for the hottest experts of layers."""
     limit = _limit(share, (2, 4, 8, 16, 32, 64, 128, 256))
     values = np.geomspace(1, limit, 97)
     words = [_times_even(value) for value in values]
@@ -82,7 +82,7 @@ def hottest_scale(share: np.ndarray) -> Scale:
 
 
 def _limit(share: np.ndarray, limits: Sequence[float]) -> float:
-    """The first of ``limits`` that nearly all of ``share`` is below."""
+    """Return the first of ``limits`` above nearly all of ``share``."""
     known = share[np.isfinite(share)]
     largest = float(np.percentile(known, 99.5)) if len(known) else 1.0
     return next((limit for limit in limits if largest <= limit), limits[-1])
@@ -93,7 +93,7 @@ def _times_even(value: float) -> str:
 
 
 def nice_ticks(count: int, most: int) -> Sequence[int]:
-    """Round whole numbers from 0 to below ``count``, at most ``most`` of them."""
+    """Return at most ``most`` round numbers from 0 to below ``count``."""
     for step in (digit * 10**power for power in range(12) for digit in (1, 2, 4, 5, 8)):
         if (count - 1) // step + 1 <= most:
             return range(0, count, step)

@@ -1,4 +1,4 @@
-"""Compare replays with the published algorithm as it is, and with two upper bounds.
+"""References for replays: the published algorithm as it is, and two upper bounds.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``R`` ranks, ``S`` slots on a
 rank.
@@ -19,7 +19,7 @@ from lightning_eplb.simulation.replay import Replay, Setting, count_replicas, ru
 
 
 class _PublishedPlanner:
-    """Slots as the algorithm returns them; each replica of an expert serves an equal part of its tokens."""
+    """Slots as the algorithm returns them. Replicas of an expert compute equal parts of its tokens."""
 
     def __init__(self, placement: ExpertPlacement, setting: Setting, num_groups: int) -> None:
         self.slots = placement.by_rank
@@ -65,18 +65,18 @@ def replay_published(
 ) -> Replay:
     """Replay a load with DeepSeek's algorithm as it was published, for serving.
 
-    Slots are taken as :func:`~lightning_eplb.policies.deepseek.rebalance_experts` returns them, from the window's sum:
-    any replica may be the primary, and a rank may hold an expert twice. Each replica serves an equal part of its
-    expert's tokens, whatever ``setting.split`` is. Moved are slots, redundant ones too, whose expert was not on the
-    rank before; within nodes, if it was on the node.
+    Slots are the result of :func:`~lightning_eplb.policies.deepseek.rebalance_experts` for the sum of the window: any
+    replica may be the primary, and a rank may hold an expert twice. Replicas of an expert compute equal parts of its
+    tokens, whatever ``setting.split`` is. Moves are counted for slots, also redundant ones, whose expert was not on
+    the rank before. A move is within nodes if the expert was on the node.
 
     Source: https://github.com/deepseek-ai/EPLB (2025).
 
     Args:
         load_WYL: Tokens of each expert in each step, int64.
         setting: Cluster and schedule.
-        num_groups: Groups that the model's router chooses from first. Defaults to 1.
-        name: Of the result.
+        num_groups: Groups of experts that the router chooses first. Defaults to 1.
+        name: Name of the result.
         after_step: Called after each step, to show progress.
 
     Raises:
@@ -93,20 +93,19 @@ def best_of_each_batch(
     name: str = "",
     after_step: Callable[[], object] | None = None,
 ) -> Replay:
-    """Fill the redundant slots for each step anew, knowing its load; primaries stay as planned.
+    """Choose redundant experts for the known load of each step. Primaries stay as planned.
 
-    Of the planned replicas and of those of ``redundancy="batch"``, each under levelled quotas, every layer takes those
-    that leave least to its fullest rank. That search is a heuristic. So this is the best choice that was found, not a
-    proof that there is no better one.
+    Each layer takes the planned replicas or those of ``redundancy="batch"``, whichever leave less to its fullest rank
+    under levelled quotas. The search is a heuristic: the result is the best choice that was found, not the best choice.
 
     Args:
-        load_WYL: The load that was replayed, int64.
+        load_WYL: Load of the replay, int64.
         planned: Replay of a policy on equal ranks.
-        name: Of the result.
+        name: Name of the result.
         after_step: Called after each step, to show progress.
 
     Returns:
-        A replay with the decisions of ``planned``, and as ``replicas`` those chosen for the steps.
+        Replay with the decisions of ``planned`` and the redundant experts chosen for each step.
     """
     levels_W, max_tokens_WY = np.full(len(load_WYL), np.nan), np.zeros(load_WYL.shape[:2])
     replicas_W = np.zeros(len(load_WYL), dtype=np.int64)
@@ -141,16 +140,16 @@ def best_of_each_batch(
 
 
 def perfect_level(load_WYL: np.ndarray, like: Replay, num_ranks: int, *, name: str = "") -> Replay:
-    """Divide each layer's tokens over the ranks in equal parts, fractions of tokens too. No placement does better.
+    """Divide the tokens of each layer into equal parts, also fractions. No placement does better.
 
     Args:
-        load_WYL: The load that was replayed, int64.
-        like: A replay whose first decision says which steps are judged.
+        load_WYL: Load of the replay, int64.
+        like: Replay whose first decision determines the steps that count.
         num_ranks: Ranks that share the experts of a layer.
-        name: Of the result.
+        name: Name of the result.
 
     Returns:
-        A replay without slots, moves and replicas.
+        Replay without slots, moves and redundant experts.
     """
     mean_WY = load_WYL.sum(axis=2) / num_ranks
     levels_W = np.where(mean_WY.any(axis=1), 1.0, np.nan)

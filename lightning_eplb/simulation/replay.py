@@ -1,4 +1,4 @@
-"""Replay a load at any size of cluster: what would a policy have made of it?
+"""Replay a load with a policy, on a cluster of any size.
 
 Shape suffixes: ``W`` steps, ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slots on a rank.
 """
@@ -19,11 +19,11 @@ from lightning_eplb.policies.split import level_tokens
 from lightning_eplb.relocation.plan import plan_relocation
 
 DEFAULT_COSTS = Costs(token=1.0, row_within_node=2_000.0, row_between_nodes=10_000.0)
-"""In the time that one expert takes for a token.
+"""Default costs, in units of an expert's time for one token. Estimated, not measured.
 
-An expert of ``p`` parameters does ``6 p`` operations for a token, forward and backward, and moves with 16 bytes for
-each parameter (weights, a master copy and two moments). At 200 TFLOP/s, 250 GB/s within a node and 50 GB/s between
-nodes, a move takes as long as 2,100 tokens, or 10,700, whatever ``p`` is.
+An expert of ``p`` parameters takes ``6 p`` operations a token, forward and backward, and 16 bytes a parameter move
+with it (weights, a master copy and two moments). At 200 TFLOP/s, 250 GB/s within a node and 50 GB/s between nodes, a
+move takes as long as 2,100 tokens or 10,700, whatever ``p`` is.
 """
 
 
@@ -35,11 +35,11 @@ class Setting:
         num_ranks: Ranks that share the experts of a layer, ``R``.
         num_redundant_experts: Redundant experts of each layer, a multiple of ``num_ranks``. Defaults to 0.
         num_nodes: Nodes of the ranks, of equal size. Defaults to 1.
-        window_size: Steps that a policy looks back on. Defaults to 100.
+        window_size: Steps in the window of a policy. Defaults to 100.
         step_interval: Steps between decisions. Defaults to 100.
-        split: Division of an expert's tokens among its replicas, in each step anew: ``"even"`` or ``"level"``, the
-            default.
-        costs: Costs that a policy is told. Defaults to :data:`DEFAULT_COSTS`.
+        split: Token split of an expert among its replicas in each step: ``"even"`` or ``"level"``. Defaults to
+            ``"level"``.
+        costs: Costs that a policy gets. Defaults to :data:`DEFAULT_COSTS`.
 
     Raises:
         ValueError: A number of steps is below 1, or ``split`` is unknown.
@@ -65,10 +65,10 @@ class Setting:
         return Topology.even(self.num_ranks, self.num_nodes)
 
     def first_placement(self, load_WYL: np.ndarray) -> ExpertPlacement:
-        """The placement that training starts from.
+        """Return the initial placement of training.
 
         Raises:
-            ValueError: The ranks have more redundant slots than experts to put in.
+            ValueError: There are more redundant slots than experts to put in.
         """
         _, layers, experts = load_WYL.shape
         usable = (experts - experts // self.num_ranks) * self.num_ranks
@@ -82,14 +82,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision of a policy, and what it moved.
+    """Decision of a policy, and its moves.
 
     Attributes:
-        first_step: The first step that ran on what was decided.
-        num_layers: Layers in which a primary changed its place.
-        rows_within_nodes: Primaries that changed ranks within a node, in all layers.
-        rows_between_nodes: Primaries that changed nodes.
-        planning_seconds: What the policy took to decide.
+        first_step: First step on the decided placement.
+        num_layers: Layers in which a primary changed its slot.
+        rows_within_nodes: Primaries that changed ranks within a node, over all layers.
+        rows_between_nodes: Primaries that changed nodes, over all layers.
+        planning_seconds: Time of the policy in seconds.
     """
 
     first_step: int
@@ -106,19 +106,20 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What one policy made of a load.
+    """Result of replaying a load with a policy.
 
     Attributes:
-        name: Of the policy.
-        balancedness: Of every step, ``[W]``, on the placement that was in force. NaN for a step without a token.
-        max_tokens_by_layer: Tokens of the fullest rank of every step and layer, ``[W, Y]`` float64.
-        replicas: Redundant slots of all layers that held an expert in every step, ``[W]`` int64. 0 for a step without
+        name: Name of the policy.
+        balancedness: Balancedness of each step on its placement, ``[W]``. NaN for a step without a token.
+        max_tokens_by_layer: Tokens of the fullest rank in each step and layer, ``[W, Y]`` float64.
+        replicas: Redundant slots over all layers that hold an expert in each step, ``[W]`` int64. 0 for a step without
             a token.
-        decisions: In their order.
-        forecast_errors: Of every decision but the last, see :meth:`lightning_eplb.policies.forecast.Forecast.error`.
-        slots: The expert of each slot before the first decision and after each one, int64 ``[Y, R, S]``, -1 where a
-            slot is empty. None for a bound that knows no slots.
-        is_bound: Each step's load was known before it was served: a bound to compare policies with.
+        decisions: Decisions in order.
+        forecast_errors: Errors of the forecasts of all decisions but the last, see
+            :meth:`lightning_eplb.policies.forecast.Forecast.error`.
+        slots: Expert of each slot before the first decision and after each one, int64 ``[Y, R, S]``, -1 for an empty
+            slot. Empty for a bound without slots.
+        is_bound: ``True`` for a bound to compare policies with: the load of each step was known before the step.
     """
 
     name: str
@@ -132,7 +133,7 @@ class Replay:
 
     @property
     def first_decided(self) -> int:
-        """The first step that ran on a decided placement; the number of steps where nothing was decided."""
+        """First step on a decided placement; the number of steps if nothing was decided."""
         return self.decisions[0].first_step if self.decisions else len(self.balancedness)
 
     @property
@@ -142,7 +143,7 @@ class Replay:
 
     @property
     def rows_within_nodes(self) -> int:
-        """Primaries that changed ranks within a node, in all layers and all decisions."""
+        """Primaries that changed ranks within a node, over all layers and decisions."""
         return sum(decision.rows_within_nodes for decision in self.decisions)
 
     @property
@@ -152,7 +153,7 @@ class Replay:
 
     @property
     def planning_seconds(self) -> tuple[float, ...]:
-        """Of every decision."""
+        """Planning time of each decision."""
         return tuple(decision.planning_seconds for decision in self.decisions)
 
     @property
@@ -162,7 +163,7 @@ class Replay:
 
     @property
     def judged(self) -> np.ndarray:
-        """Balancedness of the steps after the first decision: each was decided for without having been seen."""
+        """Balancedness of the steps after the first decision, none of which the policy knew when it decided."""
         values = self.balancedness[self.first_decided :]
         return values[~np.isnan(values)]
 
@@ -174,22 +175,22 @@ class Replay:
         return float(found.mean()) / self.max_tokens_by_layer.shape[1] if len(found) else float("nan")
 
     def slots_at(self, step: int) -> np.ndarray:
-        """The slots in force in a step, ``[Y, R, S]``."""
+        """Return the slots of a step, ``[Y, R, S]``."""
         return self.slots[sum(decision.first_step <= step for decision in self.decisions)]
 
 
 class Planner(Protocol):
-    """Serves steps, and decides when asked.
+    """Planner that divides the tokens of each step, and plans when asked.
 
     Attributes:
-        num_primaries: The first slots of each rank, which are no redundant ones.
+        num_primaries: Number of primaries of each rank, in its first slots.
     """
 
     num_primaries: int
 
     @property
     def slots(self) -> np.ndarray:
-        """The expert of each slot now, int64 ``[Y, R, S]``, -1 where a slot is empty."""
+        """Expert of each slot, int64 ``[Y, R, S]``, -1 for an empty slot."""
         ...
 
     def serve(self, load_YL: np.ndarray) -> np.ndarray:
@@ -201,12 +202,12 @@ class Planner(Protocol):
         ...
 
     def adopt(self, slots_YRS: np.ndarray) -> tuple[int, int, int]:
-        """Put planned slots in force. Return the layers that changed and the rows moved within and between nodes."""
+        """Commit planned slots. Return the number of changed layers and of rows moved within and between nodes."""
         ...
 
 
 class _PolicyPlanner:
-    """A policy at work, as in ``EPLBCallback``."""
+    """Planner that asks a policy, as ``EPLBCallback`` does."""
 
     def __init__(self, policy: Policy, placement: ExpertPlacement, setting: Setting) -> None:
         policy.warm_up(placement)
@@ -247,10 +248,10 @@ def replay(
     """Let ``policy`` rearrange a load's experts as ``EPLBCallback`` would.
 
     Args:
-        load_WYL: Tokens of each expert in each step, int64: a trace, or a synthetic load.
-        policy: Asked when :class:`~lightning_eplb.balancer.schedule.Schedule` says so.
+        load_WYL: Tokens of each expert in each step, int64, of a trace or a synthetic load.
+        policy: Policy, asked in the steps of :class:`~lightning_eplb.balancer.schedule.Schedule`.
         setting: Cluster and schedule.
-        name: Of the policy, for the result.
+        name: Name of the policy, for the result.
         after_step: Called after each step, to show progress.
 
     Raises:
@@ -268,7 +269,7 @@ def run(
     name: str = "",
     after_step: Callable[[], object] | None = None,
 ) -> Replay:
-    """Replay a load step by step; arguments as of :func:`replay`."""
+    """Replay a load step by step. Arguments are those of :func:`replay`."""
     steps, layers, _ = load_WYL.shape
     schedule = Schedule(setting.step_interval)
     decisions: list[Decision] = []
@@ -316,13 +317,13 @@ def count_replicas(slots_YRS: np.ndarray, num_primaries: int) -> int:
 
 
 def speed_up(of: Replay, over: Replay) -> float:
-    """How much faster the experts' part of the steps after the first decision gets, waiting for the fullest rank."""
+    """Return the speed-up of the experts' part of a step, after the first decision, bound by the fullest rank."""
     ours, theirs = (r.max_tokens[of.first_decided :].sum() for r in (of, over))
     return float(theirs / ours) if ours else 1.0
 
 
 def draw_over_time(values_W: np.ndarray, columns: int = 60) -> str:
-    """Values from 0 to 1 as a line of blocks, each the mean of its part of the steps; a dot where there is none."""
+    """Draw values from 0 to 1 as a line of blocks, each the mean of some steps. A dot stands for no value."""
     blocks = "▁▂▃▄▅▆▇█"
     line = ""
     for part in np.array_split(values_W, min(columns, len(values_W))):
@@ -337,15 +338,16 @@ def describe(
     bytes_per_expert: int | None = None,
     bytes_per_replica: int | None = None,
 ) -> list[list[str]]:
-    """A table of replays side by side, its first row the heads of the columns.
+    """Return a table of replays, the headings first.
 
     Args:
-        replays: Of the same load at the same size.
-        static: The replay that rearranged nothing, which the others' speed is compared with.
-        bytes_per_expert: Weights and optimizer state of an expert in one layer, to tell the bytes moved. Defaults to
-            no such column.
-        bytes_per_replica: Weights and gradient of an expert in one layer, to tell the replicas' traffic in a step.
-            Defaults to a quarter of ``bytes_per_expert``: 4 bytes a parameter in bfloat16, of 16 with optimizer state.
+        replays: Replays of the same load at the same size.
+        static: Replay without moves, the base of the speed-up.
+        bytes_per_expert: Bytes of weights and optimizer state of an expert in a layer, for a column of bytes moved.
+            Defaults to no such column.
+        bytes_per_replica: Bytes of weights and gradient of an expert in a layer, for a column of the replicas' traffic
+            in a step. Defaults to a quarter of ``bytes_per_expert``: 4 bytes a parameter in bfloat16, of 16 with
+            optimizer state.
     """
     if bytes_per_replica is None and bytes_per_expert is not None:
         bytes_per_replica = bytes_per_expert // 4
@@ -374,7 +376,7 @@ def describe(
 
 
 def _sizes(amounts: Sequence[Sequence[float]]) -> list[str]:
-    """Amounts of bytes as text, all in the unit that fits the largest."""
+    """Format amounts of bytes, all in the unit that fits the largest."""
     largest = max((sum(parts) for parts in amounts if not np.isnan(sum(parts))), default=0.0)
     power = int(largest >= 2**40) + int(largest >= 2**30)
     return [

@@ -1,4 +1,4 @@
-"""Loads to try a planner on: synthetic ones, drawn from a seed, and recorded ones that come with the package.
+"""Loads for replays: synthetic ones, drawn from a seed, and recorded ones that come with the package.
 
 Shape suffixes: ``W`` steps, ``Y`` MoE layers, ``L`` logical experts.
 """
@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_eplb._validation import one_of
 from lightning_eplb.simulation.trace import read_trace
 
 RECORDED_LOADS = {path.stem: path for path in sorted((Path(__file__).parent / "data").glob("*.npy"))}
-"""Loads of real trainings, traces by name. ``data/SOURCES.md`` says where they are from."""
+"""Traces of real trainings, by name. ``data/SOURCES.md`` has their sources."""
 
 ROTATION_STEPS = 50
-"""How long four experts stay hot in ``rotating``."""
+"""Steps for which four experts stay hot in ``rotating``."""
 BURST_STEPS = 50
-"""In ``burst``, every so many steps one step is hot."""
+"""Steps between two hot steps in ``burst``."""
 GROUP_SIZE = 16
-"""In ``grouped``, so many neighbours share a factor; fewer where that were less than four groups."""
+"""Neighbours that share a factor in ``grouped``; fewer if there would be less than four groups."""
 GROUP_MEMORY = 0.7
-"""In ``grouped``, the correlation of the logarithm of a group's factor with that of the interval before."""
+"""Correlation of the logarithms of a group's factors in two successive intervals, in ``grouped``."""
 TOKENS_PER_STEP = 65_536
 """Token-expert pairs of a layer in a step: 8,192 tokens, top-8."""
 
@@ -31,14 +32,14 @@ def recorded_load(name: str) -> np.ndarray:
     """Read a load of a real training, int64 ``[W, Y, L]``.
 
     Args:
-        name: ``mixtral-8x7b-e8k2`` (10 steps, 32 layers) or ``mixtral-8x7b-e16k4`` (30 steps, 24 layers). An expert of
-            these is a quarter of a layer's experts, which the source counted together: 4 in each layer.
+        name: ``mixtral-8x7b-e8k2`` (10 steps, 32 layers) or ``mixtral-8x7b-e16k4`` (30 steps, 24 layers). Each has 4
+            experts in a layer, each of which is a quarter of the layer's experts: the source counted them together.
 
     Raises:
         ValueError: No load has that name.
     """
     if name not in RECORDED_LOADS:
-        raise ValueError(f"recorded load {name!r} is unknown; one of {', '.join(RECORDED_LOADS)} would do")
+        raise ValueError(f"recorded load {name!r} is unknown. Use {one_of(RECORDED_LOADS)}.")
     return read_trace(RECORDED_LOADS[name])
 
 
@@ -53,7 +54,7 @@ def synthetic_load(
     interval: int = 100,
     seed: int = 0,
 ) -> np.ndarray:
-    """Tokens of each expert in each step, drawn from a popularity that depends on ``name``.
+    """Draw the tokens of each expert in each step from a popularity that depends on ``name``.
 
     Args:
         name: ``balanced``; ``lognormal-0.7`` and ``lognormal-1.2`` (popularity with that sigma); ``zipf`` (the i-th
@@ -65,22 +66,22 @@ def synthetic_load(
             the most popular expert first, so that neighbours are alike); ``grouped`` (lognormal with sigma 0.6, times a
             factor that 16 neighbours share and that changes once an interval, as where they serve one domain);
             ``one-expert`` (all tokens to one); ``empty`` (none).
-        num_steps: ``W``.
-        num_layers: ``Y``; layers are independent of each other.
-        num_logical_experts: ``L``.
+        num_steps: Number of steps, ``W``.
+        num_layers: Number of layers, ``Y``, which are independent of each other.
+        num_logical_experts: Number of experts in each layer, ``L``.
         tokens_per_step: Token-expert pairs of a layer in a step.
-        num_ranks: For ``hot-rank``: experts ``0 ... L/R - 1`` are hot.
-        interval: For ``drift`` and ``grouped``: steps between two changes.
-        seed: Of the generator.
+        num_ranks: Number of ranks ``R`` for ``hot-rank``, in which experts ``0 ... L/R - 1`` are hot. Defaults to 8.
+        interval: Steps between two changes in ``drift`` and ``grouped``. Defaults to 100.
+        seed: Seed of the generator. Defaults to 0.
 
     Returns:
-        int64 ``[W, Y, L]``.
+        Load, int64 ``[W, Y, L]``.
 
     Raises:
         ValueError: No load has that name, or a number is too small.
     """
     if name not in SYNTHETIC_LOADS:
-        raise ValueError(f"synthetic load {name!r} is unknown; one of {', '.join(SYNTHETIC_LOADS)} would do")
+        raise ValueError(f"synthetic load {name!r} is unknown. Use {one_of(SYNTHETIC_LOADS)}.")
     sizes = {
         "num_steps": num_steps,
         "num_layers": num_layers,
@@ -109,16 +110,16 @@ def resample(
 ) -> np.ndarray:
     """Draw a longer load from one of few steps, such as the totals of workloads.
 
-    Each step holds for an equal part of the new ones; its experts' shares are the probabilities of a token's choice.
+    Each step stands for an equal part of the new ones. Its experts' shares are the probabilities of a token's choice.
 
     Args:
         load_WYL: Tokens of each expert in each step, int64.
-        num_steps: Steps to draw, as many as ``load_WYL`` has at least.
-        tokens_per_step: Token-expert pairs of a layer in a step. Layers without tokens stay so.
-        seed: Of the generator.
+        num_steps: Steps to draw, at least as many as ``load_WYL`` has.
+        tokens_per_step: Token-expert pairs of a layer in a step. Layers without tokens stay so. Defaults to 65,536.
+        seed: Seed of the generator. Defaults to 0.
 
     Returns:
-        int64 ``[num_steps, Y, L]``.
+        Load, int64 ``[num_steps, Y, L]``.
 
     Raises:
         ValueError: There are more steps than ``num_steps``, or a number is negative.
@@ -149,7 +150,7 @@ def _constant(weight_L: np.ndarray) -> Popularity:
 
 
 def _with_hot(weight_L: np.ndarray, hot: np.ndarray) -> np.ndarray:
-    """Half of the tokens to the experts ``hot``, in equal parts; the rest as before."""
+    """Give half of the tokens to the experts ``hot``, in equal parts."""
     share_L = weight_L / (2 * weight_L.sum())
     share_L[hot] += 0.5 / len(hot)
     return share_L
@@ -242,4 +243,4 @@ SYNTHETIC_LOADS: dict[str, Callable[[np.random.Generator, int, int, int], Popula
     "one-expert": _one_expert,
     "empty": _empty,
 }
-"""Each draws a layer's popularity, step after step."""
+"""Functions that draw the popularity of a layer, step by step, by the name of the load."""

@@ -1,6 +1,6 @@
-"""Traces: the load of every optimizer step in a file, to be replayed on clusters of any size.
+"""Traces: files with the load of every optimizer step, to replay on clusters of any size.
 
-The format is NumPy's own: one ``.npy`` array ``[Y, L]`` of unsigned integers a step, one after the other in one file.
+The format is NumPy's own: an ``.npy`` array ``[Y, L]`` of unsigned integers for each step, all in one file.
 ``numpy.save`` appends such arrays to an open file and ``numpy.load(..., allow_pickle=False)`` reads them one by one.
 :class:`TraceWriter` adds a comment with a checksum of the counts to each array's header, which NumPy skips.
 """
@@ -20,26 +20,26 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 MAGIC = np.lib.format.magic(1, 0)
-"""First bytes of each step: those of version 1.0 of NumPy's format."""
+"""First bytes of each step, those of version 1.0 of NumPy's format."""
 HEADER = re.compile(
     rb"\{'descr': '(<[iu][248]|\|[iu]1)', 'fortran_order': (False|True), 'shape': \(([1-9]\d*), ([1-9]\d*)\), \}"
     rb"(?: # crc32 ([0-9a-f]{8}))? *\n"
 )
-"""The header of a step, exactly as NumPy writes it: a bit that flips in it never goes unseen."""
+"""Header of a step, exactly as NumPy writes it, so that every flipped bit is detected."""
 HEADER_ALIGNMENT = 64
-"""Bytes of which NumPy makes the length of everything before the counts a multiple."""
+"""Multiple of bytes to which NumPy pads everything before the counts."""
 
 
 class TraceWriter:
-    """Appends steps to a trace. What was written stays readable if the program is killed.
+    """Writer that appends steps to a trace. Written steps stay readable if the program is killed.
 
     Args:
-        path: The file; its folder is made if it is missing.
-        keep: Go on behind so many steps of a trace that is there, as a run does that resumes; 0 replaces it. A damaged
-            trace is never cut: it is renamed, with a warning, and a new file begins with its whole steps.
+        path: File to write. Its folder is created if missing.
+        keep: Number of steps to keep of an existing trace, as for a resumed run. Defaults to 0, which replaces the
+            trace. A damaged trace is never cut: it is renamed, with a warning, and its whole steps are copied.
 
     Raises:
-        ValueError: The file can't be written, or it holds something else than a trace.
+        ValueError: The file can't be written, or holds something other than a trace.
     """
 
     def __init__(self, path: str | os.PathLike, *, keep: int = 0) -> None:
@@ -57,9 +57,9 @@ class TraceWriter:
             raise ValueError(f"trace={str(path)!r} can't be written: {error.strerror}") from error
 
     def _continue(self, keep: int) -> None:
-        """Leave ``keep`` steps of the file, in it or in a new one."""
+        """Keep ``keep`` steps, in the file or in a new one."""
         self._file.seek(0)
-        content = self._file.read(os.fstat(self._file.fileno()).st_size)  # a device has none, and no end either
+        content = self._file.read(os.fstat(self._file.fileno()).st_size)  # a device has size 0, and no end
         assert content is not None
         if not _begins_a_trace(content):
             raise ValueError(f"trace={str(self.path)!r} is a file that holds something else; name another")
@@ -90,19 +90,19 @@ class TraceWriter:
             )
 
     def _set_aside(self) -> Path:
-        """Rename the file to a name that is free."""
+        """Rename the file to an unused name."""
         file = self.path.resolve()
         names = (file.with_name(f"{file.stem}.damaged-{i}{file.suffix}") for i in itertools.count(1))
         return file.rename(next(name for name in names if not os.path.lexists(name)))
 
     def append(self, load_YL: Any) -> None:
-        """Write one optimizer step; where that can no longer be done, warn once and go without.
+        """Write one optimizer step. If writing fails, warn once and stop the trace.
 
         Args:
             load_YL: Tokens of each logical expert, ``[Y, L]``: an integer tensor on the CPU or an array.
 
         Raises:
-            ValueError: That is not ``[Y, L]`` whole numbers from zero up.
+            ValueError: ``load_YL`` does not have this shape, or holds other values than integers from 0.
         """
         if self._file.closed:
             return
@@ -130,7 +130,7 @@ class TraceWriter:
             self.close()
 
     def _write(self, content: bytes) -> None:
-        """Write at once, so that a run that is killed leaves a whole step or none."""
+        """Write without a buffer, so that a killed run leaves whole steps."""
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -144,12 +144,12 @@ def read_trace(path: str | os.PathLike, *, allow_damaged: bool = False) -> np.nd
     """Read all steps of a trace, int64 ``[steps, Y, L]``.
 
     Args:
-        path: The file.
-        allow_damaged: Read a damaged trace up to its last whole step before the damage, with a warning. That is also
-            how a trace is read whose last step was cut off. Defaults to an error.
+        path: File to read.
+        allow_damaged: Read a damaged trace, such as one that was cut off, up to the last whole step before the damage,
+            with a warning. Defaults to an error.
 
     Raises:
-        ValueError: The file is no trace, or it is damaged: the message has the step, its offset in the file, and the
+        ValueError: The file is not a trace, or is damaged. The message has the step, its offset in the file and the
             number of whole steps before it.
         OSError: The file can't be read.
     """
@@ -183,7 +183,7 @@ def read_trace(path: str | os.PathLike, *, allow_damaged: bool = False) -> np.nd
 
 
 class _DamageError(Exception):
-    """Says where a trace is damaged, and how much of it is whole."""
+    """Damage in a trace: its place, and the whole steps before it."""
 
     def __init__(self, step: int, offset: int, reason: str) -> None:
         whole = "1 step before it is" if step == 1 else f"{step} steps before it are"
@@ -192,10 +192,10 @@ class _DamageError(Exception):
 
 
 def _steps(content: bytes) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield each step of a trace, and the offset of its end.
+    """Yield each step of a trace with the offset of its end.
 
     Raises:
-        _DamageError: A step is not whole, or it is unlike the first.
+        _DamageError: A step is not whole, or has another shape than the first.
     """
     start, step, first = 0, 0, None
     while start < len(content):
@@ -211,7 +211,7 @@ def _steps(content: bytes) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _decode(content: bytes, start: int) -> tuple[np.ndarray, int]:
-    """Read the step that begins at ``start``. Returns its counts, ``[Y, L]``, and the offset of its end.
+    """Read the step that begins at ``start``. Return its counts, ``[Y, L]``, and the offset of its end.
 
     Raises:
         ValueError: No whole step begins there.
@@ -249,7 +249,7 @@ def _decode(content: bytes, start: int) -> tuple[np.ndarray, int]:
 
 
 def _encode(load_YL: np.ndarray) -> bytes:
-    """The bytes of a step."""
+    """Return the bytes of a step."""
     counts_YL = np.ascontiguousarray(load_YL, dtype="<u4" if load_YL.max() < 2**32 else "<u8")
     counts = counts_YL.tobytes()
     layers, experts = counts_YL.shape
@@ -262,7 +262,7 @@ def _encode(load_YL: np.ndarray) -> bytes:
 
 
 def _begins_a_trace(content: bytes) -> bool:
-    """Whether a file holds nothing, a step, or the beginning of one that was cut off."""
+    """Return ``True`` for a file that is empty, or begins with a step or with a part of one that was cut off."""
     start = len(MAGIC) + 2
     if len(content) < start or not content.startswith(MAGIC):
         return (MAGIC + content[len(MAGIC) :]).startswith(content)

@@ -1,4 +1,4 @@
-"""Loads in the files of others, read as ``[steps, layers, experts]``.
+"""Read loads in files of other programs as ``[steps, layers, experts]``.
 
 Shape suffixes: ``W`` steps, ``Y`` MoE layers, ``L`` logical experts, ``N`` records, ``T`` tokens, ``K`` top-k.
 """
@@ -28,25 +28,28 @@ FORMATS = """\
     rank's router_trace_rank*.jsonl
   what UltraEP's load profiler wrote: the folder, or a *.chunk*.npz
 """
-"""Files that :func:`read_load` reads."""
+"""Formats that :func:`read_load` reads."""
 MOST_EXPERTS = 2**16
-"""Experts of a layer. A higher id is taken for damage, before it takes memory."""
+"""Upper bound of the experts of a layer. A higher id counts as damage, before memory is allocated for it."""
 MOST_COUNTS = 2**29
-"""Counts of a load, 4 GiB, that is made of records that name steps, layers and experts."""
+"""Upper bound of the counts of a load made of records that name steps, layers and experts: 4 GiB."""
 ULTRA_EP_ARRAYS = ("metadata", "layers", "microbatches", "pre_logical_loads")
-"""Arrays of a chunk that are read. Source: Dots-Infra/UltraEP 1.0.0, ``ultra_ep/profiling.py`` (``ultra_ep_trace_v1``);
+"""Arrays of a chunk that are read.
+
+Source: Dots-Infra/UltraEP 1.0.0, ``ultra_ep/profiling.py`` (``ultra_ep_trace_v1``);
 ``ultra_ep/load_viewer.py`` reads the same."""
 CHUNK = re.compile(r"(?P<trace>.+)\.chunk\d+\.npz")
 """Names of UltraEP's chunks."""
 ROUTER_TRACES = "router_trace_rank*.jsonl"
-"""Names of Megatron's files, one for each rank. Source: NVIDIA/Megatron-LM,
-``megatron/core/transformer/moe/router_trace.py`` (pull request 5220, 2026)."""
+"""Names of Megatron's files, one for each rank.
+
+Source: NVIDIA/Megatron-LM, ``megatron/core/transformer/moe/router_trace.py`` (pull request 5220, 2026)."""
 
 DAMAGE = (
     ValueError, KeyError, EOFError, OSError, NotImplementedError, SyntaxError, MemoryError, tokenize.TokenError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""Raised by NumPy for files that are damaged, or hold something else than plain arrays."""
+"""Exceptions of NumPy for files that are damaged, or hold anything but plain arrays."""
 
 Layer = tuple[str, int, int]
 """Megatron's name of a layer: block, multi-token-prediction head (-1 for none), index."""
@@ -56,23 +59,23 @@ def read_load(path: str | os.PathLike, *, num_experts: int | None = None, allow_
     """Read a recorded load from a file or folder in any of :data:`FORMATS`.
 
     Megatron's tracer writes the top-k ids of each token. They are counted by iteration and layer, over micro-batches
-    and, for a folder, over the files of all ranks. Layers are numbered within a pipeline stage there, so give a folder
-    with the files of one stage. UltraEP's profiler counts the micro-batches of one EP group: each becomes a step. Of a
-    chunk the chunks of the same trace beside it are read, too, since a micro-batch may span two.
+    and, for a folder, over the files of all ranks. Megatron numbers layers within a pipeline stage, so give a folder
+    with the files of one stage. UltraEP's profiler counts the micro-batches of one EP group: each becomes a step. Given
+    a chunk, all chunks of its trace are read, since a micro-batch may span two.
 
     Args:
-        path: The file or folder. What it holds tells the format; ``.csv`` and ``.jsonl`` are told by their names.
-        num_experts: Experts of each layer where the file names those with tokens only: Megatron's files, and tables
+        path: File or folder. Its content tells the format, and its name for ``.csv`` and ``.jsonl``.
+        num_experts: Experts of each layer, for files that name only experts with tokens: Megatron's files, and tables
             with a column ``expert``. Defaults to the highest id plus one.
         allow_damaged: Read a damaged trace, or a ``.jsonl`` file that was cut off, up to the damage, with a warning.
             Defaults to an error.
 
     Returns:
-        Tokens of each expert, int64 ``[W, Y, L]``. Steps and layers are in the order of their numbers. Of Megatron's
-        and UltraEP's files, steps that lack a layer or a rank are left out, with a warning.
+        Tokens of each expert, int64 ``[W, Y, L]``. Steps and layers are in the order of their numbers. Steps of
+        Megatron's and UltraEP's files that lack a layer or a rank are left out, with a warning.
 
     Raises:
-        ValueError: The file is of none of these formats, or damaged; the message says what would work.
+        ValueError: The file has none of these formats, or is damaged. The message says what would work.
         OSError: The file can't be read.
     """
     path = Path(path)
@@ -115,7 +118,7 @@ def _chunk(path: Path) -> "re.Match[str] | None":
 
 
 def _load_numpy(path: Path) -> Any:
-    """Load an array or an archive of arrays, and no objects."""
+    """Load an array or an archive of arrays, but no pickled objects."""
     try:
         return np.load(path, allow_pickle=False)
     except DAMAGE as error:
@@ -138,7 +141,7 @@ def _read_npz(path: Path) -> np.ndarray:
 
 
 def _escaped(name: str) -> str:
-    """A file's name as a pattern that fits it alone."""
+    """Return a pattern that matches one file name."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
@@ -151,7 +154,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _as_load(load_WYL: Any, name: str) -> np.ndarray:
-    """Check counts, and turn them to int64. ``name`` begins the sentence of an error."""
+    """Check counts, and convert them to int64. Errors begin with ``name``."""
     if not isinstance(load_WYL, np.ndarray) or load_WYL.ndim != 3 or not load_WYL.size:
         shape = list(getattr(load_WYL, "shape", ()))
         raise ValueError(f"{name} has shape {shape}; [steps, layers, experts] is wanted, at least one of each")
@@ -208,7 +211,7 @@ def _zeros(shape: tuple[int, int, int], source: Path) -> np.ndarray:
 
 
 def _whole_steps(load_WYL: np.ndarray, whole: np.ndarray, name: str, parts: str) -> np.ndarray:
-    """Leave out the steps that lack parts, with a warning. ``whole`` are the indices of the others."""
+    """Drop steps that lack parts, with a warning. ``whole`` are the indices of all others."""
     if not len(whole):
         raise ValueError(f"{name} has no step with all {parts} that it names; no step can be replayed")
     if left_out := len(load_WYL) - len(whole):
@@ -306,7 +309,7 @@ def _read_table(path: Path, num_experts: int | None) -> np.ndarray:
 
 
 def _numbers(path: Path) -> tuple[list[str], np.ndarray]:
-    """The names of a table's columns, lower case, and its numbers, int64 ``[N, columns]``."""
+    """Read the names of a table's columns, lower case, and its numbers, int64 ``[N, columns]``."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.reader(file)
         try:
@@ -325,7 +328,7 @@ def _numbers(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _cells(row: list[str], columns: int, where: str) -> list[int]:
-    """The whole numbers of a line."""
+    """Convert the cells of a line to integers."""
     if len(row) != columns:
         raise ValueError(f"{where}: it has {len(row)} columns, and the first line names {columns}")
     try:

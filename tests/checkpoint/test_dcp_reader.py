@@ -164,8 +164,8 @@ def lose_a_chunk(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove(".metadata"), "is no complete checkpoint: it has no .metadata"),
-        (remove("meta.pt"), "is no complete checkpoint: it has no meta.pt"),
+        (remove(".metadata"), "is not a complete checkpoint: it has no .metadata"),
+        (remove("meta.pt"), "is not a complete checkpoint: it has no meta.pt"),
         (remove("__0_0.distcp"), "__0_0.distcp has 0 of the [0-9]+ bytes that .metadata names"),
         (cut("__0_0.distcp"), "__0_0.distcp has 300 of the [0-9]+ bytes that .metadata names"),
         (cut(".metadata"), ".metadata is damaged"),

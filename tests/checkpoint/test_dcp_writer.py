@@ -117,7 +117,7 @@ def test_first_write_that_dies_leaves_nothing_to_load(tmp_path: Path, monkeypatc
         patch.setattr("os.replace", dies_at(1, "os.replace"))
         with pytest.raises(BaseException, match="killed"):
             write(tmp_path, 1.0)
-    with pytest.raises(ValueError, match=r"is no complete checkpoint: it has no .metadata"):
+    with pytest.raises(ValueError, match=r"is not a complete checkpoint: it has no .metadata"):
         read(tmp_path)
 
 

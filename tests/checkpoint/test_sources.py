@@ -83,13 +83,13 @@ INDEX = "folder/model.safetensors.index.json"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.ckpt", {"epoch": 1}, "has no 'state_dict'; a file of Trainer.save_checkpoint has it"),
-        ("a.ckpt", [1, 2], "has no 'state_dict'; a file of Trainer.save_checkpoint has it"),
-        ("a.ckpt", {"state_dict": [1]}, "has a 'state_dict' that is no dictionary from names to tensors"),
+        ("a.ckpt", {"epoch": 1}, "has no 'state_dict'. Use a file of Trainer.save_checkpoint."),
+        ("a.ckpt", [1, 2], "has no 'state_dict'. Use a file of Trainer.save_checkpoint."),
+        ("a.ckpt", {"state_dict": [1]}, "has a 'state_dict' that is not a dictionary from names to tensors"),
         (
             "a.ckpt",
             {"state_dict": {1: torch.ones(2)}},
-            "has a 'state_dict' that is no dictionary from names to tensors",
+            "has a 'state_dict' that is not a dictionary from names to tensors",
         ),
         ("a.ckpt", itself(), "lacks bias, weight"),
         ("a.ckpt", {"state_dict": {"weight": "1 2", "bias": None}}, "lacks bias, weight"),
@@ -103,11 +103,11 @@ INDEX = "folder/model.safetensors.index.json"
         (
             "nothing/a.txt",
             b"",
-            "is no checkpoint: a folder with model.safetensors or",
+            "is not a checkpoint. Use a folder with model.safetensors or",
         ),
-        ("a.safetensors", b"", "can't be read as safetensors, of which it may be a part"),
-        ("a.safetensors", struct.pack("<Q", 2**60) + b"{}", "can't be read as safetensors, of which it may be a part"),
-        ("a.safetensors", header(weight=FLOAT), "can't be read as safetensors, of which it may be a part"),
+        ("a.safetensors", b"", "can't be read as safetensors, and may be cut off"),
+        ("a.safetensors", struct.pack("<Q", 2**60) + b"{}", "can't be read as safetensors, and may be cut off"),
+        ("a.safetensors", header(weight=FLOAT), "can't be read as safetensors, and may be cut off"),
         ("a.safetensors", header(weight={**FLOAT, "dtype": "F77"}), "can't be read as safetensors"),
         ("folder/model.safetensors", header(weight=SHORT)[:-52], "lacks bias"),
         (INDEX, b"{", "can't be read as JSON"),

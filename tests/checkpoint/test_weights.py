@@ -23,7 +23,7 @@ from lightning_eplb import (
     parallelize_experts,
 )
 from lightning_eplb.checkpoint import sources
-from lightning_eplb.checkpoint.holdings import holdings
+from lightning_eplb.checkpoint.local_parts import local_parts
 from tests.fidelity import SEQUENCES, TOLERANCE, Case, ShufflePolicy, reference, tokens_of, trainer_for, whole
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches
 from tests.test_resume import save_halfway
@@ -117,9 +117,9 @@ def load_after_moves(name: str, layout: str, path: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    pointers = [holding.local.data_ptr() for holding in holdings(model).values()]
+    pointers = [holding.local.data_ptr() for holding in local_parts(model).values()]
     load_weights(model, path)
-    assert pointers == [holding.local.data_ptr() for holding in holdings(model).values()]
+    assert pointers == [holding.local.data_ptr() for holding in local_parts(model).values()]
     check_equal(model, path)
 
 
@@ -264,7 +264,7 @@ def load_from_lightning(path: str, layout: str, inner: bool) -> dict[str, Tensor
     module = LanguageModel(on_meta("mixtral"), "adamw")
     parallelized(module.model, layout)
     read = count_bytes(lambda: load_weights(module.model if inner else module, path))
-    held = [holding.local for holding in holdings(module).values()]
+    held = [holding.local for holding in local_parts(module).values()]
     assert read == sum(tensor.numel() * tensor.element_size() for tensor in held)
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
@@ -276,7 +276,7 @@ def test_several_modules_in_what_lightning_saved(tmp_path: Path) -> None:
     with torch.device("meta"):
         model, whole_module = Own(), nn.ModuleDict({"teacher": Own(), "student": Own()})
     with pytest.raises(
-        ValueError, match=r"several modules like this one: teacher\., student\.; load the LightningModule"
+        ValueError, match=r"several modules like this one: teacher\., student\.\. Load the LightningModule"
     ):
         load_weights(model, tmp_path / "last.ckpt")
     load_weights(whole_module, tmp_path / "last.ckpt")
@@ -340,13 +340,13 @@ def load_own(path: str) -> tuple[dict[str, Tensor], Tensor]:
 
 Change = Literal["no folder", "a file less", "a tensor less", "one more", "other shape", "fewer experts", "quantized"]
 REFUSED: dict[Change, str] = {
-    "no folder": "is no checkpoint: a folder with model.safetensors or model.safetensors.index.json would do",
+    "no folder": "is not a checkpoint. Use a folder with model.safetensors or model.safetensors.index.json",
     "a file less": "lacks model-00001-of-00008.safetensors, which its model.safetensors.index.json names",
-    "a tensor less": " lacks model.norm.weight; the model must be of the class and settings that were saved",
-    "one more": " has, and the model has not, model.extra; the model must be of the class",
+    "a tensor less": " lacks model.norm.weight. Use a model of the saved class and settings.",
+    "one more": " has, and the model has not, model.extra. Use a model of the saved class",
     "other shape": "model.norm.weight has shape [16] in the model and [17] in the checkpoint (model.norm.weight)",
     "fewer experts": "model.layers.0.mlp.experts.down_proj has shape [8, 16, 24] in the model and [7, 16, 24] in the",
-    "quantized": "is quantized (fp8), and quantized weights are not loaded here; load it with from_pretrained()",
+    "quantized": "is quantized (fp8), which is not supported. Load it with from_pretrained()",
 }
 
 

@@ -68,7 +68,7 @@ def test_warnings_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_eplb.cli.load import progress
+    from lightning_eplb.cli.terminal import progress
 
     with progress(10, "replaying") as bar:
         bar.update()

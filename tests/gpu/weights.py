@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_eplb import fully_shard_moe, load_weights, materialize, parallelize_experts
 from lightning_eplb.checkpoint import sources
-from lightning_eplb.checkpoint.holdings import holdings
+from lightning_eplb.checkpoint.local_parts import local_parts
 from tests.fidelity import whole
 
 
@@ -78,7 +78,7 @@ def load(arguments: argparse.Namespace, layout: str, device: torch.device, folde
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    held = sum(holding.local.numel() * holding.local.element_size() for holding in holdings(model).values())
+    held = sum(holding.local.numel() * holding.local.element_size() for holding in local_parts(model).values())
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     is_equal = True
     state = expected.state_dict()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lightning_eplb import ExpertPlacement
-from lightning_eplb.logging.placement_table import COLUMNS, placement_rows
+from lightning_eplb.logging.loggers import COLUMNS, placement_rows
 
 
 def test_by_hand() -> None:

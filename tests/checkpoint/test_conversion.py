@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import core_model_loading as hf
 
-from lightning_eplb.checkpoint import recipes
-from lightning_eplb.checkpoint.parts import PartFinder
-from lightning_eplb.checkpoint.recipes import Recipe
+from lightning_eplb.checkpoint import conversion
+from lightning_eplb.checkpoint.conversion import Recipe
+from lightning_eplb.checkpoint.local_parts import PartFinder
 from lightning_eplb.checkpoint.sources import whole_box
 
 GATE, UP = "experts.*.gate.weight", "experts.*.up.weight"
@@ -85,7 +85,7 @@ def test_a_part_of_an_expert(name: str, half: int, width: int, seed: int, data: 
     # A conversion that checks dimensions is given those that make it transpose.
     whole = whole_of(recipe, tensors, {TARGET: torch.Size((2 * half, width, 4))})
     shapes = {TARGET: whole.shape}
-    recipes._foresee(recipe, model, shapes, sources)
+    conversion._foresee(recipe, model, shapes, sources)
     assert recipe.targets == shapes
     assert recipe.by_expert == CONVERSIONS[name][2]
     if recipe.by_expert is None:
@@ -114,7 +114,7 @@ def test_what_transformers_cannot_convert_is_told() -> None:
     with pytest.raises(
         ValueError, match=rf"{TARGET} can't be made from .* and 1 more of shapes .*\(3, 5\).*: (Runtime|Assertion)Error"
     ):
-        recipes._foresee(recipe, nn.Identity(), {TARGET: torch.Size((3, 8, 2))}, tensors)  # type: ignore[arg-type]
+        conversion._foresee(recipe, nn.Identity(), {TARGET: torch.Size((3, 8, 2))}, tensors)  # type: ignore[arg-type]
 
 
 def test_every_family_of_experts_is_read_by_expert() -> None:
@@ -132,6 +132,6 @@ def test_every_family_of_experts_is_read_by_expert() -> None:
                 }
                 source = SimpleNamespace(shape=torch.Size((4, 2, 2)))
                 sources = {key: source for of_pattern in keys.values() for key in of_pattern}
-                if recipes._by_expert(Recipe("", keys, entry), 4, sources) is None:  # type: ignore[arg-type]
+                if conversion._by_expert(Recipe("", keys, entry), 4, sources) is None:  # type: ignore[arg-type]
                     mixing.add(model_type)
     assert mixing <= {"ernie4_5_vl_moe", "inkling2_loop_text"}

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy
-from lightning_eplb.integrations.replicated import PIECE
+from lightning_eplb.integrations.ddp import PIECE
 from tests.fidelity import SEQUENCES, ShufflePolicy, trainer_for
 from tests.models import LanguageModel, ShardedLanguageModel, hugging_face_model, loader, token_batches
 from tests.workers import Workers
@@ -41,7 +41,7 @@ def warnings_of(kind: type[LanguageModel], piece: int = PIECE) -> list[str]:
     """On every worker: those of a short training, with so many elements added up at a time."""
     callbacks: list[Callback] = [EPLBCallback(policy=ShufflePolicy(), step_interval=1)]
     strategy = ExpertParallelStrategy() if kind is ShardedLanguageModel else None
-    with warnings.catch_warnings(record=True) as caught, patch("lightning_eplb.integrations.replicated.PIECE", piece):
+    with warnings.catch_warnings(record=True) as caught, patch("lightning_eplb.integrations.ddp.PIECE", piece):
         warnings.simplefilter("always")
         trainer = trainer_for(2, strategy, max_steps=STEPS, callbacks=callbacks)
         trainer.fit(kind(hugging_face_model("mixtral"), "sgd"), loader(token_batches(2 * STEPS * SEQUENCES), SEQUENCES))

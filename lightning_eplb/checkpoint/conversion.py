@@ -1,8 +1,8 @@
-"""Which of a checkpoint's tensors become which of the model's, and how: decided before anything is read.
+"""Plan the conversion of a checkpoint's tensors to the model's, before anything is read.
 
 A checkpoint of a Hugging Face model may have other names and other tensors than the model, such as one tensor for each
-expert. transformers knows how the ones become the others; here its conversions are asked what they would make, and
-those that treat each expert by itself are found out, so that a rank needs to read its own experts only.
+expert. transformers has the conversions. They are run on shapes here to find those that treat each expert by itself:
+for these a rank reads its own experts only.
 """
 
 import sys
@@ -21,15 +21,15 @@ from lightning_eplb.checkpoint.sources import Source, listed
 
 @dataclass
 class Recipe:
-    """How one tensor of the model is made, or several together.
+    """Conversion that makes one tensor of the model, or several together.
 
     Attributes:
-        name: The tensor of the model; the first, if there are several.
-        keys: The checkpoint's tensors, by the pattern of the conversion that they match.
-        conversion: Of transformers. ``None``: the tensor is the checkpoint's.
-        targets: What is made: shapes of the unmodified model's tensors, by name.
-        by_expert: Whether a conversion makes row ``i`` of its targets from the ``i``-th of the keys of each pattern, or
-            from row ``i`` of each key; else rows can't be made by themselves.
+        name: Name of the model's tensor, of the first if there are several.
+        keys: Names of the checkpoint's tensors, by the pattern of the conversion that they match.
+        conversion: Conversion of transformers. ``None`` takes the checkpoint's tensor as it is.
+        targets: Shapes of the unmodified model's tensors that it makes, by name.
+        by_expert: Source of row ``i`` of the targets: the ``i``-th key of each pattern (``"keys"``), or row ``i`` of
+            each key (``"rows"``). ``None`` if rows can't be converted one by one.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """The only key."""
+        """Name of the checkpoint's only tensor."""
         ((key,),) = self.keys.values()
         return key
 
@@ -49,7 +49,7 @@ class Recipe:
         return [key for keys in self.keys.values() for key in keys]
 
     def keys_of_expert(self, expert: int) -> dict[str, list[str]]:
-        """What one expert is made from: tensors of its own, or all tensors that have it as a row."""
+        """Return the keys that one expert is made from: tensors of its own, or tensors with a row for it."""
         if self.by_expert == "keys":
             return {pattern: [keys[expert]] for pattern, keys in self.keys.items()}
         return self.keys
@@ -57,17 +57,19 @@ class Recipe:
     def convert(
         self, model: nn.Module, shapes: Mapping[str, torch.Size], tensors: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
-        """All experts, or all of a tensor that is no expert's, from the tensors of :attr:`keys`.
+        """Convert whole tensors.
 
         Args:
-            shapes: Of the unmodified model's state dict.
+            model: Model whose configuration conversions may read.
+            shapes: Shapes of the unmodified model's state dict, by name.
+            tensors: Tensors of :attr:`keys`, by pattern.
         """
         return self._convert(model, shapes, tensors)
 
     def convert_expert(
         self, model: nn.Module, shapes: Mapping[str, torch.Size], tensors: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
-        """One expert, as tensors ``[1, ...]``, from those of :meth:`keys_of_expert`, or from its row of each."""
+        """Convert one expert to tensors ``[1, ...]``, from those of :meth:`keys_of_expert` or its row of each."""
         return self._convert(model, {name: torch.Size((1, *shapes[name][1:])) for name in self.targets}, tensors)
 
     def _convert(
@@ -82,7 +84,7 @@ class Recipe:
 
 
 class _OfShapes:
-    """Stands in for the model where a conversion looks at the shapes of parameters: this rank's are others."""
+    """Stand-in for the model with the unmodified shapes of parameters, which conversions read."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self._shapes = shapes
@@ -94,13 +96,15 @@ class _OfShapes:
 def find_recipes(
     model: nn.Module, shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]
 ) -> tuple[list[Recipe], list[str]]:
-    """How each of the model's tensors is made, and the checkpoint's names that are left over.
+    """Return the conversions that make the model's tensors, and names of the checkpoint that none of them uses.
 
     Args:
-        shapes: Of the unmodified model's state dict.
+        model: Model to fill.
+        shapes: Shapes of the unmodified model's state dict, by name.
+        sources: Tensors of the checkpoint, by name.
 
     Raises:
-        ValueError: A conversion does not work on what the checkpoint has, or makes something of another shape.
+        ValueError: A conversion fails on the checkpoint's tensors, or makes a tensor of another shape.
     """
     recipes, left_over = _match(model, shapes, sources)
     for recipe in recipes:
@@ -109,7 +113,7 @@ def find_recipes(
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Whether it is a model of transformers, if that is in use at all."""
+    """Return ``True`` for a model of transformers. Does not import transformers."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
@@ -144,14 +148,14 @@ def _match(
 
 
 def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size], sources: Mapping[str, Source]) -> None:
-    """Fill in what the recipe makes, from shapes alone, and whether it makes each expert by itself."""
+    """Fill in ``targets`` and ``by_expert`` of a recipe, from shapes alone."""
     on_meta = {
         pattern: [torch.empty(sources[key].shape, device="meta") for key in keys]
         for pattern, keys in recipe.keys.items()
     }
     if recipe.conversion is None:
         if len(recipe.all_keys) > 1:
-            raise ValueError(f"{recipe.name} would be loaded from {' and '.join(recipe.all_keys)} alike")
+            raise ValueError(f"{recipe.name} would be loaded from both {' and '.join(recipe.all_keys)}.")
         made = {recipe.name: on_meta[recipe.name][0]}
     else:
         try:
@@ -165,7 +169,7 @@ def _foresee(recipe: Recipe, model: nn.Module, shapes: Mapping[str, torch.Size],
         if name in shapes and tensor.shape != shapes[name]:
             raise ValueError(
                 f"{name} has shape {list(shapes[name])} in the model and {list(tensor.shape)} in the checkpoint"
-                f" ({listed(recipe.all_keys)}); the model must be built by the checkpoint's configuration"
+                f" ({listed(recipe.all_keys)}). Build the model with the checkpoint's configuration."
             )
     recipe.targets = {name: tensor.shape for name, tensor in made.items()}
     rows = {shape[0] for shape in recipe.targets.values() if len(shape)}
@@ -194,7 +198,7 @@ def _by_expert(recipe: Recipe, rows: int, sources: Mapping[str, Source]) -> Lite
 
 @contextmanager
 def _without_sharded_classes(model: nn.Module) -> Iterator[None]:
-    """Classes as they were before ``fully_shard``: transformers finds conversions by the name of the class."""
+    """Undo ``fully_shard``'s change of classes for a while: transformers finds conversions by the class name."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule) and is_hugging_face(module)]
     classes = [type(module) for module in modules]
     try:
