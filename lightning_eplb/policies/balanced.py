@@ -26,6 +26,9 @@ SEARCHED = 4
 SLACK = 1.0 / 64
 """Max/mean load of the expected load by which a plan may be worse than the most level one. Without it plans of 2 ranks
 of 4 experts were up to 9 % above the optimum, with it up to 1.5 %."""
+HEDGE = 0.15
+"""Even load that is mixed into what one plan is packed for: in real changes popular experts lose. Without this plan the
+excess was 0.70 in place of 0.66."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
 ALL_MOVED = 1.0 / 32
@@ -280,7 +283,7 @@ def _plan_layers(problem: _Problem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
-    hedged_YL = share_CYL[1:].sum(axis=0) / (len(share_CYL) - 1)
+    hedged_YL = share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]
     level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
     weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     weight_X[0] = EXPECTED_WEIGHT
@@ -330,8 +333,9 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     stay, expected_before = judge(layer, planned_RS, np.inf, num_scenarios)
     if stay <= 1.0 + least_gain:
         return 0.0  # no plan is better
-    # Where the present plan is level for the expected load, only replicas are chosen anew.
-    most_moved = layer.most_moved
+    # Where moves are free and the present plan is level for the expected load, only replicas are chosen anew.
+    is_settled = layer.least_gain == 0.0 and expected_before <= 1.0 + least_gain
+    most_moved = 0 if is_settled else layer.most_moved
     plans_PRS = np.empty((HEDGED + 1, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
     look_P, expected_P = np.empty(HEDGED + 1), np.empty(HEDGED + 1)
     lowest_expected = expected_before

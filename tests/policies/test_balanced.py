@@ -10,6 +10,7 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.balanced import SLACK, plan_layer
 from lightning_eplb.policies.forecast import Forecast, plain_mean
+from lightning_eplb.policies.pack import replicate
 from lightning_eplb.policies.split import level_tokens
 from tests.policies.digest import printed_by, start
 
@@ -194,10 +195,9 @@ def test_one_swap_levels_ranks_that_one_swap_can_level():
 
 
 def test_of_equal_experts_the_lower_index_is_copied():
-    load_YL = np.array([[6, 6, 1, 1]]) * 10**6
-    before = ExpertPlacement([[0, 1, -1, 2, 3, -1]], 4, 2)
-    after = BalancedPolicy(max_moves=0).rearrange(load_YL, before, Topology.even(2))
-    assert after.by_rank[0, 1].tolist() == [2, 3, 0]
+    count_L = np.ones(4, dtype=np.int64)
+    replicate(np.array([6.0, 6.0, 1.0, 1.0]), 2, 1, count_L)
+    assert count_L.tolist() == [2, 1, 1, 1]
 
 
 def test_copies_alone_are_preferred_when_they_level_as_well():
