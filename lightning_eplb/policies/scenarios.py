@@ -17,7 +17,7 @@ the next load, with 24 up to 0.010."""
 OWN_SPREAD, SHARED_SPREAD = 0.25, 0.35
 """Standard deviations of the logarithm, of each expert and of neighbours, where the window tells nothing. Measured
 between neighbouring workloads of DeepSeek-V3: 0.03 to 0.49 in all."""
-UNKNOWN = 0.43
+UNKNOWN = float(np.hypot(OWN_SPREAD, SHARED_SPREAD))
 """The same of both together."""
 LEAST = 0.1
 """Least size of the prior: where the window was quiet, it need not stay so."""
