@@ -23,7 +23,7 @@ from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_state
 

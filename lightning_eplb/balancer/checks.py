@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_eplb._validation import check_redundancy, check_steps, check_switches
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.plan import plan_relocation

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.dtensor import local_shard
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.policies import Costs
 from lightning_eplb.relocation.async_transfer import MAX_BYTES_IN_FLIGHT

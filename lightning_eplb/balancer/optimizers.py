@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.relocation.optimizer_check import check_optimizers
 
 

@@ -14,13 +14,13 @@ from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.consensus import check_successor, decide_on_rank_zero
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.balanced import plan_layer
-from lightning_eplb.policies.batch import choose_copies
+from lightning_eplb.policies.batch_redundancy import choose_copies
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
-from lightning_eplb.policies.split import level_tokens, rank_weights
+from lightning_eplb.policies.token_split import level_tokens, rank_weights
 
 
 class RearrangementPlan(NamedTuple):

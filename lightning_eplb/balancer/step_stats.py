@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.functional import balancedness
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
 
 

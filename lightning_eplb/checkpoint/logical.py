@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_eplb import _compat
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.parallel.state_dict import to_local, to_logical

@@ -13,7 +13,7 @@ from lightning_eplb.checkpoint.consolidate import check_complete, has_shards, re
 from lightning_eplb.cli.terminal import aligned
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 
 HELP = "show the load and the placement that a checkpoint holds"
 DESCRIPTION = """\

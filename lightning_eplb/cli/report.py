@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lightning_eplb.cli.load import POLICIES, add_load_arguments, read_load, replay_policies, setting_of
+from lightning_eplb.cli.load_arguments import POLICIES, add_load_arguments, read_load, replay_policies, setting_of
 from lightning_eplb.cli.terminal import CommandError, progress
 from lightning_eplb.report import prepare, render
 from lightning_eplb.report.content import last_steps, sizes_to_try, try_other_sizes

@@ -16,7 +16,7 @@ from lightning_eplb._compiled import compiled
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.row_exchange import all_gather_single
-from lightning_eplb.policies.split import split_tokens
+from lightning_eplb.policies.token_split import split_tokens
 
 COUNT_BITS = 40
 """Bits of a token count as ranks exchange it. The bits above carry a payload."""
@@ -30,7 +30,7 @@ class SlotMap:
         slots: Logical expert of each slot, ``[R, S]`` int64, ``-1`` where the slot is empty.
         node_of_rank: Node of each rank, ``[R]`` int64.
         weights: Cost of a token on each rank, ``[R]`` float64, see
-            :func:`~lightning_eplb.policies.split.rank_weights`.
+            :func:`~lightning_eplb.policies.token_split.rank_weights`.
     """
 
     slots: np.ndarray

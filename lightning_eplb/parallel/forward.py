@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_eplb import _compat
 from lightning_eplb.parallel import gradient_hooks, grouped_mm
 from lightning_eplb.parallel.dispatch_plan import DispatchPlan, count_tokens, gather_counts, plan_dispatch, sort_pairs
-from lightning_eplb.parallel.experts import ExpertLayer, LayerLoad, is_recomputing
+from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights

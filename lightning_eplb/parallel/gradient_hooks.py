@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import sharded_parameters
-from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
+from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.row_exchange import all_gather_single
@@ -37,7 +37,7 @@ NOT_UNDER_FSDP = (
 
 
 class HookedLayer(Protocol):
-    """Attributes of :class:`~lightning_eplb.parallel.experts.ExpertLayer` that hooks use."""
+    """Attributes of :class:`~lightning_eplb.parallel.expert_layer.ExpertLayer` that hooks use."""
 
     name: str
     groups: ExpertGroups

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import local_shard
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.gradient_hooks import has_hooks
 from lightning_eplb.parallel.parallelize import expert_layers
 

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dtensor import EP, check_mesh, distribute_rows
-from lightning_eplb.parallel.experts import ExpertLayer, LayerContext
+from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
+from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerContext
 from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.gradient_hooks import NOT_UNDER_FSDP, check_unhooked
-from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.per_expert_trial import find_per_expert_state

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.dtensor import as_distributed, local_shard, with_local
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
 

@@ -12,13 +12,13 @@ from lightning_eplb._compiled import compiled
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
-from lightning_eplb.policies.batch import DEPTH, grow_tree
+from lightning_eplb.policies.batch_redundancy import DEPTH, grow_tree
 from lightning_eplb.policies.forecast import Forecast, plain_mean
-from lightning_eplb.policies.layer import EXPECTED_WEIGHT, LEAST_GAIN, Layer, count_moved, judge
+from lightning_eplb.policies.objective import EXPECTED_WEIGHT, LEAST_GAIN, Layer, busiest, count_moved, judge
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
-from lightning_eplb.policies.split import copy_slots, heaviest_first
+from lightning_eplb.policies.token_split import copy_slots, heaviest_first
 
 SEARCHED = 4
 """Scenarios that the search looks at, the first; the others judge what it found. With 2 the excess was 0.69 in place of
@@ -42,13 +42,13 @@ LEAST_CAPACITY = 1.0 / 16
 
 
 RING, SWAPPED, FRESH, FRESH_ROBUST, HEDGED, BARE = range(6)
-"""Plans of a layer beside the present one. ``BARE`` has no replicas, and is tried if these cost something."""
+"""Plans of a layer beside the present one. ``BARE`` has no replicas, and is tried where ``SWAPPED`` drops all."""
 JUDGED = 3
 """Plans that are judged by all scenarios: those that look best by the few of the search. With 2 the excess was 0.004
 larger."""
 RESERVE = 1.0 / 16
 """Least that a rank gives away below its level, in parts of it, where replicas form a ring. Ranks that are level are
-connected by it: without it the steps of an even router were 0.992 balanced in place of 1.000, 256 experts on 32 ranks."""
+connected by it: without it the steps of an even router were 0.992 balanced, not 1.000, 256 experts on 32 ranks."""
 
 
 class BalancedPolicy(Policy):
@@ -337,18 +337,17 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     # Where moves are free and the present plan is level for the expected load, only replicas are chosen anew.
     is_settled = layer.least_gain == 0.0 and expected_before <= 1.0 + least_gain
     most_moved = 0 if is_settled else layer.most_moved
-    num_plans = BARE + 1 if layer.copy > 0.0 else BARE
-    plans_PRS = np.empty((num_plans, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
-    look_P, expected_P = np.empty(num_plans), np.empty(num_plans)
+    plans_PRS = np.empty((BARE + 1, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
+    look_P, expected_P = np.full(BARE + 1, np.inf), np.full(BARE + 1, np.inf)
     lowest_expected = expected_before
-    for plan in range(num_plans):
+    for plan in range(BARE + 1):
+        if plan == BARE and (layer.copy == 0.0 or busiest(layer, plans_PRS[SWAPPED]) > 0):
+            continue
         copy_slots(plans_PRS[FRESH] if plan == FRESH_ROBUST else layer.before_RS, plans_PRS[plan])
         make_plan(layer, plan, most_moved, plans_PRS[plan])
-        if count_moved(layer, plans_PRS[plan]) > most_moved:
-            look_P[plan] = expected_P[plan] = np.inf
-            continue
-        look_P[plan], expected_P[plan] = drop_replicas(layer, plans_PRS[plan])
-        lowest_expected = min(lowest_expected, expected_P[plan])
+        if count_moved(layer, plans_PRS[plan]) <= most_moved:
+            look_P[plan], expected_P[plan] = drop_replicas(layer, plans_PRS[plan])
+            lowest_expected = min(lowest_expected, expected_P[plan])
     # Robust, but not at any price: of plans that are about as level for the expected load.
     highest_expected = lowest_expected + max(SLACK, least_gain)
     limit = stay - least_gain if expected_before <= highest_expected else np.inf

@@ -19,7 +19,7 @@ import torch
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
-from lightning_eplb.policies.split import level_tokens, rank_weights
+from lightning_eplb.policies.token_split import level_tokens, rank_weights
 
 
 def rebalance_experts(

@@ -9,8 +9,8 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.layer import Layer
-from lightning_eplb.policies.split import heaviest_first
+from lightning_eplb.policies.objective import Layer
+from lightning_eplb.policies.token_split import heaviest_first
 
 
 @compiled

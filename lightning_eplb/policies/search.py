@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.layer import LEAST_GAIN, Layer, busiest, count_moved, divide, judge, price_of
-from lightning_eplb.policies.split import copy_slots, find_replicas, heaviest_first
+from lightning_eplb.policies.objective import LEAST_GAIN, Layer, busiest, count_moved, divide, judge, price_of
+from lightning_eplb.policies.token_split import copy_slots, find_replicas, heaviest_first
 
 
 class _State(NamedTuple):

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_eplb.parallel.consensus import ConsensusCheck
-from lightning_eplb.parallel.experts import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.parallelize import ConvertedExperts
 from lightning_eplb.placement import ExpertPlacement

@@ -12,9 +12,9 @@ import numpy as np
 from lightning_eplb.functional import balancedness
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import Outlook
-from lightning_eplb.policies.batch import choose_copies
+from lightning_eplb.policies.batch_redundancy import choose_copies
 from lightning_eplb.policies.deepseek import rebalance_experts
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.simulation.replay import Replay, Setting, count_replicas, run
 
 

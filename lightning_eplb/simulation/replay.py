@@ -15,7 +15,7 @@ from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.relocation.plan import plan_relocation
 
 DEFAULT_COSTS = Costs(token=1.0, row_within_node=2_000.0, row_between_nodes=10_000.0)

@@ -27,7 +27,7 @@ from lightning_eplb.balancer.cost_model import HardwareProfile
 from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.policies import Costs
-from lightning_eplb.policies.split import split_tokens
+from lightning_eplb.policies.token_split import split_tokens
 from tests.fidelity import TOLERANCE, ShufflePolicy
 from tests.workers import WorkerError, Workers
 

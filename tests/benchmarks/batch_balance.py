@@ -31,8 +31,8 @@ from lightning_eplb import BalancedPolicy, ExpertLoadBalancer, StaticPolicy, par
 from lightning_eplb.parallel.row_exchange import all_gather_single
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs
-from lightning_eplb.policies.batch import choose_copies
-from lightning_eplb.policies.split import split_tokens
+from lightning_eplb.policies.batch_redundancy import choose_copies
+from lightning_eplb.policies.token_split import split_tokens
 from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 from tests.workers import Workers

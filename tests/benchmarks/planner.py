@@ -38,7 +38,7 @@ from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Outlook, Topology
 from lightning_eplb.policies.deepseek import _match_primaries, order_slots, rebalance_experts
 from lightning_eplb.policies.forecast import forecast, plain_mean, sub_windows
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.simulation.replay import DEFAULT_COSTS
 from lightning_eplb.simulation.synthetic import SYNTHETIC_LOADS, synthetic_load
 from lightning_eplb.simulation.trace import read_trace

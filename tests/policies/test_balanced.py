@@ -11,7 +11,7 @@ from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlo
 from lightning_eplb.policies.balanced import SLACK, plan_layer
 from lightning_eplb.policies.forecast import Forecast, plain_mean
 from lightning_eplb.policies.pack import replicate
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 from tests.policies.digest import printed_by, start
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Topology
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 
 LAYERS, EXPERTS = 6, 128
 

@@ -8,7 +8,7 @@ from scipy.sparse import csr_array
 
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Topology
-from lightning_eplb.policies.split import level_tokens
+from lightning_eplb.policies.token_split import level_tokens
 
 NUM_LOADS = 200
 CLOSE = 1e-4

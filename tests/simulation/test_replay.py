@@ -332,7 +332,9 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
 def test_what_does_not_fit_is_an_error_and_no_traceback(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with mock.patch("lightning_eplb.cli.load.synthetic_load", side_effect=AssertionError("work before the check")):
+    with mock.patch(
+        "lightning_eplb.cli.load_arguments.synthetic_load", side_effect=AssertionError("work before the check")
+    ):
         assert main(words) == 2
     output = capsys.readouterr().err
     assert output.startswith("error: ")

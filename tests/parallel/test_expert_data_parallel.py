@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, parallelize_experts
 from lightning_eplb.parallel import gradient_sync
-from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
+from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
 from tests.models import LanguageModel, hugging_face_model, loader, token_batches

@@ -6,7 +6,7 @@ Shape suffixes: ``L`` logical experts, ``R`` ranks, ``S`` slots of a rank.
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.split import (
+from lightning_eplb.policies.token_split import (
     LEVEL_ENOUGH,
     SWEEPS,
     Replicas,
@@ -41,7 +41,7 @@ def choose_copies(
         slots_RS: Placement, int64: its primaries count, its redundant slots do not.
         num_primaries: The first slots of each rank.
         weight_R: Cost of a token on each rank, float64 above 0; see
-            :func:`lightning_eplb.policies.split.rank_weights`.
+            :func:`lightning_eplb.policies.token_split.rank_weights`.
         least: Tokens that a replica must take over, at least 1.
 
     Returns:

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.batch import choose_copies, grow_tree
-from lightning_eplb.policies.split import rank_weights, split_tokens
+from lightning_eplb.policies.batch_redundancy import choose_copies, grow_tree
+from lightning_eplb.policies.token_split import rank_weights, split_tokens
 from lightning_eplb.simulation.synthetic import synthetic_load
 
 

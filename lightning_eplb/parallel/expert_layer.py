@@ -15,16 +15,16 @@ from lightning_eplb import _compat
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
+from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.extra_arguments import ExtraArgumentResolver
-from lightning_eplb.parallel.gradient_sync import ExpertGradientSync
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.join import ExpertJoin
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.prefetch import WeightPrefetcher
 from lightning_eplb.parallel.redundant_experts import RedundantRoutes
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.batch import choose_copies
-from lightning_eplb.policies.split import rank_weights
+from lightning_eplb.policies.batch_redundancy import choose_copies
+from lightning_eplb.policies.token_split import rank_weights
 
 
 class LayerLoad(NamedTuple):

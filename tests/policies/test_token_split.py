@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from lightning_eplb.placement import ExpertPlacement
-from lightning_eplb.policies.split import (
+from lightning_eplb.policies.token_split import (
     LEVEL_ENOUGH,
     even_quotas,
     find_replicas,

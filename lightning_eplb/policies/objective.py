@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb.policies.split import Replicas, even_quotas, find_replicas, level_quotas
+from lightning_eplb.policies.token_split import Replicas, even_quotas, find_replicas, level_quotas
 
 EXPECTED_WEIGHT = 0.2
 """Weight of the expected load among the scenarios. Real next loads ask for less than half: with 0.5, the excess over
