@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, parallelize_experts
-from lightning_eplb.parallel import gradient_sync
+from lightning_eplb.parallel import expert_data_parallel
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import trainer_for
@@ -93,7 +93,7 @@ def accumulate(
     steps = 3
     model = Stack(order, run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient_sync.ExpertGradientSync.__init__, "__defaults__", (bucket_bytes,))
+        patch.setattr(expert_data_parallel.ExpertGradientSync.__init__, "__defaults__", (bucket_bytes,))
         parallelize_experts(model, two_groups())
     layers = list(expert_layers(model))
     sync = layers[0][0].gradient_sync
@@ -143,7 +143,7 @@ def order_of_events() -> list[str]:
         return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradient_sync.dist, "all_reduce", watched)
+        patch.setattr(expert_data_parallel.dist, "all_reduce", watched)
         model(hidden_of(dist.get_rank(), 0).requires_grad_(), dist.get_rank()).sum().backward()
     return events
 
