@@ -348,8 +348,9 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
         if count_moved(layer, plans_PRS[plan]) <= most_moved:
             look_P[plan], expected_P[plan] = drop_replicas(layer, plans_PRS[plan])
             lowest_expected = min(lowest_expected, expected_P[plan])
-    # Robust, but not at any price: of plans that are about as level for the expected load.
-    highest_expected = lowest_expected + max(SLACK, least_gain)
+    # Robust, but not at any price: of plans that are about as level for the expected load. One that is level stays so.
+    slack = SLACK if expected_before > 1.0 + least_gain else 0.0
+    highest_expected = lowest_expected + max(slack, least_gain)
     limit = stay - least_gain if expected_before <= highest_expected else np.inf
     judged = 0
     for plan in heaviest_first(-look_P):
