@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
-_ABSENT = object()
-_before: WeakKeyDictionary[object, dict[str, Any]] = WeakKeyDictionary()
-"""Values before the first replacement, by object and name; ``_ABSENT`` for what the class defines."""
+_BEFORE = "_lightning_eplb_before"
+"""Attribute of an object with what was there before the first replacement, by name: a list with the value, an empty one
+for what the class defines. It is kept on the object itself, as objects may be equal, or not hashable."""
 
 
 def replace(owner: object, name: str, value: Any) -> None:
@@ -18,8 +17,8 @@ def replace(owner: object, name: str, value: Any) -> None:
         value: New method, called without the object, or new value of the property.
     """
     is_property = isinstance(getattr(type(owner), name, None), property)
-    before = getattr(owner, name) if is_property else vars(owner).get(name, _ABSENT)
-    _before.setdefault(owner, {}).setdefault(name, before)
+    before = [getattr(owner, name)] if is_property else [vars(owner)[name]] if name in vars(owner) else []
+    vars(owner).setdefault(_BEFORE, {}).setdefault(name, before)
     setattr(owner, name, value)
 
 
@@ -36,10 +35,12 @@ def call_before(owner: object, name: str, function: Callable[[], object]) -> Non
 
 def restore(owner: object, *names: str) -> None:
     """Undo all replacements of these attributes of an object. Does nothing for those that were not replaced."""
-    replaced = _before.get(owner, {})
+    replaced = vars(owner).get(_BEFORE, {})
     for name in filter(replaced.__contains__, names):
         before = replaced.pop(name)
-        if before is _ABSENT:
-            delattr(owner, name)
+        if before:
+            setattr(owner, name, before[0])
         else:
-            setattr(owner, name, before)
+            delattr(owner, name)
+    if not replaced:
+        vars(owner).pop(_BEFORE, None)

@@ -104,12 +104,14 @@ def add_link(
     replicas, before = divide_batch(load_L, slots_RS, weight_R, enough)
     order_R = heaviest_first(replicas.tokens_R * -weight_R)  # the emptiest first
     full = order_R[-1]
-    if replicas.tokens_R[full] - replicas.tokens_R[order_R[0]] < 2 * least:
-        return
+    empty = order_R[0]
+    gap = replicas.tokens_R[full] * weight_R[full] - replicas.tokens_R[empty] * weight_R[empty]
+    if gap < least * (weight_R[full] + weight_R[empty]):
+        return  # the emptiest rank could not take over so many
     for rank in order_R[:-1]:
         for slot in range(num_primaries, slots_RS.shape[1]):
             replaced = slots_RS[rank, slot]
-            if replaced >= 0 and rank != order_R[0]:
+            if replaced >= 0 and rank != empty:
                 continue
             given, most = np.int64(-1), least - 1
             for place in range(replicas.quota_P.size):

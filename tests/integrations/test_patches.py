@@ -1,5 +1,7 @@
 """Attributes that were replaced on one object, and restored."""
 
+from dataclasses import dataclass
+
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -50,3 +52,19 @@ def test_call_before_calls_the_method_with_its_arguments() -> None:
     call_before(plugin, "clip", lambda: calls.append("before"))
     assert plugin.clip(value=2.0) == "clip 2.0"
     assert calls == ["before"]
+
+
+def test_equal_objects_that_are_not_hashable_are_restored_one_by_one() -> None:
+    @dataclass
+    class Plugin:
+        def clip(self) -> str:
+            return "own"
+
+    first, second = Plugin(), Plugin()
+    second.clip = lambda: "the user's"  # type: ignore[method-assign]
+    for plugin in (first, second):
+        replace(plugin, "clip", lambda: "ours")
+    restore(second, "clip")
+    assert (first.clip(), second.clip()) == ("ours", "the user's")
+    restore(first, "clip")
+    assert first.clip() == "own"

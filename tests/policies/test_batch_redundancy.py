@@ -80,6 +80,12 @@ def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
         assert tokens_R.max() <= 1.01 * tokens_R.mean()
 
 
+def test_a_drained_rank_gives_away_what_another_can_take():
+    weight_R = rank_weights(np.array([1, 0, 1]))
+    slots_RS = choose_copies(np.array([4, 7, 17]), np.array([[2, -1], [0, 2], [1, 2]]), 1, weight_R, 1)
+    assert served(np.array([4, 7, 17]), slots_RS, weight_R).tolist() == [14, 0, 14]
+
+
 def test_no_rank_gets_a_copy_of_its_own_expert():
     load_L = np.array([116, 42, 56, 113, 1, 44, 58, 81, 21, 88, 129, 121]) * 1000
     slots_RS = np.array([[0, 1, 2, 3, -1], [4, 5, 6, 7, -1], [8, 9, 10, 11, -1]])
