@@ -14,7 +14,15 @@ from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.batch_redundancy import DEPTH, grow_tree
 from lightning_eplb.policies.forecast import Forecast, plain_mean
-from lightning_eplb.policies.objective import EXPECTED_WEIGHT, LEAST_GAIN, Layer, busiest, count_moved, judge
+from lightning_eplb.policies.objective import (
+    EXPECTED_WEIGHT,
+    LEAST_GAIN,
+    Layer,
+    busiest,
+    count_moved,
+    fixed_cost,
+    judge,
+)
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
@@ -335,8 +343,8 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
     if stay <= 1.0 + least_gain:
         return 0.0  # no plan is better
     # Where moves are free and the present plan is level for the expected load, only replicas are chosen anew.
-    is_settled = layer.least_gain == 0.0 and expected_before <= 1.0 + least_gain
-    most_moved = 0 if is_settled else layer.most_moved
+    is_level = expected_before - fixed_cost(layer, planned_RS) <= 1.0 + least_gain
+    most_moved = 0 if is_level and layer.least_gain == 0.0 else layer.most_moved
     plans_PRS = np.empty((BARE + 1, planned_RS.shape[0], planned_RS.shape[1]), dtype=np.int64)
     look_P, expected_P = np.full(BARE + 1, np.inf), np.full(BARE + 1, np.inf)
     lowest_expected = expected_before
@@ -349,8 +357,7 @@ def plan_layer(layer: Layer, least_gain: float, planned_RS: np.ndarray) -> float
             look_P[plan], expected_P[plan] = drop_replicas(layer, plans_PRS[plan])
             lowest_expected = min(lowest_expected, expected_P[plan])
     # Robust, but not at any price: of plans that are about as level for the expected load. One that is level stays so.
-    slack = SLACK if expected_before > 1.0 + least_gain else 0.0
-    highest_expected = lowest_expected + max(slack, least_gain)
+    highest_expected = lowest_expected + max(0.0 if is_level else SLACK, least_gain)
     limit = stay - least_gain if expected_before <= highest_expected else np.inf
     judged = 0
     for plan in heaviest_first(-look_P):
