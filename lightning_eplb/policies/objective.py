@@ -12,8 +12,8 @@ from lightning_eplb.policies.token_split import Replicas, even_quotas, find_repl
 
 EXPECTED_WEIGHT = 0.2
 """Weight of the expected load among the scenarios. Real next loads ask for less than half: with 0.5, the excess over
-level on them was 0.69 of the published algorithm's, with 0.25 to 0.125 it was 0.66 to 0.68. These figures and those
-below are of ``tests/benchmarks/planner.py``'s cells with redundant slots, every fourth layer."""
+level on them was 0.69 of the published algorithm's, with 0.25 to 0.125 it was 0.66 to 0.68. This excess and
+that of the policies' other constants is of ``tests/benchmarks/planner.py``'s cells, every fourth layer."""
 LEAST_GAIN = 1.0 / 2048
 """Gain, in parts of a mean rank's load, that an exchange must bring, and a plan over the present one. With 1/16384 for
 an exchange a decision took half as long again, and what it brought was the same."""

@@ -90,7 +90,7 @@ def cells(loads, quick):
     rows, figures, excess = [], {}, []
     worst = {"redundant": [-1.0, -1.0], "none": [-1.0, -1.0]}
     over_none = [-1.0, -1.0]
-    shapes = CELLS[::3] if quick else CELLS
+    shapes = CELLS[4:6] if quick else CELLS
     tasks = [
         (*shape, kind, at) for shape in shapes for kind, pairs in _pairs(loads).items() for at in range(len(pairs))
     ]
