@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, ExpertPlacement, Policy, Topology
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import (
     LanguageModel,
@@ -180,7 +180,7 @@ def distributed(case: Case) -> Outcome:
         gradient_clip_algorithm=case.clip if case.clip != "off" else None,
         callbacks=[callback],
     )
-    with patch.object(TokenDispatcher, "bytes_in_parts", 0 if case.parts == 2 else math.inf):
+    with patch.object(AllToAllDispatcher, "bytes_in_parts", 0 if case.parts == 2 else math.inf):
         trainer.fit(module, loader(tokens_of(case), SEQUENCES))
     assert callback.balancer is not None
     if case.ep_size != 1:

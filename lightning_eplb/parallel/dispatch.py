@@ -1,60 +1,106 @@
-"""Dispatch and combine of tokens across EP ranks.
+"""Contract of token dispatchers: the exchange of tokens between the ranks that share the experts of a layer.
 
-Shape suffixes: ``N`` token-expert pairs of this rank (tokens times top-k), ``M`` pairs that this rank computes, ``T``
-tokens, ``K`` top-k, ``R`` ranks, ``D`` model width.
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` pairs of token and expert that this rank computes, ``L`` logical
+experts, ``R`` ranks, ``S`` slots of a rank, ``D`` model width.
 """
 
+import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from lightning_eplb.parallel.dispatch_plan import DispatchPlan
+from lightning_eplb.parallel.dispatch_plan import Routing, gather_counts, sort_pairs
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.permute import combine_pairs, copy_to_pairs, merge_rows, split_rows
-from lightning_eplb.parallel.token_exchange import TokenExchange, receive_back, receive_part, send_part_back, send_parts
-
-BYTES_IN_PARTS_WITHIN_NODE = 384 * 2**20
-"""Bytes of tokens of the fullest rank from which on they travel in two parts, within a node. Measured between four H200
-with NVLink: one layer, forward and backward, took 1.22 times as long in two parts with 96 MiB, 1.08 with 192 (the hosts
-had more to launch), 0.98 with 384 and 0.99 with 768. Between quarters of an H100, whose exchanges are slower, it was
-0.95 with 96."""
-
-BYTES_IN_PARTS_BETWEEN_NODES = 64 * 2**20
-"""The same between nodes. Estimated, not measured: their networks have about an eighth of NVLink's bandwidth."""
 
 
 @dataclass(eq=False)
-class DispatchHandle:
-    """State of one batch between :meth:`TokenDispatcher.dispatch` and :meth:`TokenDispatcher.combine`.
+class TokenBatch:
+    """Tokens of one call of a layer on this rank, and the table that routes them.
 
     Attributes:
-        plan: Plan of the batch.
-        to_experts: Exchange that sends tokens to the experts.
-        to_tokens: Exchange that returns the experts' outputs.
-        anchors: Autograd anchor of each part, in the exchange that it is in.
+        layer: Name of the layer, for messages.
+        hidden: Hidden states, ``[T, D]``.
+        index: Logical expert of each choice, ``[T, K]``, any integer dtype. Ids outside ``0 ... L-1`` are no expert's.
+        weights: Routing weights, ``[T, K]``, any floating dtype.
+        num_experts: Number of logical experts, ``L``.
+        slot_of_expert: Routing table, ``[L + 1]`` int32 on the tokens' device: slot of each logical expert, ``rank * S
+            + slot``, and the number of all slots at the end. ``None`` if replicas share the tokens of an expert, so
+            that slots depend on the counts of all ranks.
+        slots_per_rank: Slots of a rank, ``S``.
+        experts_weigh: The experts can multiply their outputs by the routing weights themselves.
     """
 
-    plan: DispatchPlan
-    to_experts: TokenExchange
-    to_tokens: TokenExchange
-    anchors: list[Tensor]
+    layer: str
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    num_experts: int
+    slot_of_expert: Tensor | None
+    slots_per_rank: int
+    experts_weigh: bool = False
+
+    @property
+    def top_k(self) -> int:
+        """Number of choices of a token, ``K``."""
+        return self.weights.shape[1]
+
+    @cached_property
+    def sorted_pairs(self) -> tuple[Tensor, Tensor]:
+        """Pairs of this rank in the order of logical experts and the number of each, see :func:`sort_pairs`."""
+        return sort_pairs(self.index, self.num_experts)
 
 
-class TokenDispatcher:
-    """Exchange of tokens over ``all_to_all_single``. Subclass it for another transport.
+class TokenCounts(NamedTuple):
+    """Result of :meth:`TokenDispatcher.count`.
 
-    Pass the subclass as ``parallelize_experts(dispatcher=...)``. A converted layer calls :meth:`dispatch`, then for
-    each of ``plan.parts`` :meth:`receive`, its experts and :meth:`send_home`, then :meth:`combine`. All ranks of the EP
-    group call them, also ranks without tokens. Autograd runs the reverse in the backward pass.
+    Attributes:
+        counts: Pairs of each rank and logical expert, ``[R, L]`` int64.
+        payloads: Number that each rank sent along, ``[R]`` int64.
+        dispatcher: Dispatcher that goes on with the batch, mostly the one that counted. The same class on all ranks.
+        in_flight: State of that dispatcher, passed to :meth:`TokenDispatcher.dispatch`.
+    """
 
-    The assignment of pairs to slots is decided before and is the same on all ranks: it is the ``plan``, whose parts
-    name the pairs for each slot in ``sent``. The other methods get the return value of :meth:`dispatch`, which can be
-    anything, as ``handle``. All methods must be differentiable in their tensors, the routing weights included, and must
-    not synchronize with the device.
+    counts: np.ndarray
+    payloads: np.ndarray
+    dispatcher: "TokenDispatcher"
+    in_flight: Any = None
 
-    This class packs the pairs into one collective for dispatch and one for combine. Many pairs travel in two parts:
-    one travels while the experts of the other compute.
+
+class DispatchedRows(NamedTuple):
+    """Rows in the order of the experts that compute them.
+
+    Attributes:
+        hidden: Hidden states, ``[M, D]``.
+        ends: End of each expert's rows, int32 on the device.
+        weights: Routing weight of each row, ``[M]`` float32 (float64 for float64), if the experts are to multiply
+            their outputs by it. ``None`` if :meth:`TokenDispatcher.combine` does.
+    """
+
+    hidden: Tensor
+    ends: Tensor
+    weights: Tensor | None = None
+
+
+class TokenDispatcher(ABC):
+    """Exchange of tokens between the ranks of an EP group. Subclass it for another transport.
+
+    Pass the subclass as ``parallelize_experts(dispatcher=...)``. A converted layer calls, on all ranks of the EP group
+    and also on ranks without tokens:
+
+    1. :meth:`count`: all ranks learn how many pairs of token and expert each of them has;
+    2. :meth:`dispatch`: tokens are sent to the ranks of their experts. The :class:`Routing` says how many pairs each
+       slot computes; :func:`~lightning_eplb.parallel.dispatch_plan.assign_slots` makes a slot id for each pair of it;
+    3. for each of :meth:`parts`, :meth:`receive`, the experts and :meth:`send_back`;
+    4. :meth:`combine`: the outputs of each token are summed.
+
+    Within an expert, rows are ordered by source rank, then by token and choice, whatever the transport. So the same
+    counts make the same order. Autograd runs the reverse in the backward pass: the methods must be differentiable in
+    hidden states, routing weights and rows.
 
     Args:
         groups: Process groups of the layer. ``groups.ep_group`` are the ranks that share its experts.
@@ -63,53 +109,101 @@ class TokenDispatcher:
     def __init__(self, groups: ExpertGroups) -> None:
         self.groups = groups
 
-    @property
-    def bytes_in_parts(self) -> float:
-        """Bytes of tokens of the fullest rank from which on they travel in two parts. ``math.inf`` for never.
+    def count(self, batch: TokenBatch, payload: int = 0) -> TokenCounts:
+        """Gather the counts of all ranks. The only method that waits for the device.
 
-        Below, the second collective and the second product cost more than they hide. It must be the same on all ranks,
-        or they wait for each other's parts.
+        Args:
+            batch: Tokens of this rank.
+            payload: Number below ``2**23`` that goes to all ranks, too.
         """
-        is_within_node = len(set(self.groups.node_of_rank)) == 1
-        return BYTES_IN_PARTS_WITHIN_NODE if is_within_node else BYTES_IN_PARTS_BETWEEN_NODES
+        _, counts_L = batch.sorted_pairs
+        return TokenCounts(*gather_counts(counts_L, self.groups, payload), self)
 
-    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> Any:
-        """Send the tokens of this rank, all parts. Return the handle.
+    def parts(self, batch: TokenBatch, routing: Routing) -> list[slice]:
+        """Return the primaries that each part of the exchange is for, in order. The same on all ranks.
 
-        An extra argument of the experts' call that has a row for each token has a dispatch and a handle of its own. It
-        may have any width, in a floating dtype or as uint8. Its handle ends with :meth:`receive`, in the order of the
-        tokens.
+        The last part is also for the redundant experts. By default there is one part.
         """
-        assert self.groups.ep_group is not None
-        counts = [part.send_counts for part in plan.parts], [part.recv_counts for part in plan.parts]
-        to_experts, to_tokens = (TokenExchange(*counts, self.groups.ep_group) for _ in range(2))
-        anchors = send_parts(to_experts, copy_to_pairs(hidden_TD, plan.pairs, top_k))
-        return DispatchHandle(plan, to_experts, to_tokens, anchors)
+        return [slice(0, routing.num_primaries)]
 
-    def receive(self, handle: Any, part: int) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> Any:
+        """Send the tokens of this rank.
+
+        Args:
+            batch: Tokens of this rank.
+            routing: Number of pairs that each slot computes.
+            in_flight: State from :meth:`count`.
+
+        Returns:
+            Handle for the methods below. It can be anything.
+        """
+
+    @abstractmethod
+    def receive(self, handle: Any, part: int) -> tuple[DispatchedRows, DispatchedRows]:
         """Wait for the tokens of a part that this rank computes.
 
         Returns:
-            Rows for the primaries and rows for the redundant experts, in the order of the part's ``primary_ends`` and
-            ``copy_ends``. Within an expert their order is the same whenever the same counts are dispatched.
+            Rows of the primaries in the order of their slots, and rows of the redundant experts in the order in which
+            their weights arrive, ``routing.serving_order``. The latter are empty but in the last part.
         """
-        received_MD, plan = receive_part(handle.to_experts, part, handle.anchors[part]), handle.plan.parts[part]
-        return split_rows(received_MD, plan.primary_rows, plan.copy_rows)
 
-    def send_home(self, handle: Any, part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
+    @abstractmethod
+    def send_back(self, handle: Any, part: int, primaries_MD: Tensor, redundant_MD: Tensor) -> None:
         """Send the experts' outputs for the rows that :meth:`receive` returned, in the same order."""
-        plan = handle.plan.parts[part]
-        output_MD = merge_rows(primaries_MD, copies_MD, plan.primary_rows, plan.copy_rows)
-        handle.anchors[part] = send_part_back(handle.to_tokens, part, output_MD)
 
-    def combine(self, handle: Any, weights_TK: Tensor) -> Tensor:
-        """Wait for the outputs of all parts, and sum those of each token, weighted.
+    @abstractmethod
+    def combine(self, handle: Any) -> Tensor:
+        """Wait for the outputs of all parts, and sum those of each token.
 
-        Args:
-            handle: Return value of :meth:`dispatch`.
-            weights_TK: Routing weights in any floating dtype.
+        They are weighted by ``batch.weights``, unless :meth:`receive` returned weights.
 
         Returns:
             ``[T, D]`` in the outputs' dtype.
         """
-        return combine_pairs(receive_back(handle.to_tokens, handle.anchors), weights_TK, handle.plan.pairs)
+
+    def dispatch_argument(self, handle: Any, rows_TC: Tensor) -> Any:
+        """Send a further argument of the experts, which has a row for each token. Called after :meth:`dispatch`.
+
+        Args:
+            handle: Return value of :meth:`dispatch`.
+            rows_TC: Rows of any width, in a floating dtype or as uint8.
+
+        Returns:
+            Handle of the argument.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no dispatch_argument and receive_argument, which send further arguments of"
+            " experts that have a row for each token. Implement them, or use AllToAllDispatcher."
+        )
+
+    def receive_argument(self, handle: Any, part: int) -> tuple[Tensor, Tensor]:
+        """Wait for the rows of an argument, ``[M, C]`` for primaries and for redundant experts, as :meth:`receive`."""
+        raise NotImplementedError(f"{type(self).__name__} has no receive_argument")
+
+
+NEW_METHODS = "count, dispatch(batch, routing, in_flight), receive, send_back and combine(handle)"
+
+
+def check_dispatcher(dispatcher: Any) -> None:
+    """Raise ``TypeError`` unless ``dispatcher`` is a class with the methods of :class:`TokenDispatcher`."""
+    if not (isinstance(dispatcher, type) and issubclass(dispatcher, TokenDispatcher)):
+        raise TypeError(
+            f"dispatcher={dispatcher!r} must be a subclass of lightning_eplb.parallel.dispatch.TokenDispatcher, or"
+            " None for the fastest that runs here"
+        )
+    parameters = list(inspect.signature(dispatcher.dispatch).parameters)
+    has_old = hasattr(dispatcher, "send_home") or parameters[1:3] == ["hidden_TD", "plan"]
+    missing = sorted(getattr(dispatcher, "__abstractmethods__", ()))
+    if has_old or missing:
+        reason = "has methods of an earlier contract" if has_old else f"lacks {', '.join(missing)}"
+        raise TypeError(
+            f"dispatcher={dispatcher.__name__} {reason}. TokenDispatcher now has the methods {NEW_METHODS}; the"
+            " exchange by all_to_all_single, whose bytes_in_parts can be set, is"
+            " lightning_eplb.parallel.all_to_all.AllToAllDispatcher"
+        )
+
+
+def empty_index(weights_TK: Tensor) -> Tensor:
+    """Return ids of no tokens, ``[0, K]`` int64, for a rank that joins a call of others."""
+    return torch.empty(weights_TK.shape, dtype=torch.int64, device=weights_TK.device)

@@ -39,6 +39,33 @@ class SlotMap:
 
 
 @dataclass(frozen=True, eq=False)
+class Routing:
+    """Number of pairs that each slot computes, in one layer and batch. Every rank derives its own from all counts.
+
+    Attributes:
+        counts: Pairs of each rank and logical expert, ``[R, L]`` int64.
+        slots: Logical expert of each slot, ``[R, S]`` int64, ``-1`` where the slot is empty.
+        sent: Pairs of this rank for each slot, ``[R, S]`` int64. The pairs of an expert go to its replicas in runs, in
+            the order of ranks, each run in the order of tokens and choices.
+        received: Pairs from each rank for each slot of this rank, ``[R, S]`` int64.
+        tokens: Pairs that each rank computes, ``[R]`` int64.
+        serving_order: Filled slots of this rank in the order in which they are computed: primaries, then redundant
+            experts in the order in which their weights arrive.
+        num_primaries: Number of primaries of a rank, ``n``.
+        rank: EP rank of this process.
+    """
+
+    counts: np.ndarray
+    slots: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
+    tokens: np.ndarray
+    serving_order: np.ndarray
+    num_primaries: int
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Pairs that travel in one collective: those of some slots of each rank, the same slots on all ranks.
 
@@ -77,12 +104,10 @@ class DispatchPlan:
             ``[T, K]`` flattened, ``[N]`` int64. The same counts send a pair to the same slot, so that recomputation in
             the backward pass repeats the forward pass.
         parts: One or two parts, the same number on all ranks.
-        tokens: Pairs that each rank computes, ``[R]``.
     """
 
     pairs: Tensor
     parts: list[Part]
-    tokens: np.ndarray
 
 
 def count_tokens(index_TK: Tensor, num_logical_experts: int) -> Tensor:
@@ -137,31 +162,74 @@ def gather_counts(counts_L: Tensor, groups: ExpertGroups, payload: int = 0) -> t
     return values_RL & (2**COUNT_BITS - 1), values_RL[:, 0] >> COUNT_BITS
 
 
-def plan_dispatch(
-    order_N: Tensor,
-    counts_RL: np.ndarray,
-    slot_map: SlotMap,
-    rank: int,
-    serving_order: np.ndarray,
-    num_primaries: int,
-    pairs_in_parts: float,
-) -> DispatchPlan:
-    """Assign each pair of this rank to a slot, from the counts of all ranks. Needs no communication.
+def route(
+    counts_RL: np.ndarray, slot_map: SlotMap, rank: int, serving_order: np.ndarray, num_primaries: int
+) -> Routing:
+    """Divide the pairs of each expert among its replicas, from the counts of all ranks. Needs no communication.
 
     Args:
-        order_N: Pairs of this rank sorted by logical expert, stable: indices into ``[T, K]`` flattened.
         counts_RL: Pairs of each rank and logical expert.
         slot_map: Slots of the layer.
         rank: EP rank of this process.
         serving_order: Filled slots of this rank in the order in which they are computed, primaries first.
         num_primaries: Number of primaries among them, ``n``.
+    """
+    sent_RS, received_RS, tokens_R = split_tokens(
+        counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank
+    )
+    return Routing(counts_RL, slot_map.slots, sent_RS, received_RS, tokens_R, serving_order, num_primaries, rank)
+
+
+def assign_slots(routing: Routing, order_N: Tensor, shape: torch.Size) -> Tensor:
+    """Assign each pair of this rank to its slot, on the device and without a synchronization.
+
+    Args:
+        routing: Routing of the batch.
+        order_N: Pairs of this rank sorted by logical expert, stable, as :func:`sort_pairs` returns them.
+        shape: ``[T, K]``.
+
+    Returns:
+        Slots, ``0 ... P-1``, ``[T, K]`` int32: rank times slots of a rank plus slot. ``P`` for ids of no expert.
+    """
+    slots_P, sent_P = routing.slots.ravel(), routing.sent.ravel()
+    by_expert = np.argsort(slots_P, kind="stable")  # empty slots first, which get no pair
+    num_pairs = int(sent_P.sum())
+    table = np.concatenate(
+        (np.append(by_expert, slots_P.size), np.append(sent_P[by_expert], order_N.numel() - num_pairs))
+    )
+    slots, lengths = to_device(table, order_N.device).view(2, -1)
+    sorted_N = torch.repeat_interleave(slots.to(torch.int32), lengths, output_size=order_N.numel())
+    return torch.empty_like(sorted_N).scatter_(0, order_N, sorted_N).view(shape)
+
+
+def split_in_parts(routing: Routing, pairs_in_parts: float) -> list[slice]:
+    """Return the primaries of each part: one part, or two if the fullest rank computes ``pairs_in_parts`` or more."""
+    n = routing.num_primaries
+    if n == 1 or routing.tokens.max() < pairs_in_parts:
+        return [slice(0, n)]
+    return [slice(0, (n + 1) // 2), slice((n + 1) // 2, n)]
+
+
+def plan_dispatch(order_N: Tensor, routing: Routing, pairs_in_parts: float) -> DispatchPlan:
+    """Lay out the pairs of this rank for packed collectives, from a routing. Needs no communication.
+
+    Args:
+        order_N: Pairs of this rank sorted by logical expert, stable: indices into ``[T, K]`` flattened.
+        routing: Routing of the batch.
         pairs_in_parts: Pairs of the fullest rank from which on the plan has two parts. The same on all ranks.
     """
-    sent_RS, recv_RS, tokens_R = split_tokens(counts_RL, slot_map.slots, slot_map.node_of_rank, slot_map.weights, rank)
-    is_whole = num_primaries == 1 or tokens_R.max() < pairs_in_parts
-    starts = [0] if is_whole else [0, (num_primaries + 1) // 2]
+    serving_order, num_primaries = routing.serving_order, routing.num_primaries
+    slices = split_in_parts(routing, pairs_in_parts)
+    starts = [part.start for part in slices]
+    sent_RS = routing.sent
     table, counts = lay_out_pairs(
-        counts_RL[rank], slot_map.slots, sent_RS, recv_RS, serving_order, num_primaries, np.array(starts)
+        routing.counts[routing.rank],
+        routing.slots,
+        sent_RS,
+        routing.received,
+        serving_order,
+        num_primaries,
+        np.array(starts),
     )
     num_runs, num_served = (len(table) - len(serving_order)) // 2, len(serving_order)
     shifts, lengths, ends_S = to_device(table, order_N.device).split((num_runs, num_runs, num_served))
@@ -186,13 +254,14 @@ def plan_dispatch(
                 copy_ends=ends_S[num_primaries:] if stop == num_primaries else ends_S[:0],
             )
         )
-    return DispatchPlan(pairs=order_N[sent], parts=parts, tokens=tokens_R)
+    return DispatchPlan(pairs=order_N[sent], parts=parts)
 
 
 def warm_up() -> None:
     """Compile the planning loops before the first forward."""
     slot_map = SlotMap(np.array([[0, 1], [1, 0]]), np.zeros(2, dtype=np.int64), np.ones(2))
-    plan_dispatch(torch.arange(2), np.ones((2, 2), dtype=np.int64), slot_map, 0, np.arange(2), 1, math.inf)
+    routing = route(np.ones((2, 2), dtype=np.int64), slot_map, 0, np.arange(2), 1)
+    plan_dispatch(torch.arange(2), routing, math.inf)
 
 
 @compiled

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb import _compat
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
@@ -19,6 +20,7 @@ from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.extra_arguments import ExtraArgumentResolver
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.join import ExpertJoin
+from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.prefetch import WeightPrefetcher
 from lightning_eplb.parallel.redundant_experts import RedundantRoutes
@@ -53,13 +55,13 @@ class LayerContext:
 
     Attributes:
         groups: Process groups of the layers.
-        dispatcher: Class of the layers' token dispatchers.
+        dispatcher: Class of the layers' token dispatchers. ``None`` for the fastest that runs.
         gradient_sync: Average of gradients over several EP groups. ``None`` if there is one, or FSDP2 averages them.
         prefetcher: Prefetcher of redundant weights of one layer while another computes.
     """
 
     groups: ExpertGroups
-    dispatcher: type[TokenDispatcher] = TokenDispatcher
+    dispatcher: type[TokenDispatcher] | None = None
     gradient_sync: ExpertGradientSync | None = None
     prefetcher: WeightPrefetcher = field(default_factory=WeightPrefetcher)
 
@@ -90,7 +92,7 @@ class ExpertLayer:
         self.groups = context.groups
         self.gradient_sync = context.gradient_sync
         self.prefetcher = context.prefetcher
-        self.dispatcher = context.dispatcher(context.groups)
+        self.dispatcher: TokenDispatcher = (context.dispatcher or AllToAllDispatcher)(context.groups)
         self.per_expert = per_expert
         self.reads_first_choice_only = reads_first_choice_only
         self.original_class = type(module)
@@ -110,6 +112,7 @@ class ExpertLayer:
         self._saves_shards: Callable[[], bool] = lambda: False
         self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
         self._batch_slots: bytes | None = None
+        self._slot_of_expert: Tensor | None = None
         self._batch_routes: RedundantRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
         self._other_load = LayerLoad(self._load_L)
@@ -133,6 +136,7 @@ class ExpertLayer:
             rank_weights(np.ones(placement.num_ranks) if capacity is None else np.array(capacity)),
         )
         self.redundant_routes = RedundantRoutes(self.slot_map.slots, self.num_primaries, self.groups.rank)
+        self._slot_of_expert = None
 
     def set_redundancy(self, by_batch: bool, min_tokens_per_copy: int) -> None:
         """Set how redundant slots are filled. The same on all ranks.
@@ -187,6 +191,21 @@ class ExpertLayer:
             self._batch_routes = RedundantRoutes(slots_RS, self.num_primaries, self.groups.rank)
             self._batch_slots = key
         return replace(self.slot_map, slots=slots_RS), self._batch_routes
+
+    def slot_of_expert(self, device: torch.device) -> Tensor | None:
+        """Return the routing table, see :class:`~lightning_eplb.parallel.dispatch.TokenBatch`."""
+        if self.chooses_by_batch and self.slot_map.slots.shape[1] > self.num_primaries:
+            return None
+        if self.redundant_routes.num_redundant and not self.chooses_by_batch:
+            return None
+        if self._slot_of_expert is None or self._slot_of_expert.device != device:
+            slots_RS = self.slot_map.slots
+            table = np.full(self.num_logical_experts + 1, slots_RS.size, dtype=np.int32)
+            table[slots_RS[:, : self.num_primaries]] = np.arange(slots_RS.size).reshape(slots_RS.shape)[
+                :, : self.num_primaries
+            ]
+            self._slot_of_expert = to_device(table, device)
+        return self._slot_of_expert
 
     @property
     def row_order(self) -> Tensor:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.dispatch_plan import DispatchPlan
 from lightning_eplb.parallel.gradient_hooks import FINGERPRINT_BITS
 from lightning_eplb.parallel.groups import ExpertGroups
 
@@ -93,9 +92,10 @@ class ExtraArguments:
         """``True`` if any argument is given. ``None`` means the same as no argument."""
         return any(value is not None for value in self.values.values())
 
-    def dispatch(self, dispatcher: TokenDispatcher, plan: DispatchPlan, top_k: int) -> None:
-        """Send the rows of this rank's tokens."""
-        self._handles = {name: dispatcher.dispatch(_flat(self.values[name]), plan, top_k) for name in self.rows}
+    def dispatch(self, dispatcher: TokenDispatcher, handle: Any) -> None:
+        """Send the rows of this rank's tokens, after the tokens, whose handle is given."""
+        flat = {name: _flat(self.values[name]) for name in self.rows}
+        self._handles = {name: dispatcher.dispatch_argument(handle, rows) for name, rows in flat.items()}
 
     def receive(
         self, dispatcher: TokenDispatcher, part: int, own_MD: Tensor, others_MD: Tensor
@@ -108,7 +108,7 @@ class ExtraArguments:
         own: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
         for name, handle in self._handles.items():
-            for rows, received in zip((own, others), dispatcher.receive(handle, part), strict=True):
+            for rows, received in zip((own, others), dispatcher.receive_argument(handle, part), strict=True):
                 rows[name] = _unflat(received, self.values[name])
         same = {name: v for name, v in self.values.items() if isinstance(v, Tensor) and name not in self.rows}
         tied = [(values, name) for values in (own, others, same) for name, v in values.items() if v.requires_grad]

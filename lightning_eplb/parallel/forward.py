@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb import _compat
 from lightning_eplb.parallel import gradient_hooks, grouped_mm
-from lightning_eplb.parallel.dispatch_plan import DispatchPlan, count_tokens, gather_counts, plan_dispatch, sort_pairs
+from lightning_eplb.parallel.dispatch import TokenBatch, TokenCounts, empty_index
+from lightning_eplb.parallel.dispatch_plan import Routing, count_tokens, route
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
@@ -93,21 +94,24 @@ class ParallelExperts(nn.Module):
         if layer.gradient_sync is not None:
             layer.gradient_sync.watch(layer.index, list(self.parameters(recurse=False)))
         payload = gradient_hooks.wrap_hooks(self, layer) | HAS_EXTRA_ARGUMENTS * extra.is_given
-        order_N, counts_L = sort_pairs(index_TK, layer.num_logical_experts)
+        batch = self._batch(hidden_TD, index_TK, weights_TK)
         if layer.join is not None:
-            counts_RL, payloads_R = layer.join.gather_counts(self, hidden_TD, weights_TK, counts_L, payload)
+            counts_L = batch.sorted_pairs[1]
+            joined = layer.join.gather_counts(self, hidden_TD, weights_TK, counts_L, payload)
+            counts = TokenCounts(*joined, layer.dispatcher)
         else:  # the one device synchronization
-            counts_RL, payloads_R = gather_counts(counts_L, groups, payload)
+            counts = layer.dispatcher.count(batch, payload)
+        payloads_R = counts.payloads
         has_hooks = gradient_hooks.check_hooks(payloads_R & ~HAS_EXTRA_ARGUMENTS, self, layer)
         if (payloads_R & HAS_EXTRA_ARGUMENTS).any():
             layer.extra_arguments.resolve(extra, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         # Other EP groups average these gradients, too, and may have tokens.
-        if torch.is_grad_enabled() and groups.num_ep_groups == 1 and not counts_RL.any():
+        if torch.is_grad_enabled() and groups.num_ep_groups == 1 and not counts.counts.any():
             output_TD = self._forward_without_tokens(hidden_TD, index_TK, weights_TK, extra)
             if output_TD is not None:
                 layer.cancel_prefetch()
                 return output_TD
-        return self._compute(hidden_TD, weights_TK, order_N, counts_RL, has_hooks, extra)
+        return self._compute(batch, counts, has_hooks, extra)
 
     def compute_for_others(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
         """Compute tokens of other ranks, which call this layer while this rank does not. In evaluation only.
@@ -117,25 +121,27 @@ class ParallelExperts(nn.Module):
             weights_TK: Empty routing weights, ``[0, K]``.
             counts_RL: Tokens of each rank and logical expert.
         """
-        order_N = torch.empty(0, dtype=torch.int64, device=hidden_TD.device)
-        self._compute(hidden_TD, weights_TK, order_N, counts_RL, has_hooks=False, extra=ExtraArguments([], {}))
+        batch = self._batch(hidden_TD, empty_index(weights_TK), weights_TK)
+        counts = TokenCounts(counts_RL, np.zeros(len(counts_RL), dtype=np.int64), self.expert_layer.dispatcher)
+        self._compute(batch, counts, has_hooks=False, extra=ExtraArguments([], {}))
 
-    def _compute(
-        self,
-        hidden_TD: Tensor,
-        weights_TK: Tensor,
-        order_N: Tensor,
-        counts_RL: np.ndarray,
-        has_hooks: bool,
-        extra: ExtraArguments,
-    ) -> Tensor:
+    def _batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> TokenBatch:
+        layer = self.expert_layer
+        return TokenBatch(
+            layer.name,
+            hidden_TD,
+            index_TK,
+            weights_TK,
+            layer.num_logical_experts,
+            layer.slot_of_expert(hidden_TD.device),
+            layer.slot_map.slots.shape[1],
+        )
+
+    def _compute(self, batch: TokenBatch, counts: TokenCounts, has_hooks: bool, extra: ExtraArguments) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         start = time.perf_counter()
-        slot_map, routes = layer.slots_for(counts_RL)
-        pairs_in_parts = layer.dispatcher.bytes_in_parts / (hidden_TD.shape[-1] * hidden_TD.element_size())
-        plan = plan_dispatch(
-            order_N, counts_RL, slot_map, groups.rank, routes.serving_order, layer.num_primaries, pairs_in_parts
-        )
+        slot_map, routes = layer.slots_for(counts.counts)
+        routing = route(counts.counts, slot_map, groups.rank, routes.serving_order, layer.num_primaries)
         plan_seconds = time.perf_counter() - start
         check = functools.partial(gradient_hooks.check_wrapped, list(self.parameters(recurse=False)), layer)
         redundant = RedundantExperts(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
@@ -143,34 +149,33 @@ class ParallelExperts(nn.Module):
             redundant.in_flight = layer.prefetcher.take(layer.index, routes, self._versions(), self._prefetch)
         else:
             layer.cancel_prefetch()
-        self._record(counts_RL, plan, redundant, plan_seconds)
+        self._record(routing, redundant, plan_seconds)
 
-        primaries, anchor = redundant.attach_anchor([part.primaries for part in plan.parts])
-        handle = layer.dispatcher.dispatch(hidden_TD, plan, weights_TK.shape[1])
-        extra.dispatch(layer.dispatcher, plan, weights_TK.shape[1])
+        dispatcher, parts = counts.dispatcher, counts.dispatcher.parts(batch, routing)
+        primaries, anchor = redundant.attach_anchor(parts)
+        handle = dispatcher.dispatch(batch, routing, counts.in_flight)
+        extra.dispatch(dispatcher, handle)
         if routes.num_redundant and redundant.in_flight is None:
             redundant.send_weights()
         if prefetches:
             layer.prefetcher.prefetch_after(layer.index)
-        call = _CallState(weights_TK.dtype, CounterUpdates(self, layer.per_expert.counters), extra)
-        for i, part in enumerate(plan.parts):
-            own_MD, others_MD = layer.dispatcher.receive(handle, i)
-            own_MD, own_extra, others_MD, others_extra = extra.receive(layer.dispatcher, i, own_MD, others_MD)
-            experts = slot_map.slots[groups.rank, part.served].tolist()
-            own, others = experts[: len(part.primary_ends)], experts[len(part.primary_ends) :]
-            own_MD = self._compute_rows(_ExpertRows(primaries[i], own, own_MD, part.primary_ends, own_extra), call)
-            if routes.num_redundant and part is plan.parts[-1]:  # their weights travelled meanwhile
-                weights = redundant.receive_weights(anchor)
-                rows = _ExpertRows(weights, others, others_MD, part.copy_ends, others_extra)
+        call = _CallState(batch.weights.dtype, CounterUpdates(self, layer.per_expert.counters), extra)
+        experts = slot_map.slots[groups.rank, routes.serving_order].tolist()
+        for i, part in enumerate(parts):
+            own, others = dispatcher.receive(handle, i)
+            own_MD, own_extra, others_MD, others_extra = extra.receive(dispatcher, i, own.hidden, others.hidden)
+            rows = _ExpertRows(primaries[i], experts[part], own_MD, own.ends, own_extra, own.weights)
+            own_MD = self._compute_rows(rows, call)
+            if routes.num_redundant and part.stop == layer.num_primaries:  # their weights travelled meanwhile
+                weights, served = redundant.receive_weights(anchor), experts[layer.num_primaries :]
+                rows = _ExpertRows(weights, served, others_MD, others.ends, others_extra, others.weights)
                 others_MD = self._compute_rows(rows, call)
-            layer.dispatcher.send_home(handle, i, own_MD, others_MD)
+            dispatcher.send_back(handle, i, own_MD, others_MD)
         self._update_counters(call.counters)
-        return layer.dispatcher.combine(handle, weights_TK)
+        return dispatcher.combine(handle)
 
-    def _record(
-        self, counts_RL: np.ndarray, plan: DispatchPlan, redundant: RedundantExperts, plan_seconds: float
-    ) -> None:
-        load_L, max_tokens = torch.from_numpy(counts_RL.sum(axis=0)), int(plan.tokens.max())
+    def _record(self, routing: Routing, redundant: RedundantExperts, plan_seconds: float) -> None:
+        load_L, max_tokens = torch.from_numpy(routing.counts.sum(axis=0)), int(routing.tokens.max())
         num_redundant = redundant.routes.num_redundant
         self.expert_layer.record(LayerLoad(load_L, max_tokens, num_redundant, redundant.num_bytes, plan_seconds))
 
@@ -337,6 +342,7 @@ class _ExpertRows(NamedTuple):
         hidden: Hidden states, ``[M, D]``.
         ends: End of each expert's rows.
         extra: Extra arguments for these rows.
+        row_weights: Routing weight of each row, ``[M]``, if the experts are to weigh their outputs.
     """
 
     weights: list[Tensor]
@@ -344,6 +350,7 @@ class _ExpertRows(NamedTuple):
     hidden: Tensor
     ends: Tensor
     extra: CallArguments
+    row_weights: Tensor | None = None
 
 
 class _Tie(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_eplb.parallel.discovery import check_experts, find_experts
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.dispatch import TokenDispatcher, check_dispatcher
 from lightning_eplb.parallel.dtensor import EP, check_mesh, distribute_rows
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerContext
@@ -29,7 +29,7 @@ def parallelize_experts(
     group: dist.ProcessGroup | DeviceMesh | None = None,
     *,
     num_redundant_experts: int = 0,
-    dispatcher: type[TokenDispatcher] = TokenDispatcher,
+    dispatcher: type[TokenDispatcher] | None = None,
 ) -> nn.Module:
     """Distribute the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
@@ -108,13 +108,15 @@ def parallelize_experts(
             :func:`~lightning_eplb.parallel.fully_shard.fully_shard_moe`.
         num_redundant_experts: Redundant slots of a layer over all ranks of the group, a multiple of its size. Defaults
             to 0.
-        dispatcher: Class of the layers' token dispatchers: a subclass of
-            :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher` for another transport.
+        dispatcher: Class of the layers' token dispatchers, a subclass of
+            :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher`. Defaults to the fastest that runs on the tokens'
+            device: see :mod:`~lightning_eplb.parallel.direct_dispatch`.
 
     Returns:
         ``model``.
 
     Raises:
+        TypeError: ``dispatcher`` is no subclass of ``TokenDispatcher``, or lacks some of its methods.
         ValueError: No MoE layer was found, its experts can't be divided equally, layers differ, or a module is not
             supported: its forward was replaced or breaks the protocol, its parameters are pruned, parametrized or
             quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before
@@ -122,6 +124,8 @@ def parallelize_experts(
     """
     if any(expert_layers(model)):
         return model
+    if dispatcher is not None:
+        check_dispatcher(dispatcher)
     mesh = None
     if isinstance(group, DeviceMesh):
         check_mesh(group, model, dist.get_world_size())

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_eplb import EPLBCallback, ExpertParallelStrategy, StaticPolicy, fully_shard_moe
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from tests.fidelity import ShufflePolicy
 
 VOCABULARY, SEQUENCE = 1024, 256
@@ -160,7 +160,7 @@ def main() -> int:
     redundant = arguments.ep_size or int(os.environ["WORLD_SIZE"])
     first, second = (train(arguments, moves=False, redundant=0) for _ in range(2))
     if arguments.halves:
-        TokenDispatcher.bytes_in_parts = 0
+        AllToAllDispatcher.bytes_in_parts = 0
     moved, copied = train(arguments, True, 0), train(arguments, True, redundant)
     spread = float((first["losses"] - second["losses"]).abs().max())
     change, copies_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, copied))

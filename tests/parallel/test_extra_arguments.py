@@ -74,7 +74,7 @@ def difference(
     run: Callable[..., Tensor],
     tokens_of_rank: tuple[int, int] = (9, 5),
     redundancy: Any = "window",
-    dispatcher: type[TokenDispatcher] = TokenDispatcher,
+    dispatcher: type[TokenDispatcher] | None = None,
 ) -> float:
     """The largest of outputs and gradients, experts moving and copied, over three steps."""
     original, converted = Experts(), Experts()

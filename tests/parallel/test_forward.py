@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel.dispatch import TokenDispatcher
-from lightning_eplb.parallel.dispatch_plan import DispatchPlan
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
+from lightning_eplb.parallel.dispatch import DispatchedRows, TokenBatch, TokenDispatcher
+from lightning_eplb.parallel.dispatch_plan import DispatchPlan, Routing, assign_slots, plan_dispatch, split_in_parts
+from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import ShufflePolicy
 from tests.models import hugging_face_model
@@ -58,7 +60,7 @@ def compare(
     run: Callable[..., Tensor] = lambda module, *args: module(*args),
     ep_group: Any = None,
     redundancy: Any = "window",
-    dispatcher: type[TokenDispatcher] = TokenDispatcher,
+    dispatcher: type[TokenDispatcher] | None = None,
 ) -> float:
     """The largest difference of outputs and of all gradients between a converted layer and the original."""
     original, converted = layer(name), layer(name)
@@ -108,14 +110,14 @@ def largest(ours: Tensor | None, theirs: Tensor | None) -> float:
     return float((ours - theirs).abs().max()) if ours.numel() else 0.0
 
 
-class HalvesDispatcher(TokenDispatcher):
+class HalvesDispatcher(AllToAllDispatcher):
     """Has even one token travel in two parts."""
 
     bytes_in_parts = 0
 
 
 BOTH = pytest.mark.parametrize("redundancy", ["window", "batch"])
-PARTS = pytest.mark.parametrize("dispatcher", [TokenDispatcher, HalvesDispatcher])
+PARTS = pytest.mark.parametrize("dispatcher", [AllToAllDispatcher, HalvesDispatcher])
 
 
 @BOTH
@@ -261,31 +263,50 @@ def grouped_kernels(redundancy: Any) -> float:
     return max(largest(*outputs), max(grads) / scale)
 
 
-class GatheringDispatcher(TokenDispatcher):
+class OwnDispatcher(TokenDispatcher):
+    """Further arguments travel as the tokens do."""
+
+    def dispatch_argument(self, handle: Any, rows_TC: Tensor) -> Any:
+        return self.send(rows_TC, handle)
+
+    def receive_argument(self, handle: Any, part: int) -> tuple[Tensor, Tensor]:
+        first, second = self.receive(handle, part)
+        return first.hidden, second.hidden
+
+    def send(self, rows_TD: Tensor, like: Any) -> Any:
+        raise NotImplementedError
+
+
+class GatheringDispatcher(OwnDispatcher):
     """Another way to exchange tokens: every rank gathers what all ranks have, and picks what it needs."""
 
-    bytes_in_parts = math.inf
+    def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> "GatheredHandle":
+        plan = plan_dispatch(batch.sorted_pairs[0], routing, math.inf)
+        return self.send(batch.hidden, GatheredHandle(plan, batch.weights, [], batch.hidden))
 
-    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "GatheredHandle":
-        (part,) = plan.parts
+    def send(self, rows_TD: Tensor, like: "GatheredHandle") -> "GatheredHandle":
+        (part,) = like.plan.parts
         sent: list[list[int]] = [[] for _ in range(self.groups.size)]
         dist.all_gather_object(sent, part.send_counts, group=self.groups.ep_group)
-        rank = self.groups.rank
-        pairs_of = _gather(hidden_TD[plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.ep_group)
+        rank, top_k = self.groups.rank, like.weights.shape[1]
+        pairs_of = _gather(rows_TD[like.plan.pairs // top_k], [sum(counts) for counts in sent], self.groups.ep_group)
         received = [pairs.split(counts)[rank] for pairs, counts in zip(pairs_of, sent, strict=True)]
-        return GatheredHandle(plan, sent, torch.cat(received))
+        return GatheredHandle(like.plan, like.weights, sent, torch.cat(received))
 
-    def receive(self, handle: "GatheredHandle", part: int) -> tuple[Tensor, Tensor]:
-        rows = handle.plan.parts[part]
-        return handle.rows[rows.primary_rows], handle.rows[rows.copy_rows]
+    def receive(self, handle: "GatheredHandle", part: int) -> tuple[DispatchedRows, DispatchedRows]:
+        plan = handle.plan.parts[part]
+        return (
+            DispatchedRows(handle.rows[plan.primary_rows], plan.primary_ends),
+            DispatchedRows(handle.rows[plan.copy_rows], plan.copy_ends),
+        )
 
-    def send_home(self, handle: "GatheredHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
-        rows = handle.plan.parts[part]
-        places = torch.cat((rows.primary_rows, rows.copy_rows))
-        handle.rows = torch.cat((primaries_MD, copies_MD))[torch.argsort(places)]
+    def send_back(self, handle: "GatheredHandle", part: int, primaries_MD: Tensor, redundant_MD: Tensor) -> None:
+        plan = handle.plan.parts[part]
+        places = torch.cat((plan.primary_rows, plan.copy_rows))
+        handle.rows = torch.cat((primaries_MD, redundant_MD))[torch.argsort(places)]
 
-    def combine(self, handle: "GatheredHandle", weights_TK: Tensor) -> Tensor:
-        rank = self.groups.rank
+    def combine(self, handle: "GatheredHandle") -> Tensor:
+        rank, weights_TK = self.groups.rank, handle.weights
         served = [sum(counts[server] for counts in handle.sent) for server in range(self.groups.size)]
         home = [
             rows.split([counts[server] for counts in handle.sent])[rank]
@@ -296,60 +317,74 @@ class GatheringDispatcher(TokenDispatcher):
         return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
 
 
-class LabelledDispatcher(TokenDispatcher):
-    """As DeepEP's kernels do, each pair travels with the slot that is to serve it, and arrives in any order."""
+class LabelledDispatcher(OwnDispatcher):
+    """As DeepEP's kernels do, each pair travels with the slot that is to serve it. Parts are experts' halves."""
 
-    bytes_in_parts = 0
+    def parts(self, batch: TokenBatch, routing: Routing) -> list[slice]:
+        return split_in_parts(routing, 0)
 
-    def dispatch(self, hidden_TD: Tensor, plan: DispatchPlan, top_k: int) -> "LabelledHandle":
-        slots = plan.parts[-1].sent.shape[1] + plan.parts[-1].primaries.start
-        labels = []
-        for part in plan.parts:
-            first_R = np.arange(len(part.sent))[:, None] * slots + part.primaries.start
-            labels.append(np.repeat(first_R + np.arange(part.sent.shape[1]), part.sent.ravel()))
-        mine = torch.from_numpy(np.concatenate(labels))
+    def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> "LabelledHandle":
+        slots_TK = assign_slots(routing, batch.sorted_pairs[0], batch.index.shape)
+        pairs = torch.where(slots_TK.flatten() < routing.slots.size)[0]
+        own = self.groups.rank * routing.slots.shape[1] + routing.serving_order
+        served = [(own[part], own[:0]) for part in self.parts(batch, routing)]
+        served[-1] = served[-1][0], own[routing.num_primaries :]
+        like = LabelledHandle(pairs, slots_TK.flatten()[pairs], served, batch.weights, batch.hidden, pairs, pairs, [])
+        return self.send(batch.hidden, like)
+
+    def send(self, rows_TD: Tensor, like: "LabelledHandle") -> "LabelledHandle":
         sent: list[Any] = [None] * self.groups.size
-        dist.all_gather_object(sent, mine, group=self.groups.ep_group)
-        rows = torch.cat(_gather(hidden_TD[plan.pairs // top_k], [len(x) for x in sent], self.groups.ep_group))
+        dist.all_gather_object(sent, like.labels, group=self.groups.ep_group)
+        own = rows_TD[like.pairs // like.weights.shape[1]]
+        rows = torch.cat(_gather(own, [len(x) for x in sent], self.groups.ep_group))
         mixed = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
-        return LabelledHandle(plan, rows[mixed], torch.cat(sent)[mixed] - self.groups.rank * slots, mixed, [])
+        return replace(like, rows=rows[mixed], slots=torch.cat(sent)[mixed], mixed=mixed, outputs=[])
 
-    def receive(self, handle: "LabelledHandle", part: int) -> tuple[Tensor, Tensor]:
-        slots, own = handle.plan.parts[part].served, len(handle.plan.parts[part].primary_ends)
-        places = [torch.where(handle.slots == slot)[0] for slot in slots.tolist()]
-        first, second = (torch.cat([torch.empty(0, dtype=torch.int64), *some]) for some in (places[:own], places[own:]))
-        handle.served.append([first, second])
-        return handle.rows[first], handle.rows[second]
+    def receive(self, handle: "LabelledHandle", part: int) -> tuple[DispatchedRows, DispatchedRows]:
+        """Rows arrive in any order; within an expert they are put in that of their source ranks."""
+        both = []
+        for slots in handle.served[part]:
+            places = [torch.where(handle.slots == slot)[0] for slot in slots.tolist()]
+            places = [place[torch.argsort(handle.mixed[place])] for place in places]
+            ends = torch.tensor([len(place) for place in places], dtype=torch.int64).cumsum(0).to(torch.int32)
+            both.append((torch.cat([torch.empty(0, dtype=torch.int64), *places]), ends))
+        (first, own_ends), (second, other_ends) = both
+        handle.outputs.append([first, second])
+        return DispatchedRows(handle.rows[first], own_ends), DispatchedRows(handle.rows[second], other_ends)
 
-    def send_home(self, handle: "LabelledHandle", part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None:
-        handle.served[part] += [primaries_MD, copies_MD]
+    def send_back(self, handle: "LabelledHandle", part: int, primaries_MD: Tensor, redundant_MD: Tensor) -> None:
+        handle.outputs[part] += [primaries_MD, redundant_MD]
 
-    def combine(self, handle: "LabelledHandle", weights_TK: Tensor) -> Tensor:
+    def combine(self, handle: "LabelledHandle") -> Tensor:
         all_MD = torch.zeros_like(handle.rows)
-        for first, second, primaries_MD, copies_MD in handle.served:
-            all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, copies_MD)))
+        for first, second, primaries_MD, redundant_MD in handle.outputs:
+            all_MD = all_MD.index_copy(0, torch.cat((first, second)), torch.cat((primaries_MD, redundant_MD)))
         all_MD = torch.zeros_like(all_MD).index_copy(0, handle.mixed, all_MD)
         summed_MD = sum(_gather(all_MD, [len(all_MD)] * self.groups.size, self.groups.ep_group))
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.groups.size)]
-        dist.all_gather(lengths, torch.tensor([len(handle.plan.pairs)]), group=self.groups.ep_group)
+        dist.all_gather(lengths, torch.tensor([len(handle.pairs)]), group=self.groups.ep_group)
         home_ND = summed_MD.split([int(length) for length in lengths])[self.groups.rank]  # type: ignore[union-attr]
-        pairs = torch.zeros(weights_TK.numel(), home_ND.shape[1], dtype=home_ND.dtype)
-        pairs = pairs.index_copy(0, handle.plan.pairs, home_ND)
-        return (pairs.view(*weights_TK.shape, -1) * weights_TK.unsqueeze(-1)).sum(1)
+        pairs = torch.zeros(handle.weights.numel(), home_ND.shape[1], dtype=home_ND.dtype)
+        pairs = pairs.index_copy(0, handle.pairs, home_ND)
+        return (pairs.view(*handle.weights.shape, -1) * handle.weights.unsqueeze(-1)).sum(1)
 
 
 @dataclass
 class LabelledHandle:
-    plan: DispatchPlan
+    pairs: Tensor
+    labels: Tensor
+    served: list[Any]
+    weights: Tensor
     rows: Tensor
     slots: Tensor
     mixed: Tensor
-    served: list[list[Tensor]]
+    outputs: list[list[Tensor]]
 
 
 @dataclass
 class GatheredHandle:
     plan: DispatchPlan
+    weights: Tensor
     sent: list[list[int]]
     rows: Tensor
 
@@ -370,6 +405,30 @@ def test_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str, 
 
 def with_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str) -> float:
     return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=dispatcher, name="gpt_oss")
+
+
+class HomeDispatcher(AllToAllDispatcher):
+    """Written for the contract before this one."""
+
+    def send_home(self, handle: Any, part: int, primaries_MD: Tensor, copies_MD: Tensor) -> None: ...
+
+
+class HalfADispatcher(TokenDispatcher):
+    def combine(self, handle: Any) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "reason"),
+    [
+        (HomeDispatcher, "dispatcher=HomeDispatcher has methods of an earlier contract. TokenDispatcher now has"),
+        (HalfADispatcher, "dispatcher=HalfADispatcher lacks dispatch, receive, send_back. TokenDispatcher now has"),
+        (AllToAllDispatcher(ExpertGroups()), "must be a subclass of lightning_eplb.parallel.dispatch.TokenDispatcher"),
+    ],
+)
+def test_dispatchers_without_the_contracts_methods_are_refused_by_name(dispatcher: Any, reason: str) -> None:
+    with pytest.raises(TypeError, match=reason.replace(".", r"\.")):
+        parallelize_experts(nn.ModuleDict({"experts": layer()}), dispatcher=dispatcher)
 
 
 def test_one_rank_runs_the_module_as_it_was() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from lightning_eplb.parallel.row_exchange import RowExchange
 from tests.parallel.test_redundant_experts import EXPERTS, HOT_RANK_ZERO, WIDTH, Experts
 from tests.workers import Workers
@@ -66,13 +66,13 @@ def spread() -> tuple[nn.Module, ExpertLoadBalancer]:
 def events(paths: list[tuple[int, ...]]) -> list[str]:
     """On every worker: when copies are sent, and when tokens are, in the forward of the last path."""
     model, balancer = spread()
-    start, dispatch = RowExchange.__init__, TokenDispatcher.dispatch
+    start, dispatch = RowExchange.__init__, AllToAllDispatcher.dispatch
 
     def noted_start(self: RowExchange, *args: Any, **kwargs: Any) -> None:
         log.append("copies")
         start(self, *args, **kwargs)
 
-    def noted_dispatch(self: TokenDispatcher, *args: Any) -> Any:
+    def noted_dispatch(self: AllToAllDispatcher, *args: Any) -> Any:
         log.append("tokens")
         return dispatch(self, *args)
 
@@ -81,7 +81,7 @@ def events(paths: list[tuple[int, ...]]) -> list[str]:
     with (
         torch.no_grad(),
         patch.object(RowExchange, "__init__", noted_start),
-        patch.object(TokenDispatcher, "dispatch", noted_dispatch),
+        patch.object(AllToAllDispatcher, "dispatch", noted_dispatch),
     ):
         model(torch.ones(len(HOT_RANK_ZERO), WIDTH, dtype=torch.float64), paths[-1])
     return log.copy()

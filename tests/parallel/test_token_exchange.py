@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from lightning_eplb.parallel.token_exchange import TokenExchange
 from tests.workers import Workers
 
@@ -43,11 +43,11 @@ class Experts(nn.Module):
         return torch.einsum("td,tdw->tw", rows, experts) * top_k_weights
 
 
-class HalvesDispatcher(TokenDispatcher):
+class HalvesDispatcher(AllToAllDispatcher):
     bytes_in_parts = 0
 
 
-def spread(dispatcher: type[TokenDispatcher] = HalvesDispatcher) -> nn.Module:
+def spread(dispatcher: type[AllToAllDispatcher] = HalvesDispatcher) -> nn.Module:
     holder = nn.ModuleDict({"experts": Experts()})
     parallelize_experts(holder, dispatcher=dispatcher)
     return holder["experts"]
@@ -144,14 +144,17 @@ def test_gradients_of_gradients_are_refused(workers: Workers) -> None:
 
 def parts_by_bytes() -> list[int]:
     """On every worker: in how many parts tokens travel, where half of the width is enough for two, and where not."""
-    counts = []
+    counts, send = [], AllToAllDispatcher.dispatch
     for limit in (TOKENS * WIDTH * 8 // 2, TOKENS * WIDTH * 8 * 4):
         with (
             patch.object(HalvesDispatcher, "bytes_in_parts", limit),
-            patch.object(HalvesDispatcher, "dispatch", autospec=True, side_effect=TokenDispatcher.dispatch) as dispatch,
+            patch.object(
+                HalvesDispatcher, "dispatch", autospec=True, side_effect=AllToAllDispatcher.dispatch
+            ) as dispatch,
         ):
             run(spread())
-            counts.append(len(dispatch.call_args.args[2].parts))
+            self, batch, routing, _ = dispatch.call_args.args
+            counts.append(len(self.parts(batch, routing)))
     return counts
 
 
