@@ -282,6 +282,29 @@ def flatten_mesh(mesh: Any, name: str) -> None:
     mesh._flatten(name)
 
 
+# torch.distributed._symmetric_memory
+
+
+@_uses("torch", "distributed._symmetric_memory")
+def symmetric_empty(num_bytes: int, device: torch.device) -> Tensor:
+    """Allocate memory that other processes can map, ``[num_bytes]`` uint8."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+@_uses("torch", "distributed._symmetric_memory")
+def symmetric_rendezvous(tensor: Tensor, group: Any) -> Any:
+    """Map the memory of all ranks of a group. Its ranks call it together.
+
+    Returns:
+        Handle with ``buffer_ptrs`` and ``barrier(channel, timeout_ms)``.
+    """
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    return symmetric_memory.rendezvous(tensor, group)
+
+
 # torch.distributed.checkpoint
 
 _DCP = "torch.distributed.checkpoint"

@@ -68,7 +68,7 @@ class AllToAllDispatcher(TokenDispatcher):
         """Send the tokens of this rank, all parts."""
         order_N, _ = batch.sorted_pairs
         plan = plan_dispatch(order_N, routing, self._pairs_in_parts(batch))
-        return self._send(plan, batch.hidden, batch.weights)
+        return self.send(plan, batch.hidden, batch.weights)
 
     def receive(self, handle: AllToAllHandle, part: int) -> tuple[DispatchedRows, DispatchedRows]:
         """Wait for the tokens of a part."""
@@ -89,14 +89,15 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def dispatch_argument(self, handle: AllToAllHandle, rows_TC: Tensor) -> AllToAllHandle:
         """Send the rows of an argument, by exchanges of its own."""
-        return self._send(handle.plan, rows_TC, handle.weights)
+        return self.send(handle.plan, rows_TC, handle.weights)
 
     def receive_argument(self, handle: AllToAllHandle, part: int) -> tuple[Tensor, Tensor]:
         """Wait for the rows of an argument."""
         received_MC, plan = receive_part(handle.to_experts, part, handle.anchors[part]), handle.plan.parts[part]
         return split_rows(received_MC, plan.primary_rows, plan.copy_rows)
 
-    def _send(self, plan: DispatchPlan, rows_TC: Tensor, weights_TK: Tensor) -> AllToAllHandle:
+    def send(self, plan: DispatchPlan, rows_TC: Tensor, weights_TK: Tensor) -> AllToAllHandle:
+        """Send rows of tokens according to ``plan``."""
         assert self.groups.ep_group is not None
         counts = [part.send_counts for part in plan.parts], [part.recv_counts for part in plan.parts]
         to_experts, to_tokens = (TokenExchange(*counts, self.groups.ep_group) for _ in range(2))

@@ -31,7 +31,7 @@ class TokenBatch:
         slot_of_expert: Routing table, ``[L + 1]`` int32 on the tokens' device: slot of each logical expert, ``rank * S
             + slot``, and the number of all slots at the end. ``None`` if replicas share the tokens of an expert, so
             that slots depend on the counts of all ranks.
-        slots_per_rank: Slots of a rank, ``S``.
+        slots: Logical expert of each slot in the placement, ``[R, S]`` int64, ``-1`` where the slot is empty.
         experts_weigh: The experts can multiply their outputs by the routing weights themselves.
     """
 
@@ -41,7 +41,7 @@ class TokenBatch:
     weights: Tensor
     num_experts: int
     slot_of_expert: Tensor | None
-    slots_per_rank: int
+    slots: np.ndarray
     experts_weigh: bool = False
 
     @property
@@ -108,6 +108,11 @@ class TokenDispatcher(ABC):
 
     def __init__(self, groups: ExpertGroups) -> None:
         self.groups = groups
+
+    @property
+    def for_uneven_calls(self) -> "TokenDispatcher":
+        """Dispatcher for calls that some ranks join without tokens, with counts that they know already."""
+        return self
 
     def count(self, batch: TokenBatch, payload: int = 0) -> TokenCounts:
         """Gather the counts of all ranks. The only method that waits for the device.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb import _compat
-from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
+from lightning_eplb.parallel.direct_dispatch import DirectDispatcher
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
@@ -92,7 +92,7 @@ class ExpertLayer:
         self.groups = context.groups
         self.gradient_sync = context.gradient_sync
         self.prefetcher = context.prefetcher
-        self.dispatcher: TokenDispatcher = (context.dispatcher or AllToAllDispatcher)(context.groups)
+        self.dispatcher: TokenDispatcher = (context.dispatcher or DirectDispatcher)(context.groups)
         self.per_expert = per_expert
         self.reads_first_choice_only = reads_first_choice_only
         self.original_class = type(module)

@@ -98,7 +98,7 @@ class ParallelExperts(nn.Module):
         if layer.join is not None:
             counts_L = batch.sorted_pairs[1]
             joined = layer.join.gather_counts(self, hidden_TD, weights_TK, counts_L, payload)
-            counts = TokenCounts(*joined, layer.dispatcher)
+            counts = TokenCounts(*joined, layer.dispatcher.for_uneven_calls)
         else:  # the one device synchronization
             counts = layer.dispatcher.count(batch, payload)
         payloads_R = counts.payloads
@@ -122,8 +122,14 @@ class ParallelExperts(nn.Module):
             counts_RL: Tokens of each rank and logical expert.
         """
         batch = self._batch(hidden_TD, empty_index(weights_TK), weights_TK)
-        counts = TokenCounts(counts_RL, np.zeros(len(counts_RL), dtype=np.int64), self.expert_layer.dispatcher)
+        counts = TokenCounts(
+            counts_RL, np.zeros(len(counts_RL), dtype=np.int64), self.expert_layer.dispatcher.for_uneven_calls
+        )
         self._compute(batch, counts, has_hooks=False, extra=ExtraArguments([], {}))
+
+    def _experts_weigh(self, hidden_TD: Tensor) -> bool:
+        """Return ``True`` if the experts can multiply rows by their routing weights. The same on all ranks."""
+        return False
 
     def _batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> TokenBatch:
         layer = self.expert_layer
@@ -134,7 +140,8 @@ class ParallelExperts(nn.Module):
             weights_TK,
             layer.num_logical_experts,
             layer.slot_of_expert(hidden_TD.device),
-            layer.slot_map.slots.shape[1],
+            layer.slot_map.slots,
+            self._experts_weigh(hidden_TD),
         )
 
     def _compute(self, batch: TokenBatch, counts: TokenCounts, has_hooks: bool, extra: ExtraArguments) -> Tensor:

@@ -3,8 +3,9 @@
 import hashlib
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,7 @@ class ExpertGroups:
         num_ep_groups: Number of EP groups.
         cpu_group: Gloo group of all ranks for plans, digests and counts on the CPU.
         node_of_rank: Node of each EP rank, numbered in the order of ranks.
+        shared: Objects by key that all layers of these groups share, such as buffers. They are dropped with the groups.
     """
 
     rank: int = 0
@@ -35,6 +37,7 @@ class ExpertGroups:
     num_ep_groups: int = 1
     cpu_group: dist.ProcessGroup | None = None
     node_of_rank: tuple[int, ...] = (0,)
+    shared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict) -> "ExpertGroups":
         return self

@@ -148,9 +148,7 @@ def parts_by_bytes() -> list[int]:
     for limit in (TOKENS * WIDTH * 8 // 2, TOKENS * WIDTH * 8 * 4):
         with (
             patch.object(HalvesDispatcher, "bytes_in_parts", limit),
-            patch.object(
-                HalvesDispatcher, "dispatch", autospec=True, side_effect=AllToAllDispatcher.dispatch
-            ) as dispatch,
+            patch.object(HalvesDispatcher, "dispatch", autospec=True, side_effect=send) as dispatch,
         ):
             run(spread())
             self, batch, routing, _ = dispatch.call_args.args

@@ -1,0 +1,416 @@
+"""Direct dispatch: ranks of a node write tokens straight into each other's memory.
+
+A token crosses once to each rank that computes it, not once for each of its experts there. The destination copies it to
+a row for each of them. On the way back a rank sums a token's outputs, and one sum crosses. Gradients take the same two
+trips. Ids and routing weights go to all ranks, so tokens are sent before any rank knows the counts of the others. The
+host waits once, for these counts, while tokens travel.
+
+It runs where all of this holds, and elsewhere tokens go by ``all_to_all_single``:
+
+=====================  ================================================================================
+device                 CUDA, with Triton
+ranks                  an EP group within one node, whose GPUs can access each other's memory
+torch                  2.10 or newer, with symmetric memory
+dtype                  float64, float32, bfloat16 or float16
+strategy               any
+call                   not while ranks may call layers unequally often, in evaluation with fewer batches on some
+memory                 two regions of ``R * T * D`` elements for the longest batch, shared by all layers
+=====================  ================================================================================
+
+If replicas share the tokens of an expert, ranks exchange counts first, and then send slots in place of experts.
+
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows that this rank computes, ``L`` logical experts, ``R`` ranks, ``S``
+slots of a rank, ``P`` slots of all ranks, ``D`` model width.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_eplb.parallel.all_to_all import AllToAllDispatcher, AllToAllHandle
+from lightning_eplb.parallel.dispatch import DispatchedRows, TokenBatch, TokenCounts, TokenDispatcher
+from lightning_eplb.parallel.dispatch_plan import (
+    DispatchPlan,
+    Routing,
+    assign_slots,
+    gather_counts,
+    plan_dispatch,
+)
+from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.packing import to_device
+from lightning_eplb.parallel.permute import has_kernels
+from lightning_eplb.parallel.symmetric_buffers import (
+    ERROR_WORDS,
+    HEADER_WORDS,
+    KINDS,
+    Layout,
+    Region,
+    SymmetricBuffers,
+    SymmetricMemory,
+    shared_buffers,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of hidden states that kernels sum."""
+
+DISPATCH, COMBINE, COMBINE_BACKWARD, DISPATCH_BACKWARD = range(len(KINDS))
+
+_log = logging.getLogger(__name__)
+
+
+class DirectDispatcher(TokenDispatcher):
+    """Exchange of tokens through symmetric memory where that is possible, and by ``all_to_all_single`` elsewhere."""
+
+    memory: Callable[..., Any] = SymmetricMemory
+    """Class of the memory that ranks share."""
+
+    def __init__(self, groups: ExpertGroups) -> None:
+        super().__init__(groups)
+        self.all_to_all = AllToAllDispatcher(groups)
+        """Dispatcher for what can't be dispatched directly."""
+        self.is_direct = False
+        """The last batch was dispatched directly."""
+        self._buffers: SymmetricBuffers = None  # type: ignore[assignment]
+        self._layer_id = 0
+        self._slots_S: Tensor | None = None
+        self._told: Any = None
+
+    def why_not(self, batch: TokenBatch) -> str | None:
+        """Return why a batch can't be dispatched directly, for reasons that are the same on all ranks."""
+        if not has_kernels(batch.hidden):
+            return "tokens are not on a CUDA device with Triton"
+        if len(set(self.groups.node_of_rank)) > 1:
+            return "the EP group spans nodes"
+        if batch.hidden.dtype not in DTYPES:
+            return f"hidden states are {batch.hidden.dtype}"
+        return None
+
+    @property
+    def for_uneven_calls(self) -> TokenDispatcher:
+        """Dispatcher by ``all_to_all_single``: ranks that join without tokens know no other rank's tokens."""
+        return self.all_to_all
+
+    def count(self, batch: TokenBatch, payload: int = 0) -> TokenCounts:
+        """Send tokens, if their slots don't depend on counts, and wait for the counts of all ranks."""
+        reason = self.why_not(batch) or self._prepare(batch)
+        if reason is None and batch.slot_of_expert is None:
+            _, counts_L = batch.sorted_pairs
+            without_expert = batch.index.numel() - counts_L.sum(dim=0, keepdim=True)
+            counts, payloads_R = gather_counts(torch.cat((counts_L, without_expert)), self.groups, payload)
+            max_tokens = int(counts.sum(axis=1).max()) // batch.top_k
+            if (reason := self._fit(batch, max_tokens)) is None:
+                self._tell(None)
+                return TokenCounts(counts[:, :-1], payloads_R, self, (max_tokens, None))
+            self._tell(reason)
+            return TokenCounts(counts[:, :-1], payloads_R, self.all_to_all)
+        while reason is None:
+            trip = self._send(batch, batch.index, batch.slot_of_expert, self._all_slots(batch), payload)
+            headers_R8, counts_RP = self._wait(batch)
+            max_tokens = int(headers_R8[:, 2].max())
+            if max_tokens <= trip.region.capacity:
+                self._tell(None)
+                return TokenCounts(_by_expert(counts_RP, batch), headers_R8[:, 3], self, (max_tokens, trip))
+            reason = self._fit(batch, max_tokens)  # then all ranks send again
+        self._tell(reason)
+        return self.all_to_all.count(batch, payload)
+
+    def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> "_Handle":
+        """Copy the tokens to rows, which were sent by :meth:`count`, or are sent now."""
+        max_tokens, trip = in_flight
+        if trip is None:
+            slots_TK = assign_slots(routing, batch.sorted_pairs[0], batch.index.shape)
+            trip = self._send(batch, slots_TK, None, to_device(routing.serving_order.astype(np.int32), slots_TK.device))
+        num_own = int(routing.received[:, : routing.num_primaries].sum())
+        call = _Call(
+            self._buffers,
+            self._layer_id,
+            routing.slots.shape[1],
+            batch.top_k,
+            max_tokens,
+            num_own,
+            int(routing.received.sum()) - num_own,
+            not batch.experts_weigh,
+        )
+        own_MD, others_MD, own_M, others_M = _Dispatch.apply(call, trip, batch.hidden, batch.weights)
+        return _Handle(batch, routing, call, trip.state, (own_MD, others_MD), (own_M, others_M))
+
+    def receive(self, handle: "_Handle", part: int) -> tuple[DispatchedRows, DispatchedRows]:
+        """Return the rows. The device has received them."""
+        n = handle.routing.num_primaries
+        ends = handle.state.ends[: len(handle.routing.serving_order)]
+        other_ends = ends[n:] - handle.call.num_own if len(ends) > n else ends[n:]
+        weights = (None, None) if handle.call.combine_weighs else handle.weights
+        return (
+            DispatchedRows(handle.rows[0], ends[:n], weights[0]),
+            DispatchedRows(handle.rows[1], other_ends, weights[1]),
+        )
+
+    def send_back(self, handle: "_Handle", part: int, primaries_MD: Tensor, redundant_MD: Tensor) -> None:
+        """Keep the outputs for :meth:`combine`."""
+        handle.rows = primaries_MD, redundant_MD
+
+    def combine(self, handle: "_Handle") -> Tensor:
+        """Sum each token's outputs on every rank, and then the sums."""
+        own_MD, others_MD = handle.rows
+        row_bytes = own_MD.shape[1] * own_MD.element_size()
+        if not self._buffers.fit(Layout(0, handle.call.top_k, row_bytes)):  # all ranks ask for the same
+            raise RuntimeError(f"outputs of {handle.batch.layer} do not fit: {self._buffers.failure}")
+        return _Combine.apply(handle.call, handle.state, own_MD, others_MD, *handle.weights)
+
+    def dispatch_argument(self, handle: "_Handle", rows_TC: Tensor) -> AllToAllHandle:
+        """Send the rows of an argument by ``all_to_all_single``: their order is the same."""
+        if handle.plan is None:
+            handle.plan = plan_dispatch(handle.batch.sorted_pairs[0], handle.routing, math.inf)
+        return self.all_to_all.send(handle.plan, rows_TC, handle.batch.weights)
+
+    def receive_argument(self, handle: AllToAllHandle, part: int) -> tuple[Tensor, Tensor]:
+        """Wait for the rows of an argument."""
+        return self.all_to_all.receive_argument(handle, part)
+
+    def _prepare(self, batch: TokenBatch) -> str | None:
+        """Find the buffers, or create them. Return why that is not possible."""
+        buffers = shared_buffers(self.groups, batch.hidden.device, self.memory)
+        if buffers is not self._buffers:
+            self._buffers, self._layer_id = buffers, buffers.register(batch.layer)
+        if buffers.layout.capacity == 0 and buffers.failure is None:
+            return self._fit(batch, max(buffers.gather(len(batch.hidden))))
+        return self._fit(batch, 0)
+
+    def _fit(self, batch: TokenBatch, max_tokens: int) -> str | None:
+        """Make buffers large enough for batches of ``max_tokens``. Return why that is not possible."""
+        row_bytes = batch.hidden.shape[1] * batch.hidden.element_size()
+        self._buffers.fit(Layout(max_tokens, batch.top_k, row_bytes))
+        return self._buffers.failure
+
+    def _all_slots(self, batch: TokenBatch) -> Tensor:
+        if self._slots_S is None or len(self._slots_S) != batch.slots.shape[1]:
+            self._slots_S = torch.arange(batch.slots.shape[1], dtype=torch.int32, device=batch.hidden.device)
+        return self._slots_S
+
+    @torch.no_grad()
+    def _send(
+        self, batch: TokenBatch, index_TK: Tensor, table: Tensor | None, served_S: Tensor, payload: int = 0
+    ) -> "_Trip":
+        """Send tokens, and place the pairs of all ranks. A batch that is too long sends its header only."""
+        from lightning_eplb.parallel import direct_exchange
+
+        buffers, slots_per_rank, tokens = self._buffers, batch.slots.shape[1], len(batch.hidden)
+        region, header = buffers.start_trip(self._layer_id, DISPATCH, tokens, payload)
+        num_sent = tokens if tokens <= region.capacity else 0
+        report = buffers.report(batch.slots.size)
+        hidden_TD = _aligned(batch.hidden)
+        slots_TK = direct_exchange.send(
+            hidden_TD[:num_sent],
+            index_TK[:num_sent].contiguous(),
+            batch.weights[:num_sent].contiguous(),
+            table,
+            slots_per_rank,
+            region,
+            header,
+            report.counts,
+        )
+        buffers.barrier()
+        dtype, _ = direct_exchange.sum_dtype(hidden_TD)
+        placed = direct_exchange.place_pairs(
+            served_S, slots_per_rank, batch.top_k, dtype, region, header, report.device, buffers.errors
+        )
+        return _Trip(_State(slots_TK, *placed), region)
+
+    def _wait(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for headers and counts of all ranks, ``[R, 8]`` and ``[R, P]``."""
+        report = self._buffers.report(batch.slots.size)
+        report.copy_to_host()
+        self._buffers.wait(report.event, batch.layer)
+        values, first = report.host.numpy().copy(), self.groups.size * HEADER_WORDS
+        headers_R8 = values[:first].reshape(self.groups.size, HEADER_WORDS)
+        self._buffers.check(headers_R8, values[-ERROR_WORDS:])
+        return headers_R8, values[first:-ERROR_WORDS].reshape(self.groups.size, batch.slots.size)
+
+    def _tell(self, reason: str | None) -> None:
+        """Log once which way tokens go."""
+        if self._told != (reason,):
+            self._told = (reason,)
+            self.is_direct = reason is None
+            way = "directly, through symmetric memory" if reason is None else f"by all_to_all_single: {reason}"
+            if self.groups.shared.get("way of tokens") != way:
+                self.groups.shared["way of tokens"] = way
+                _log.info("Experts exchange tokens %s", way)
+
+
+class _State(NamedTuple):
+    """Tensors of a batch that its backward pass needs, see :class:`direct_exchange.Placed`."""
+
+    slots: Tensor
+    pairs: Tensor
+    weights: Tensor
+    place: Tensor
+    ends: Tensor
+    stride: int
+
+
+class _Trip(NamedTuple):
+    state: _State
+    region: Region
+
+
+class _Call(NamedTuple):
+    """Numbers of a batch.
+
+    Attributes:
+        buffers: Buffers of the group.
+        layer: Number of the layer.
+        slots_per_rank: Slots of a rank.
+        top_k: Choices of a token.
+        max_tokens: Most tokens of a rank.
+        num_own: Rows of this rank's primaries.
+        num_others: Rows of its redundant experts.
+        combine_weighs: Rows are weighted when they are summed, and not by the experts.
+    """
+
+    buffers: SymmetricBuffers
+    layer: int
+    slots_per_rank: int
+    top_k: int
+    max_tokens: int
+    num_own: int
+    num_others: int
+    combine_weighs: bool
+
+
+@dataclass(eq=False)
+class _Handle:
+    batch: TokenBatch
+    routing: Routing
+    call: _Call
+    state: _State
+    rows: tuple[Tensor, Tensor]
+    weights: tuple[Tensor, Tensor]
+    plan: DispatchPlan | None = None
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of tokens that have arrived. The backward pass sends the sum of a token's gradients, and its weights'."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, trip: _Trip, hidden_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, ...]:
+        from lightning_eplb.parallel import direct_exchange
+
+        state, hidden_TD, num_own, num_others = trip.state, _aligned(hidden_TD), call.num_own, call.num_others
+        ctx.call, ctx.stride, ctx.weights_dtype = call, state.stride, weights_TK.dtype
+        placed = _placed(state)
+        own_MD = direct_exchange.expand(hidden_TD, 0, num_own, placed, call.top_k, trip.region)
+        others_MD = direct_exchange.expand(hidden_TD, num_own, num_others, placed, call.top_k, trip.region)
+        own_M, others_M = state.weights[: num_own + num_others].clone().split((num_own, num_others))
+        ctx.save_for_backward(*state[:-1])
+        if not ctx.needs_input_grad[2]:
+            ctx.mark_non_differentiable(own_MD, others_MD)
+        if not ctx.needs_input_grad[3]:
+            ctx.mark_non_differentiable(own_M, others_M)
+        return own_MD, others_MD, own_M, others_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from lightning_eplb.parallel import direct_exchange
+
+        call, state = ctx.call, _State(*ctx.saved_tensors, ctx.stride)
+        own_MD, others_MD, own_M, others_M = (_aligned(grad) for grad in grads)
+        region, header = call.buffers.start_trip(call.layer, DISPATCH_BACKWARD)
+        direct_exchange.send_sums(
+            (own_MD, others_MD),
+            (own_M, others_M) if ctx.needs_input_grad[3] else None,
+            False,
+            call.max_tokens,
+            _placed(state),
+            call.top_k,
+            region,
+            header,
+        )
+        call.buffers.barrier()
+        weights_dtype = ctx.weights_dtype if ctx.needs_input_grad[3] else None
+        grad_TD, grad_TK = direct_exchange.receive_sums(
+            state.slots, call.slots_per_rank, own_MD, weights_dtype, region, header, call.buffers.errors
+        )
+        return None, None, grad_TD if ctx.needs_input_grad[2] else None, grad_TK
+
+
+class _Combine(torch.autograd.Function):
+    """Sums of a token's outputs, weighted or not. The backward pass sends the token's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        state: _State,
+        own_MD: Tensor,
+        others_MD: Tensor,
+        own_M: Tensor,
+        others_M: Tensor,
+    ) -> Tensor:
+        from lightning_eplb.parallel import direct_exchange
+
+        ctx.call, ctx.stride = call, state.stride
+        own_MD, others_MD = _aligned(own_MD), _aligned(others_MD)
+        region, header = call.buffers.start_trip(call.layer, COMBINE)
+        direct_exchange.send_sums(
+            (own_MD, others_MD), None, call.combine_weighs, call.max_tokens, _placed(state), call.top_k, region, header
+        )
+        call.buffers.barrier()
+        output_TD, _ = direct_exchange.receive_sums(
+            state.slots, call.slots_per_rank, own_MD, None, region, header, call.buffers.errors
+        )
+        has_dot = call.combine_weighs and ctx.needs_input_grad[4]
+        ctx.save_for_backward(*state[:-1], *((own_MD, others_MD) if has_dot else ()))
+        return output_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from lightning_eplb.parallel import direct_exchange
+
+        call, saved = ctx.call, ctx.saved_tensors  # recomputed now, if at all, before the trip starts
+        state, outputs = _State(*saved[:5], ctx.stride), saved[5:]
+        grad_TD, placed = _aligned(grads[0]), _placed(state)
+        region, header = call.buffers.start_trip(call.layer, COMBINE_BACKWARD)
+        direct_exchange.send(grad_TD, state.slots, None, None, call.slots_per_rank, region, header)
+        call.buffers.barrier()
+        found = []
+        for i, (first, length) in enumerate(((0, call.num_own), (call.num_own, call.num_others))):
+            if call.combine_weighs:
+                output_MD = outputs[i] if outputs else None
+                found.append(
+                    direct_exchange.expand_weighted(grad_TD, output_MD, first, length, placed, call.top_k, region)
+                )
+            else:
+                found.append((direct_exchange.expand(grad_TD, first, length, placed, call.top_k, region), None))
+        (own_MD, own_M), (others_MD, others_M) = found
+        if not ctx.needs_input_grad[4]:
+            own_M = others_M = None
+        return None, None, own_MD, others_MD if ctx.needs_input_grad[3] else None, own_M, others_M
+
+
+def _placed(state: _State) -> Any:
+    from lightning_eplb.parallel.direct_exchange import Placed
+
+    return Placed(*state[1:])
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Return contiguous rows at an address that vector instructions can read."""
+    rows = rows.contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def _by_expert(counts_RP: np.ndarray, batch: TokenBatch) -> np.ndarray:
+    """Return counts of logical experts from those of slots."""
+    expert_P = batch.slots.ravel()
+    counts_RL = np.zeros((len(counts_RP), batch.num_experts), dtype=np.int64)
+    counts_RL[:, expert_P[expert_P >= 0]] = counts_RP[:, expert_P >= 0]
+    return counts_RL

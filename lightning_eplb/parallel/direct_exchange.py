@@ -1,0 +1,370 @@
+"""Trips of direct dispatch: kernels that write tokens, partial sums and gradients into the memory of other ranks.
+
+An exchange is a trip: a kernel writes into the regions of all ranks, a barrier follows, and kernels read this rank's
+region. A region holds a header of each rank, then slots and weights of the pairs of all ranks, then rows:
+:class:`Region`. Sums are in float32 (float64 for float64 rows), over ``K`` and then over ranks, both in order.
+
+Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows that this rank computes, ``R`` ranks, ``S`` slots of a rank, ``P``
+slots of all ranks, ``D`` width of a row.
+"""
+
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_eplb.parallel.direct_kernels import (
+    count_kernel,
+    expand_kernel,
+    place_kernel,
+    receive_sums_kernel,
+    send_kernel,
+    send_sums_kernel,
+)
+from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Region
+
+MAX_BLOCK_COLUMNS = 2048
+"""Columns of a row that a program holds at a time."""
+
+PROGRAMS = 128
+"""Programs that count and place the pairs of all ranks, about as many as a GPU has multiprocessors."""
+
+TILE = 8192
+"""Numbers of a tile of pairs and slots, 64 a thread."""
+
+
+class Placed(NamedTuple):
+    """Rows that this rank computes, in the order of its experts, and their pairs.
+
+    Attributes:
+        pairs: Pair of each row, int32: ``(rank * stride + token) * K + k``. Longer than there are rows.
+        weights: Routing weight of each row, float32 or float64. As long.
+        place: Row of each pair, ``[R, stride, K]`` int32, -1 for those of other ranks.
+        ends: End of each expert's rows, int32, then the tokens of each rank, ``[R]``.
+        stride: Tokens between the pairs of two ranks.
+    """
+
+    pairs: Tensor
+    weights: Tensor
+    place: Tensor
+    ends: Tensor
+    stride: int
+
+
+def send(
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor | None,
+    slot_of_expert: Tensor | None,
+    slots_per_rank: int,
+    region: Region,
+    header: Header,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Write the header to all ranks, and each token to the ranks that compute it, but not to this one.
+
+    Args:
+        hidden_TD: Rows of this rank's tokens, contiguous.
+        index_TK: Logical experts with ``slot_of_expert``, else slots in int32, contiguous.
+        weights_TK: Routing weights, contiguous: they and the slots of all pairs go to all ranks. ``None``: rows only.
+        slot_of_expert: Routing table, ``[L + 1]`` int32.
+        slots_per_rank: Slots of a rank.
+        region: Regions of the trip.
+        header: Header of the trip.
+        counts: Tensor that is set to zeros, too, contiguous int64.
+
+    Returns:
+        Slots of the pairs, ``[T, K]`` int32.
+    """
+    (tokens, width), top_k = hidden_TD.shape, index_TK.shape[1]
+    slots_TK = index_TK if slot_of_expert is None else torch.empty_like(index_TK, dtype=torch.int32)
+    block = _block_of(width)
+    send_kernel[(max(tokens, 1),)](
+        hidden_TD,
+        index_TK,
+        hidden_TD if weights_TK is None else weights_TK,
+        index_TK if slot_of_expert is None else slot_of_expert,
+        slots_TK,
+        region.addresses if counts is None else counts,
+        region.addresses,
+        *header,
+        tokens,
+        0 if counts is None else counts.numel(),
+        region.capacity,
+        region.slots,
+        region.weights,
+        region.rows,
+        0 if slot_of_expert is None else len(slot_of_expert) - 1,
+        SLOTS=slots_per_rank,
+        WIDTH=width,
+        TOP_K=top_k,
+        TOP_K_BLOCK=triton.next_power_of_2(top_k),
+        ME=region.rank,
+        RANKS=region.num_ranks,
+        HAS_TABLE=slot_of_expert is not None,
+        HAS_WEIGHTS=weights_TK is not None,
+        SUM_DTYPE=sum_dtype(hidden_TD)[1],
+        BLOCK=block,
+        num_warps=4,
+    )
+    return slots_TK
+
+
+def place_pairs(
+    slots_S: Tensor,
+    slots_per_rank: int,
+    top_k: int,
+    dtype: torch.dtype,
+    region: Region,
+    header: Header,
+    report: Tensor,
+    errors: Tensor,
+) -> Placed:
+    """Sort the pairs that this rank computes by expert, stable, and report the counts of all ranks.
+
+    Args:
+        slots_S: Filled slots of this rank in the order in which they are computed, int32 on the device.
+        slots_per_rank: Slots of a rank.
+        top_k: ``K``.
+        dtype: Dtype of the weights in the region.
+        region: Regions of the trip.
+        header: Header of the trip.
+        report: ``[R, 8]`` headers, then ``[R, P]`` pairs, which must be zeros, then ``errors``; int64.
+        errors: ``[8]`` int64, the first mismatch of headers in earlier trips.
+    """
+    ranks, num_slots, device = region.num_ranks, region.num_ranks * slots_per_rank, region.addresses.device
+    chunks = max(1, PROGRAMS // ranks)
+    slots_block, own_block = (max(16, triton.next_power_of_2(n)) for n in (num_slots + 1, len(slots_S)))
+    counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=device)
+    count_kernel[(ranks * chunks,)](
+        counts,
+        report,
+        errors,
+        region.addresses,
+        header.tag,
+        header.sequence,
+        region.capacity,
+        region.slots,
+        TOP_K=top_k,
+        NUM_SLOTS=num_slots,
+        ME=region.rank,
+        RANKS=ranks,
+        CHUNKS=chunks,
+        PAIRS=max(16, TILE // slots_block),
+        SLOTS_BLOCK=slots_block,
+        HEADER=HEADER_WORDS,
+        num_warps=4,
+    )
+    pairs = torch.empty(2 * ranks * region.capacity * top_k, dtype=torch.int32, device=device)
+    pairs, place = pairs.view(2, -1)
+    weights = torch.empty(len(pairs), dtype=dtype, device=device)
+    ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
+    place_kernel[(ranks * chunks,)](
+        counts,
+        slots_S,
+        pairs,
+        weights,
+        place,
+        ends,
+        region.addresses,
+        len(slots_S),
+        region.capacity,
+        region.slots,
+        region.weights,
+        TOP_K=top_k,
+        FIRST_SLOT=region.rank * slots_per_rank,
+        ME=region.rank,
+        RANKS=ranks,
+        CHUNKS=chunks,
+        CHUNKS_BLOCK=triton.next_power_of_2(ranks * chunks),
+        PAIRS=max(16, TILE // slots_block),
+        OWN_PAIRS=max(16, TILE // own_block),
+        SLOTS_BLOCK=slots_block,
+        OWN_BLOCK=own_block,
+        HEADER=HEADER_WORDS,
+        num_warps=4,
+    )
+    return Placed(pairs, weights, place, ends, region.capacity)
+
+
+def expand(hidden_TD: Tensor, first: int, num_rows: int, placed: Placed, top_k: int, region: Region) -> Tensor:
+    """Gather the rows of this rank's experts, ``[num_rows, D]``, from ``hidden_TD`` and from the region.
+
+    Args:
+        hidden_TD: Rows of this rank's tokens, contiguous.
+        first: First row to gather.
+        num_rows: Number of rows.
+        placed: Pairs of the rows.
+        top_k: ``K``.
+        region: Regions of the trip.
+    """
+    out_MD = hidden_TD.new_empty(num_rows, hidden_TD.shape[1])
+    _launch_expand(hidden_TD, None, out_MD, None, first, placed, top_k, region)
+    return out_MD
+
+
+def expand_weighted(
+    grad_TD: Tensor, output_MD: Tensor | None, first: int, num_rows: int, placed: Placed, top_k: int, region: Region
+) -> tuple[Tensor, Tensor]:
+    """Gather rows as :func:`expand`, times their weights.
+
+    Returns:
+        Weighted rows, ``[num_rows, D]``, and the gradients of their weights, ``[num_rows]``: products of gathered rows
+        and ``output_MD``, or zeros if it is ``None``.
+    """
+    out_MD = grad_TD.new_empty(num_rows, grad_TD.shape[1])
+    make = torch.zeros if output_MD is None else torch.empty
+    grad_M = make(num_rows, dtype=placed.weights.dtype, device=grad_TD.device)
+    _launch_expand(grad_TD, output_MD, out_MD, grad_M, first, placed, top_k, region)
+    return out_MD, grad_M
+
+
+def _launch_expand(
+    hidden_TD: Tensor,
+    old_MD: Tensor | None,
+    out_MD: Tensor,
+    grad_M: Tensor | None,
+    first: int,
+    placed: Placed,
+    top_k: int,
+    region: Region,
+) -> None:
+    if not out_MD.numel():
+        return
+    expand_kernel[(len(out_MD),)](
+        hidden_TD,
+        hidden_TD if old_MD is None else old_MD,
+        out_MD,
+        placed.weights if grad_M is None else grad_M,
+        placed.pairs,
+        placed.weights,
+        region.addresses,
+        first,
+        placed.stride,
+        region.capacity,
+        region.rows,
+        WIDTH=out_MD.shape[1],
+        TOP_K=top_k,
+        ME=region.rank,
+        IS_WEIGHTED=grad_M is not None,
+        HAS_DOT=old_MD is not None,
+        SUM_DTYPE=sum_dtype(hidden_TD)[1],
+        BLOCK=_block_of(out_MD.shape[1]),
+        num_warps=4,
+    )
+
+
+def send_sums(
+    rows: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor] | None,
+    is_weighted: bool,
+    max_tokens: int,
+    placed: Placed,
+    top_k: int,
+    region: Region,
+    header: Header,
+) -> None:
+    """Sum the rows of each token that this rank computed, and write the sum to the token's rank, with the header.
+
+    Args:
+        rows: Rows of primaries and of redundant experts, contiguous.
+        grads: Gradients of the rows' weights, ``[M]`` each, which go to the token's rank, too.
+        is_weighted: Multiply rows by their weights.
+        max_tokens: Most tokens of a rank.
+        placed: Rows of the pairs.
+        top_k: ``K``.
+        region: Regions of the trip.
+        header: Header of the trip.
+    """
+    own_MD, others_MD = rows
+    send_sums_kernel[(max(max_tokens, 1), region.num_ranks)](
+        own_MD,
+        others_MD,
+        *((placed.weights, placed.weights) if grads is None else grads),
+        placed.place,
+        placed.weights,
+        placed.ends,
+        region.addresses,
+        *header,
+        len(placed.ends) - region.num_ranks,
+        len(own_MD),
+        placed.stride,
+        region.capacity,
+        region.weights,
+        region.rows,
+        WIDTH=own_MD.shape[1],
+        TOP_K=top_k,
+        ME=region.rank,
+        RANKS=region.num_ranks,
+        IS_WEIGHTED=is_weighted,
+        HAS_GRADS=grads is not None,
+        HAS_OTHERS=len(others_MD) > 0,
+        SUM_DTYPE=sum_dtype(own_MD)[1],
+        BLOCK=_block_of(own_MD.shape[1]),
+        num_warps=4,
+    )
+
+
+def receive_sums(
+    slots_TK: Tensor,
+    slots_per_rank: int,
+    like_1D: Tensor,
+    weights_dtype: torch.dtype | None,
+    region: Region,
+    header: Header,
+    errors: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum the sums of all ranks for each token, and take the gradients of its weights.
+
+    Args:
+        slots_TK: Slots of this rank's pairs, int32.
+        slots_per_rank: Slots of a rank.
+        like_1D: Tensor of the rows' width, dtype and device.
+        weights_dtype: Dtype of the gradients of weights. ``None`` for none.
+        region: Regions of the trip.
+        header: Header of the trip.
+        errors: ``[8]`` int64, the first mismatch of headers.
+
+    Returns:
+        ``[T, D]``, and ``[T, K]`` if ``weights_dtype`` is given.
+    """
+    tokens, top_k = slots_TK.shape
+    out_TD = like_1D.new_empty(tokens, like_1D.shape[-1])
+    grad_TK = None if weights_dtype is None else torch.empty_like(slots_TK, dtype=weights_dtype)
+    receive_sums_kernel[(max(tokens, 1),)](
+        out_TD,
+        out_TD if grad_TK is None else grad_TK,
+        slots_TK,
+        errors,
+        region.addresses,
+        header.tag,
+        header.sequence,
+        tokens,
+        region.capacity,
+        region.weights,
+        region.rows,
+        SLOTS=slots_per_rank,
+        WIDTH=out_TD.shape[1],
+        TOP_K=top_k,
+        TOP_K_BLOCK=triton.next_power_of_2(top_k),
+        ME=region.rank,
+        RANKS=region.num_ranks,
+        HAS_GRADS=grad_TK is not None,
+        SUM_DTYPE=sum_dtype(out_TD)[1],
+        BLOCK=_block_of(out_TD.shape[1]),
+        num_warps=4,
+    )
+    return out_TD, grad_TK
+
+
+def sum_dtype(rows: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    """Return the dtype of sums, and of weights in a region."""
+    return (torch.float64, tl.float64) if rows.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _block_of(width: int) -> int:
+    return min(triton.next_power_of_2(width), MAX_BLOCK_COLUMNS)
