@@ -113,8 +113,8 @@ def send_kernel(
             for d in tl.static_range(RANKS):
                 if d != ME:
                     goes = 0
-                    for k in tl.static_range(TOP_K):
-                        slot = _slot(index, table, token * TOP_K + k, True, num_experts, HAS_TABLE)
+                    for choice in tl.static_range(TOP_K):
+                        slot = _slot(index, table, token * TOP_K + choice, True, num_experts, HAS_TABLE)
                         goes += tl.where(slot // SLOTS == d, 1, 0)
                     if goes > 0:
                         rows = _area(addresses, d, rows_offset, hidden.dtype.element_ty)
@@ -389,8 +389,8 @@ def receive_sums_kernel(
             total = tl.zeros((BLOCK,), dtype=SUM_DTYPE)
             for d in tl.static_range(RANKS):
                 comes = 0
-                for k in tl.static_range(TOP_K):
-                    comes += tl.where(tl.load(slots + token * TOP_K + k) // SLOTS == d, 1, 0)
+                for choice in tl.static_range(TOP_K):
+                    comes += tl.where(tl.load(slots + token * TOP_K + choice) // SLOTS == d, 1, 0)
                 if comes > 0:
                     there = d * capacity + token
                     total += tl.load(rows + there * WIDTH + columns, mask=is_inside, other=0).to(SUM_DTYPE)
