@@ -99,6 +99,18 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Names of a module's dictionaries of the hooks that run when it is called, or in its backward pass."""
+
+
+@_uses("torch", *(f"nn.Module.{name}" for name in CALL_HOOKS))
+def has_call_hooks(module: nn.Module) -> bool:
+    """Return ``True`` if calling ``module`` runs more than its forward, now or in the backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 @_uses("torch", "nn.Module._non_persistent_buffers_set")
 def non_persistent_buffers(module: nn.Module) -> set[str]:
     """Return the names of a module's own buffers that its state dict leaves out."""
@@ -371,6 +383,16 @@ def with_experts_implementation(config: Any, name: str) -> Any:
     config = copy.copy(config)
     config._experts_implementation = name
     return config
+
+
+def gate_of(experts: Any) -> Any:
+    """Return the function that computes the gated activation of an expert module of transformers; ``None`` for none."""
+    return getattr(type(experts), "_apply_gate", None)
+
+
+def has_own_gate(experts: Any) -> bool:
+    """Return ``True`` if the gated activation was replaced on the module itself."""
+    return "_apply_gate" in vars(experts)
 
 
 @_uses("transformers", "_apply_gate")
