@@ -99,16 +99,11 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
-CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Names of a module's dictionaries of the hooks that run when it is called, or in its backward pass."""
-
-
-@_uses("torch", *(f"nn.Module.{name}" for name in CALL_HOOKS))
+@_uses("torch", *(f"nn.Module._{name}_hooks" for name in ("forward", "forward_pre", "backward", "backward_pre")))
 def has_call_hooks(module: nn.Module) -> bool:
     """Return ``True`` if calling ``module`` runs more than its forward, now or in the backward pass."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    ahead = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(ahead or module._forward_hooks or module._backward_hooks)
 
 
 @_uses("torch", "nn.Module._non_persistent_buffers_set")
@@ -385,14 +380,9 @@ def with_experts_implementation(config: Any, name: str) -> Any:
     return config
 
 
-def gate_of(experts: Any) -> Any:
-    """Return the function that computes the gated activation of an expert module of transformers; ``None`` for none."""
-    return getattr(type(experts), "_apply_gate", None)
-
-
-def has_own_gate(experts: Any) -> bool:
-    """Return ``True`` if the gated activation was replaced on the module itself."""
-    return "_apply_gate" in vars(experts)
+def gates(experts: Any) -> tuple[Any, Any]:
+    """Return the functions of an expert module's class, and of the module itself, for its gated activation."""
+    return getattr(type(experts), "_apply_gate", None), vars(experts).get("_apply_gate")
 
 
 @_uses("transformers", "_apply_gate")

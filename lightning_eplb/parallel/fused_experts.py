@@ -9,6 +9,7 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows, ``D`` model width, ``H`` 
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def fused_experts(
         weights_M: Routing weight of each row, float32 (or float64), with a gradient. ``None`` for ones.
 
     Raises:
-        RuntimeError: In a backward pass through its backward pass, which is not supported.
+        RuntimeError: In ``backward(create_graph=True)``, as second derivatives are not supported.
     """
     dtype = parameters[0].dtype
     output_MD = _FusedExperts.apply(form, rows_MD.to(dtype), ends_S, weights_M, *parameters)
@@ -90,8 +91,12 @@ class _FusedExperts(torch.autograd.Function):
         return output_MD
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable lets gradients of constants pass, without a derivative
+            raise RuntimeError(
+                "fused experts have no second derivatives, so backward(create_graph=True) is not supported. Use"
+                " parallelize_experts(fused_experts=False) or EPLBCallback(fused_experts=False)."
+            )
         from lightning_eplb.parallel.fused_kernels import Rows, activate_backward, dot_bias, sum_by_expert, sum_dtype
 
         rows_MD, ends_S, weights_M, inner_MH, *parameters = ctx.saved_tensors
@@ -174,26 +179,25 @@ def grouped_product(rows_MA: Tensor, weights_SAB: Tensor, ends_S: Tensor) -> Ten
     """Multiply each expert's rows by its weights, ``[M, B]``. Rows of no expert are undefined."""
     if _has_grouped_mm(rows_MA, weights_SAB):
         return nn.functional.grouped_mm(rows_MA, weights_SAB, offs=ends_S)
-    output_MB, start = rows_MA.new_zeros(len(rows_MA), weights_SAB.shape[-1]), 0
     with torch.autocast(rows_MA.device.type, enabled=False):
-        for expert, end in enumerate(ends_S.tolist()):
-            if end > start:
-                torch.mm(rows_MA[start:end], weights_SAB[expert], out=output_MB[start:end])
-            start = end
-    return output_MB
+        *parts, rest_MA = _split(rows_MA, ends_S)
+        products = [rows_A @ weights_SAB[expert] for expert, rows_A in enumerate(parts)]
+        return torch.cat((*products, rest_MA.new_zeros(len(rest_MA), weights_SAB.shape[-1])))
 
 
 def grouped_gradient(left_MA: Tensor, right_MB: Tensor, ends_S: Tensor) -> Tensor:
     """Multiply each expert's rows of two tensors, ``[S, A, B]``, zeros for an expert without rows."""
     if _has_grouped_mm(left_MA, right_MB):
         return nn.functional.grouped_mm(left_MA.t(), right_MB, offs=ends_S)
-    output_SAB, start = left_MA.new_zeros(len(ends_S), left_MA.shape[-1], right_MB.shape[-1]), 0
     with torch.autocast(left_MA.device.type, enabled=False):
-        for expert, end in enumerate(ends_S.tolist()):
-            if end > start:
-                torch.mm(left_MA[start:end].t(), right_MB[start:end], out=output_SAB[expert])
-            start = end
-    return output_SAB
+        pairs = zip(_split(left_MA, ends_S)[:-1], _split(right_MB, ends_S)[:-1], strict=True)
+        return torch.stack([left_A.t() @ right_B for left_A, right_B in pairs])
+
+
+def _split(rows: Tensor, ends_S: Tensor) -> list[Tensor]:
+    """Return each expert's rows, then those of no expert."""
+    ends = [0, *ends_S.tolist(), len(rows)]
+    return [rows[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _weight_gradient(form: FusedForm, inputs_MA: Tensor, grad_MB: Tensor, ends_S: Tensor) -> Tensor:
@@ -203,9 +207,9 @@ def _weight_gradient(form: FusedForm, inputs_MA: Tensor, grad_MB: Tensor, ends_S
 
 
 def _has_grouped_mm(*operands: Tensor) -> bool:
-    """Return ``True`` if ``grouped_mm`` takes these operands without waiting for the device."""
+    """Return ``True`` if ``grouped_mm`` takes these operands. Only in bfloat16 it does not wait for the device."""
     first = operands[0]
-    if first.dtype != torch.bfloat16 or not first.is_cuda or not _is_supported(first.device):
+    if first.dtype == torch.float64 or not first.is_cuda or not _is_supported(first.device):
         return False
     return all(map(_is_aligned, operands)) and len(first) > 0
 

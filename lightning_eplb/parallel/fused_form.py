@@ -151,7 +151,7 @@ def recognize(module: nn.Module) -> FusedForm | str:
 
 def why_not_plain(module: nn.Module) -> str | None:
     """Return the first thing beside class and parameters that could change what ``module`` computes."""
-    if "forward" in vars(module) or _compat.has_own_gate(module):
+    if "forward" in vars(module) or _compat.gates(module)[1] is not None:
         return "its forward was replaced on the module itself"
     if is_parametrized(module):
         return "its parameters are computed by parametrizations"
@@ -163,7 +163,8 @@ def why_not_plain(module: nn.Module) -> str | None:
         return "it has buffers"
     if any(True for child in module.children() for _ in child.parameters()):
         return "its submodules have parameters"
-    if _compat.has_call_hooks(module):
+    is_converted = getattr(module, "expert_layer", None) is not None  # then FSDP2 may have added hooks of its own
+    if not is_converted and _compat.has_call_hooks(module):
         return "it has hooks"
     return why_not_children(module)
 
@@ -219,9 +220,10 @@ class _Trial:
 
     def _forms(self) -> Iterator[FusedForm]:
         limits, alphas = self._numbers("limit", "swiglu_limit"), self._numbers("alpha", "swiglu_alpha")
-        kinds = [(SIGMOID, alpha) for alpha in dict.fromkeys((1.0, *alphas, QUICK_GELU_ALPHA))]
+        kinds = [(SIGMOID, alpha) for alpha in dict.fromkeys((*alphas, 1.0, QUICK_GELU_ALPHA))]
         kinds += [(kind, 1.0) for kind in (GELU, GELU_TANH, RELU, RELU_SQUARED)]
-        layouts = (CONCATENATED, INTERLEAVED) if self.is_gated else (PLAIN,)
+        is_interleaved = not getattr(self.module, "is_concatenated", True)
+        layouts = (CONCATENATED, INTERLEAVED)[:: -1 if is_interleaved else 1] if self.is_gated else (PLAIN,)
         offsets = (0.0, 1.0) if self.is_gated else (0.0,)
         for layout, (kind, alpha), limit, offset in itertools.product(layouts, kinds, (*limits, 0.0), offsets):
             constants = ActivationArguments(kind, alpha, limit, offset, layout)

@@ -8,6 +8,7 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows, ``D`` model width, ``S`` 
 """
 
 # pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import torch
 import triton
