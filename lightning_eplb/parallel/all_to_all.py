@@ -51,6 +51,11 @@ class AllToAllDispatcher(TokenDispatcher):
     """
 
     @property
+    def way(self) -> str:
+        """Phrase for messages."""
+        return "by all_to_all_single"
+
+    @property
     def bytes_in_parts(self) -> float:
         """Bytes of tokens of the fullest rank from which on they travel in two parts. ``math.inf`` for never.
 

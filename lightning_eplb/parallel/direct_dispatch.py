@@ -23,7 +23,6 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows that this rank computes, `
 slots of a rank, ``P`` slots of all ranks, ``D`` model width.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +61,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 DISPATCH, COMBINE, COMBINE_BACKWARD, DISPATCH_BACKWARD = range(len(KINDS))
 
-_log = logging.getLogger(__name__)
-
 
 class DirectDispatcher(TokenDispatcher):
     """Exchange of tokens through symmetric memory where that is possible, and by ``all_to_all_single`` elsewhere."""
@@ -75,12 +72,11 @@ class DirectDispatcher(TokenDispatcher):
         super().__init__(groups)
         self.all_to_all = AllToAllDispatcher(groups)
         """Dispatcher for what can't be dispatched directly."""
-        self.is_direct = False
-        """The last batch was dispatched directly."""
+        self.reason: str | None = "no batch came yet"
+        """Why the last batch was not dispatched directly. ``None`` if it was."""
         self._buffers: SymmetricBuffers = None  # type: ignore[assignment]
         self._layer_id = 0
         self._slots_S: Tensor | None = None
-        self._told: Any = None
 
     def why_not(self, batch: TokenBatch) -> str | None:
         """Return why a batch can't be dispatched directly, for reasons that are the same on all ranks."""
@@ -91,6 +87,16 @@ class DirectDispatcher(TokenDispatcher):
         if batch.hidden.dtype not in DTYPES:
             return f"hidden states are {batch.hidden.dtype}"
         return None
+
+    @property
+    def is_direct(self) -> bool:
+        """``True`` if the last batch was dispatched directly."""
+        return self.reason is None
+
+    @property
+    def way(self) -> str:
+        """Phrase for messages."""
+        return "directly, through symmetric memory" if self.is_direct else f"{self.all_to_all.way}, as {self.reason}"
 
     @property
     def for_uneven_calls(self) -> TokenDispatcher:
@@ -106,19 +112,19 @@ class DirectDispatcher(TokenDispatcher):
             counts, payloads_R = gather_counts(torch.cat((counts_L, without_expert)), self.groups, payload)
             max_tokens = int(counts.sum(axis=1).max()) // batch.top_k
             if (reason := self._fit(batch, max_tokens)) is None:
-                self._tell(None)
+                self.reason = None
                 return TokenCounts(counts[:, :-1], payloads_R, self, (max_tokens, None))
-            self._tell(reason)
+            self.reason = reason
             return TokenCounts(counts[:, :-1], payloads_R, self.all_to_all)
         while reason is None:
             trip = self._send(batch, batch.index, batch.slot_of_expert, self._all_slots(batch), payload)
             headers_R8, counts_RP = self._wait(batch)
             max_tokens = int(headers_R8[:, 2].max())
             if max_tokens <= trip.region.capacity:
-                self._tell(None)
+                self.reason = None
                 return TokenCounts(_by_expert(counts_RP, batch), headers_R8[:, 3], self, (max_tokens, trip))
             reason = self._fit(batch, max_tokens)  # then all ranks send again
-        self._tell(reason)
+        self.reason = reason
         return self.all_to_all.count(batch, payload)
 
     def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> "_Handle":
@@ -218,30 +224,21 @@ class DirectDispatcher(TokenDispatcher):
         )
         buffers.barrier()
         dtype, _ = direct_exchange.sum_dtype(hidden_TD)
-        placed = direct_exchange.place_pairs(
-            served_S, slots_per_rank, batch.top_k, dtype, region, header, report.device, buffers.errors
+        counted = direct_exchange.count_pairs(
+            slots_per_rank, batch.top_k, region, header, report.device, buffers.errors
         )
+        report.copy_to_host()
+        placed = direct_exchange.place_pairs(served_S, slots_per_rank, batch.top_k, dtype, region, counted)
         return _Trip(_State(slots_TK, *placed), region)
 
     def _wait(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
         """Wait for headers and counts of all ranks, ``[R, 8]`` and ``[R, P]``."""
         report = self._buffers.report(batch.slots.size)
-        report.copy_to_host()
         self._buffers.wait(report.event, batch.layer)
         values, first = report.host.numpy().copy(), self.groups.size * HEADER_WORDS
         headers_R8 = values[:first].reshape(self.groups.size, HEADER_WORDS)
         self._buffers.check(headers_R8, values[-ERROR_WORDS:])
         return headers_R8, values[first:-ERROR_WORDS].reshape(self.groups.size, batch.slots.size)
-
-    def _tell(self, reason: str | None) -> None:
-        """Log once which way tokens go."""
-        if self._told != (reason,):
-            self._told = (reason,)
-            self.is_direct = reason is None
-            way = "directly, through symmetric memory" if reason is None else f"by all_to_all_single: {reason}"
-            if self.groups.shared.get("way of tokens") != way:
-                self.groups.shared["way of tokens"] = way
-                _log.info("Experts exchange tokens %s", way)
 
 
 class _State(NamedTuple):

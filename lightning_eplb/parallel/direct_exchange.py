@@ -30,8 +30,8 @@ from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Regi
 MAX_BLOCK_COLUMNS = 2048
 """Columns of a row that a program holds at a time."""
 
-PROGRAMS = 128
-"""Programs that count and place the pairs of all ranks, about as many as a GPU has multiprocessors."""
+PROGRAMS = 256
+"""Programs that count and place the pairs of all ranks, about twice as many as a GPU has multiprocessors."""
 
 TILE = 8192
 """Numbers of a tile of pairs and slots, 64 a thread."""
@@ -114,32 +114,26 @@ def send(
     return slots_TK
 
 
-def place_pairs(
-    slots_S: Tensor,
-    slots_per_rank: int,
-    top_k: int,
-    dtype: torch.dtype,
-    region: Region,
-    header: Header,
-    report: Tensor,
-    errors: Tensor,
-) -> Placed:
-    """Sort the pairs that this rank computes by expert, stable, and report the counts of all ranks.
+def count_pairs(
+    slots_per_rank: int, top_k: int, region: Region, header: Header, report: Tensor, errors: Tensor
+) -> Tensor:
+    """Count the pairs of all ranks for each slot, and report the counts and the headers.
 
     Args:
-        slots_S: Filled slots of this rank in the order in which they are computed, int32 on the device.
         slots_per_rank: Slots of a rank.
         top_k: ``K``.
-        dtype: Dtype of the weights in the region.
         region: Regions of the trip.
         header: Header of the trip.
         report: ``[R, 8]`` headers, then ``[R, P]`` pairs, which must be zeros, then ``errors``; int64.
         errors: ``[8]`` int64, the first mismatch of headers in earlier trips.
+
+    Returns:
+        Counts of chunks of pairs, for :func:`place_pairs`.
     """
-    ranks, num_slots, device = region.num_ranks, region.num_ranks * slots_per_rank, region.addresses.device
+    ranks, num_slots = region.num_ranks, region.num_ranks * slots_per_rank
     chunks = max(1, PROGRAMS // ranks)
-    slots_block, own_block = (max(16, triton.next_power_of_2(n)) for n in (num_slots + 1, len(slots_S)))
-    counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=device)
+    slots_block = max(16, triton.next_power_of_2(num_slots + 1))
+    counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=report.device)
     count_kernel[(ranks * chunks,)](
         counts,
         report,
@@ -159,11 +153,28 @@ def place_pairs(
         HEADER=HEADER_WORDS,
         num_warps=4,
     )
-    pairs = torch.empty(2 * ranks * region.capacity * top_k, dtype=torch.int32, device=device)
-    pairs, place = pairs.view(2, -1)
+    return counts
+
+
+def place_pairs(
+    slots_S: Tensor, slots_per_rank: int, top_k: int, dtype: torch.dtype, region: Region, counts: Tensor
+) -> Placed:
+    """Sort the pairs that this rank computes by expert, stable.
+
+    Args:
+        slots_S: Filled slots of this rank in the order in which they are computed, int32 on the device.
+        slots_per_rank: Slots of a rank.
+        top_k: ``K``.
+        dtype: Dtype of the weights in the region.
+        region: Regions of the trip.
+        counts: Return value of :func:`count_pairs`.
+    """
+    (programs, slots_block), ranks, device = counts.shape, region.num_ranks, counts.device
+    own_block = max(16, triton.next_power_of_2(len(slots_S)))
+    pairs, place = torch.empty(2, ranks * region.capacity * top_k, dtype=torch.int32, device=device).unbind()
     weights = torch.empty(len(pairs), dtype=dtype, device=device)
     ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
-    place_kernel[(ranks * chunks,)](
+    place_kernel[(programs,)](
         counts,
         slots_S,
         pairs,
@@ -179,14 +190,14 @@ def place_pairs(
         FIRST_SLOT=region.rank * slots_per_rank,
         ME=region.rank,
         RANKS=ranks,
-        CHUNKS=chunks,
-        CHUNKS_BLOCK=triton.next_power_of_2(ranks * chunks),
+        CHUNKS=programs // ranks,
+        CHUNKS_BLOCK=triton.next_power_of_2(programs),
         PAIRS=max(16, TILE // slots_block),
         OWN_PAIRS=max(16, TILE // own_block),
         SLOTS_BLOCK=slots_block,
         OWN_BLOCK=own_block,
         HEADER=HEADER_WORDS,
-        num_warps=4,
+        num_warps=8,
     )
     return Placed(pairs, weights, place, ends, region.capacity)
 

@@ -110,6 +110,11 @@ class TokenDispatcher(ABC):
         self.groups = groups
 
     @property
+    def way(self) -> str:
+        """Phrase for messages: how tokens travel, after the first batch."""
+        return f"by {type(self).__name__}"
+
+    @property
     def for_uneven_calls(self) -> "TokenDispatcher":
         """Dispatcher for calls that some ranks join without tokens, with counts that they know already."""
         return self

@@ -22,6 +22,7 @@ from lightning_eplb.parallel.dispatch import TokenBatch, TokenCounts, empty_inde
 from lightning_eplb.parallel.dispatch_plan import Routing, count_tokens, route
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
+from lightning_eplb.parallel.fused_experts import FusedForm, compute_tokens, fused_experts
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
 from lightning_eplb.parallel.protocol_trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
@@ -43,10 +44,30 @@ class ParallelExperts(nn.Module):
         Extra arguments of the original are passed on to it, or dispatched with the tokens.
         """
         if self.expert_layer.groups.size == 1:
+            if self.expert_layer.fused_choice.form is not None:
+                return self._forward_fused(*args, **kwargs)
             output = super().forward(*args, **kwargs)
             self._record_local(*args, **kwargs)  # after the launches, so that no device waits for the host
             return output
         return self._forward_over_ranks(*args, **kwargs)
+
+    @torch.compiler.disable()
+    def _forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute all experts on this rank by fused kernels, or by the original forward where they can't."""
+        layer, choice = self.expert_layer, self.expert_layer.fused_choice
+        assert choice.form is not None
+        hidden_TD, index_TK, weights_TK = arguments = self._arguments(*args, **kwargs)
+        is_plain = len(args) + len(kwargs) == 3 and self._follow_protocol(arguments)
+        weights = self._whole([getattr(self, name) for name in choice.form.names])
+        form = choice.form_for(self, weights, has_other_arguments=not is_plain)
+        layer.report_path()
+        if form is None or not index_TK.numel():
+            output = super().forward(*args, **kwargs)
+            self._record_local(*args, **kwargs)
+            return output
+        output_TD, counts_L = compute_tokens(form, weights, hidden_TD, index_TK, weights_TK)
+        layer.record(LayerLoad(counts_L))
+        return output_TD
 
     @torch.compiler.disable()
     def _record_local(self, *args: Any, **kwargs: Any) -> None:
@@ -60,13 +81,20 @@ class ParallelExperts(nn.Module):
         named = dict(zip(names, args, strict=False)) | kwargs
         return [named.get(name) for name in names]  # type: ignore[misc]
 
+    @staticmethod
+    def _follow_protocol(arguments: Sequence[Any]) -> bool:
+        if not all(isinstance(x, Tensor) for x in arguments):
+            return False
+        hidden_TD, index_TK, weights_TK = arguments
+        has_shapes = hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
+        return has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point()
+
     def _check(self, arguments: Sequence[Any]) -> None:
         """Raise, before any collective, if arguments break the protocol. All ranks run one model, so all raise."""
-        hidden_TD, index_TK, weights_TK = arguments
+        _, index_TK, _ = arguments
         are_tensors = all(isinstance(x, Tensor) for x in arguments)
-        has_shapes = are_tensors and hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
         layer = self.expert_layer
-        if has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point():
+        if self._follow_protocol(arguments):
             if layer.reads_first_choice_only and index_TK.shape[1] > 1:
                 raise ValueError(
                     f"{layer.name} ({layer.original_class.__name__}) was called with {index_TK.shape[1]} choices a"
@@ -94,13 +122,15 @@ class ParallelExperts(nn.Module):
         if layer.gradient_sync is not None:
             layer.gradient_sync.watch(layer.index, list(self.parameters(recurse=False)))
         payload = gradient_hooks.wrap_hooks(self, layer) | HAS_EXTRA_ARGUMENTS * extra.is_given
-        batch = self._batch(hidden_TD, index_TK, weights_TK)
+        form = layer.fused_choice.form_for(self, self._local_parameters(), has_other_arguments=bool(extra.values))
+        batch = self._batch(hidden_TD, index_TK, weights_TK, form)
         if layer.join is not None:
             counts_L = batch.sorted_pairs[1]
             joined = layer.join.gather_counts(self, hidden_TD, weights_TK, counts_L, payload)
             counts = TokenCounts(*joined, layer.dispatcher.for_uneven_calls)
         else:  # the one device synchronization
             counts = layer.dispatcher.count(batch, payload)
+        layer.report_path()
         payloads_R = counts.payloads
         has_hooks = gradient_hooks.check_hooks(payloads_R & ~HAS_EXTRA_ARGUMENTS, self, layer)
         if (payloads_R & HAS_EXTRA_ARGUMENTS).any():
@@ -111,7 +141,7 @@ class ParallelExperts(nn.Module):
             if output_TD is not None:
                 layer.cancel_prefetch()
                 return output_TD
-        return self._compute(batch, counts, has_hooks, extra)
+        return self._compute(batch, counts, has_hooks, extra, form)
 
     def compute_for_others(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
         """Compute tokens of other ranks, which call this layer while this rank does not. In evaluation only.
@@ -121,17 +151,14 @@ class ParallelExperts(nn.Module):
             weights_TK: Empty routing weights, ``[0, K]``.
             counts_RL: Tokens of each rank and logical expert.
         """
-        batch = self._batch(hidden_TD, empty_index(weights_TK), weights_TK)
+        form = self.expert_layer.fused_choice.form_for(self, self._local_parameters(), has_other_arguments=False)
+        batch = self._batch(hidden_TD, empty_index(weights_TK), weights_TK, form)
         counts = TokenCounts(
             counts_RL, np.zeros(len(counts_RL), dtype=np.int64), self.expert_layer.dispatcher.for_uneven_calls
         )
-        self._compute(batch, counts, has_hooks=False, extra=ExtraArguments([], {}))
+        self._compute(batch, counts, has_hooks=False, extra=ExtraArguments([], {}), form=form)
 
-    def _experts_weigh(self, hidden_TD: Tensor) -> bool:
-        """Return ``True`` if the experts can multiply rows by their routing weights. The same on all ranks."""
-        return False
-
-    def _batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> TokenBatch:
+    def _batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, form: FusedForm | None) -> TokenBatch:
         layer = self.expert_layer
         return TokenBatch(
             layer.name,
@@ -141,10 +168,17 @@ class ParallelExperts(nn.Module):
             layer.num_logical_experts,
             layer.slot_of_expert(hidden_TD.device),
             layer.slot_map.slots,
-            self._experts_weigh(hidden_TD),
+            form is not None,
         )
 
-    def _compute(self, batch: TokenBatch, counts: TokenCounts, has_hooks: bool, extra: ExtraArguments) -> Tensor:
+    def _compute(
+        self,
+        batch: TokenBatch,
+        counts: TokenCounts,
+        has_hooks: bool,
+        extra: ExtraArguments,
+        form: FusedForm | None,
+    ) -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts.counts)
@@ -166,7 +200,7 @@ class ParallelExperts(nn.Module):
             redundant.send_weights()
         if prefetches:
             layer.prefetcher.prefetch_after(layer.index)
-        call = _CallState(batch.weights.dtype, CounterUpdates(self, layer.per_expert.counters), extra)
+        call = _CallState(batch.weights.dtype, CounterUpdates(self, layer.per_expert.counters), extra, form)
         experts = slot_map.slots[groups.rank, routes.serving_order].tolist()
         for i, part in enumerate(parts):
             own, others = dispatcher.receive(handle, i)
@@ -252,6 +286,8 @@ class ParallelExperts(nn.Module):
         Tie every tensor that was exchanged to the output.
         """
         layer, hidden_MD = self.expert_layer, rows.hidden
+        if call.form is not None and len(hidden_MD):
+            return fused_experts(call.form, rows.weights, hidden_MD, rows.ends, rows.row_weights)
         if len(hidden_MD):
             local = self._original_with(rows.weights, rows.experts)
             if grouped_mm.takes_sorted_rows(local):
@@ -262,6 +298,8 @@ class ParallelExperts(nn.Module):
             output_MD = self._original_forward(local, hidden_MD, slots_M.unsqueeze(-1), ones, rows.extra)
             call.counters.add(local, rows.experts)
             return _Tie.apply(output_MD, *self._shared_parameters()) if layer.per_expert.has_modules else output_MD
+        if call.form is not None:  # in the dtype of the rows
+            return _Tie.apply(hidden_MD.new_empty(hidden_MD.shape), hidden_MD, *rows.weights)
         no_output = self._sample_output(hidden_MD, call.weights_dtype, call.extra)[:0]
         shared = [*self._shared_parameters(), *call.extra.parameters()]
         return _Tie.apply(no_output, *shared, hidden_MD, *rows.weights)
@@ -317,13 +355,18 @@ class ParallelExperts(nn.Module):
         views: autograd runs the backward passes of views one after the other, the last one first on every rank.
         Parameters that get their gradients from one function are ready at once, and their order is arbitrary.
         """
-        dtype = self.expert_layer.compute_dtype
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters(recurse=False)]
         if has_hooks:
             parameters = [parameter.view_as(parameter) for parameter in parameters]
         if rows is not None:
             parameters = [parameter[:rows] for parameter in parameters]
-        return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]
+        return self._whole(parameters)
+
+    def _whole(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's parts of DTensors, and all in the dtype to compute in."""
+        dtype = self.expert_layer.compute_dtype
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in local]
 
     def _original_with(self, weights: Sequence[Tensor], experts: Sequence[int]) -> nn.Module:
         """Return a module of the original class that computes ``experts`` with ``weights``."""
@@ -338,6 +381,7 @@ class _CallState(NamedTuple):
     weights_dtype: torch.dtype
     counters: CounterUpdates
     extra: ExtraArguments
+    form: FusedForm | None
 
 
 class _ExpertRows(NamedTuple):
