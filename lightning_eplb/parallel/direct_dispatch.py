@@ -127,6 +127,11 @@ class DirectDispatcher(TokenDispatcher):
         self.reason = reason
         return self.all_to_all.count(batch, payload)
 
+    def divides_gradients(self, batch: TokenBatch) -> bool:
+        """Divide gradients in the kernels that copy them, where that is exact: by a power of two, in a wide range."""
+        size = self.groups.size
+        return batch.experts_weigh and size & (size - 1) == 0 and batch.hidden.dtype != torch.float16
+
     def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> "_Handle":
         """Copy the tokens to rows, which were sent by :meth:`count`, or are sent now."""
         max_tokens, trip = in_flight
@@ -143,6 +148,7 @@ class DirectDispatcher(TokenDispatcher):
             num_own,
             int(routing.received.sum()) - num_own,
             not batch.experts_weigh,
+            self.groups.size if self.divides_gradients(batch) else 1,
         )
         own_MD, others_MD, own_M, others_M = _Dispatch.apply(call, trip, batch.hidden, batch.weights)
         return _Handle(batch, routing, call, trip.state, (own_MD, others_MD), (own_M, others_M))
@@ -269,6 +275,7 @@ class _Call(NamedTuple):
         num_own: Rows of this rank's primaries.
         num_others: Rows of its redundant experts.
         combine_weighs: Rows are weighted when they are summed, and not by the experts.
+        divisor: Number that gradients of outputs are divided by, and those of tokens and weights multiplied.
     """
 
     buffers: SymmetricBuffers
@@ -279,6 +286,7 @@ class _Call(NamedTuple):
     num_own: int
     num_others: int
     combine_weighs: bool
+    divisor: int
 
 
 @dataclass(eq=False)
@@ -329,6 +337,7 @@ class _Dispatch(torch.autograd.Function):
             call.top_k,
             region,
             header,
+            call.divisor,
         )
         call.buffers.barrier()
         weights_dtype = ctx.weights_dtype if ctx.needs_input_grad[3] else None
@@ -386,7 +395,8 @@ class _Combine(torch.autograd.Function):
                     direct_exchange.expand_weighted(grad_TD, output_MD, first, length, placed, call.top_k, region)
                 )
             else:
-                found.append((direct_exchange.expand(grad_TD, first, length, placed, call.top_k, region), None))
+                rows_MD = direct_exchange.expand(grad_TD, first, length, placed, call.top_k, region, call.divisor)
+                found.append((rows_MD, None))
         (own_MD, own_M), (others_MD, others_M) = found
         if not ctx.needs_input_grad[4]:
             own_M = others_M = None

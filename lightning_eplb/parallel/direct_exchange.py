@@ -25,6 +25,7 @@ from lightning_eplb.parallel.direct_kernels import (
     send_kernel,
     send_sums_kernel,
 )
+from lightning_eplb.parallel.kernel_launch import KernelLauncher
 from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Region
 
 MAX_BLOCK_COLUMNS = 2048
@@ -35,6 +36,12 @@ PROGRAMS = 256
 
 TILE = 8192
 """Numbers of a tile of pairs and slots, 64 a thread."""
+
+
+_send, _count, _place, _expand, _send_sums, _receive_sums = (
+    KernelLauncher(kernel)
+    for kernel in (send_kernel, count_kernel, place_kernel, expand_kernel, send_sums_kernel, receive_sums_kernel)
+)
 
 
 class Placed(NamedTuple):
@@ -83,33 +90,39 @@ def send(
     (tokens, width), top_k = hidden_TD.shape, index_TK.shape[1]
     slots_TK = index_TK if slot_of_expert is None else torch.empty_like(index_TK, dtype=torch.int32)
     block = _block_of(width)
-    send_kernel[(max(tokens, 1),)](
-        hidden_TD,
-        index_TK,
-        hidden_TD if weights_TK is None else weights_TK,
-        index_TK if slot_of_expert is None else slot_of_expert,
-        slots_TK,
-        region.addresses if counts is None else counts,
-        region.addresses,
-        *header,
-        tokens,
-        0 if counts is None else counts.numel(),
-        region.capacity,
-        region.slots,
-        region.weights,
-        region.rows,
-        0 if slot_of_expert is None else len(slot_of_expert) - 1,
-        SLOTS=slots_per_rank,
-        WIDTH=width,
-        TOP_K=top_k,
-        TOP_K_BLOCK=triton.next_power_of_2(top_k),
-        ME=region.rank,
-        RANKS=region.num_ranks,
-        HAS_TABLE=slot_of_expert is not None,
-        HAS_WEIGHTS=weights_TK is not None,
-        SUM_DTYPE=sum_dtype(hidden_TD)[1],
-        BLOCK=block,
-        num_warps=4,
+    _send(
+        (max(tokens, 1),),
+        (
+            hidden_TD,
+            index_TK,
+            hidden_TD if weights_TK is None else weights_TK,
+            index_TK if slot_of_expert is None else slot_of_expert,
+            slots_TK,
+            region.addresses if counts is None else counts,
+            region.addresses,
+        ),
+        (
+            *header,
+            tokens,
+            0 if counts is None else counts.numel(),
+            region.capacity,
+            region.slots,
+            region.weights,
+            region.rows,
+            0 if slot_of_expert is None else len(slot_of_expert) - 1,
+        ),
+        (
+            slots_per_rank,
+            width,
+            top_k,
+            triton.next_power_of_2(top_k),
+            region.rank,
+            region.num_ranks,
+            slot_of_expert is not None,
+            weights_TK is not None,
+            sum_dtype(hidden_TD)[1],
+            block,
+        ),
     )
     return slots_TK
 
@@ -134,24 +147,11 @@ def count_pairs(
     chunks = max(1, PROGRAMS // ranks)
     slots_block = max(16, triton.next_power_of_2(num_slots + 1))
     counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=report.device)
-    count_kernel[(ranks * chunks,)](
-        counts,
-        report,
-        errors,
-        region.addresses,
-        header.tag,
-        header.sequence,
-        region.capacity,
-        region.slots,
-        TOP_K=top_k,
-        NUM_SLOTS=num_slots,
-        ME=region.rank,
-        RANKS=ranks,
-        CHUNKS=chunks,
-        PAIRS=max(16, TILE // slots_block),
-        SLOTS_BLOCK=slots_block,
-        HEADER=HEADER_WORDS,
-        num_warps=4,
+    _count(
+        (ranks * chunks,),
+        (counts, report, errors, region.addresses),
+        (header.tag, header.sequence, region.capacity, region.slots),
+        (top_k, num_slots, region.rank, ranks, chunks, max(16, TILE // slots_block), slots_block, HEADER_WORDS),
     )
     return counts
 
@@ -174,35 +174,31 @@ def place_pairs(
     pairs, place = torch.empty(2, ranks * region.capacity * top_k, dtype=torch.int32, device=device).unbind()
     weights = torch.empty(len(pairs), dtype=dtype, device=device)
     ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
-    place_kernel[(programs,)](
-        counts,
-        slots_S,
-        pairs,
-        weights,
-        place,
-        ends,
-        region.addresses,
-        len(slots_S),
-        region.capacity,
-        region.slots,
-        region.weights,
-        TOP_K=top_k,
-        FIRST_SLOT=region.rank * slots_per_rank,
-        ME=region.rank,
-        RANKS=ranks,
-        CHUNKS=programs // ranks,
-        CHUNKS_BLOCK=triton.next_power_of_2(programs),
-        PAIRS=max(16, TILE // slots_block),
-        OWN_PAIRS=max(16, TILE // own_block),
-        SLOTS_BLOCK=slots_block,
-        OWN_BLOCK=own_block,
-        HEADER=HEADER_WORDS,
+    _place(
+        (programs,),
+        (counts, slots_S, pairs, weights, place, ends, region.addresses),
+        (len(slots_S), region.capacity, region.slots, region.weights),
+        (
+            top_k,
+            region.rank * slots_per_rank,
+            region.rank,
+            ranks,
+            programs // ranks,
+            triton.next_power_of_2(programs),
+            max(16, TILE // slots_block),
+            max(16, TILE // own_block),
+            slots_block,
+            own_block,
+            HEADER_WORDS,
+        ),
         num_warps=8,
     )
     return Placed(pairs, weights, place, ends, region.capacity)
 
 
-def expand(hidden_TD: Tensor, first: int, num_rows: int, placed: Placed, top_k: int, region: Region) -> Tensor:
+def expand(
+    hidden_TD: Tensor, first: int, num_rows: int, placed: Placed, top_k: int, region: Region, divisor: int = 1
+) -> Tensor:
     """Gather the rows of this rank's experts, ``[num_rows, D]``, from ``hidden_TD`` and from the region.
 
     Args:
@@ -212,9 +208,10 @@ def expand(hidden_TD: Tensor, first: int, num_rows: int, placed: Placed, top_k: 
         placed: Pairs of the rows.
         top_k: ``K``.
         region: Regions of the trip.
+        divisor: Number that rows are divided by. Defaults to 1.
     """
     out_MD = hidden_TD.new_empty(num_rows, hidden_TD.shape[1])
-    _launch_expand(hidden_TD, None, out_MD, None, first, placed, top_k, region)
+    _launch_expand(hidden_TD, None, out_MD, None, first, placed, top_k, region, divisor)
     return out_MD
 
 
@@ -243,29 +240,32 @@ def _launch_expand(
     placed: Placed,
     top_k: int,
     region: Region,
+    divisor: int = 1,
 ) -> None:
     if not out_MD.numel():
         return
-    expand_kernel[(len(out_MD),)](
-        hidden_TD,
-        hidden_TD if old_MD is None else old_MD,
-        out_MD,
-        placed.weights if grad_M is None else grad_M,
-        placed.pairs,
-        placed.weights,
-        region.addresses,
-        first,
-        placed.stride,
-        region.capacity,
-        region.rows,
-        WIDTH=out_MD.shape[1],
-        TOP_K=top_k,
-        ME=region.rank,
-        IS_WEIGHTED=grad_M is not None,
-        HAS_DOT=old_MD is not None,
-        SUM_DTYPE=sum_dtype(hidden_TD)[1],
-        BLOCK=_block_of(out_MD.shape[1]),
-        num_warps=4,
+    _expand(
+        (len(out_MD),),
+        (
+            hidden_TD,
+            hidden_TD if old_MD is None else old_MD,
+            out_MD,
+            placed.weights if grad_M is None else grad_M,
+            placed.pairs,
+            placed.weights,
+            region.addresses,
+        ),
+        (first, placed.stride, region.capacity, region.rows),
+        (
+            out_MD.shape[1],
+            top_k,
+            region.rank,
+            grad_M is not None,
+            old_MD is not None,
+            divisor,
+            sum_dtype(hidden_TD)[1],
+            _block_of(out_MD.shape[1]),
+        ),
     )
 
 
@@ -278,6 +278,7 @@ def send_sums(
     top_k: int,
     region: Region,
     header: Header,
+    factor: int = 1,
 ) -> None:
     """Sum the rows of each token that this rank computed, and write the sum to the token's rank, with the header.
 
@@ -290,33 +291,41 @@ def send_sums(
         top_k: ``K``.
         region: Regions of the trip.
         header: Header of the trip.
+        factor: Number that sums and gradients are multiplied by. Defaults to 1.
     """
     own_MD, others_MD = rows
-    send_sums_kernel[(max(max_tokens, 1), region.num_ranks)](
-        own_MD,
-        others_MD,
-        *((placed.weights, placed.weights) if grads is None else grads),
-        placed.place,
-        placed.weights,
-        placed.ends,
-        region.addresses,
-        *header,
-        len(placed.ends) - region.num_ranks,
-        len(own_MD),
-        placed.stride,
-        region.capacity,
-        region.weights,
-        region.rows,
-        WIDTH=own_MD.shape[1],
-        TOP_K=top_k,
-        ME=region.rank,
-        RANKS=region.num_ranks,
-        IS_WEIGHTED=is_weighted,
-        HAS_GRADS=grads is not None,
-        HAS_OTHERS=len(others_MD) > 0,
-        SUM_DTYPE=sum_dtype(own_MD)[1],
-        BLOCK=_block_of(own_MD.shape[1]),
-        num_warps=4,
+    _send_sums(
+        (max(max_tokens, 1), region.num_ranks),
+        (
+            own_MD,
+            others_MD,
+            *((placed.weights, placed.weights) if grads is None else grads),
+            placed.place,
+            placed.weights,
+            placed.ends,
+            region.addresses,
+        ),
+        (
+            *header,
+            len(placed.ends) - region.num_ranks,
+            len(own_MD),
+            placed.stride,
+            region.capacity,
+            region.weights,
+            region.rows,
+        ),
+        (
+            own_MD.shape[1],
+            top_k,
+            region.rank,
+            region.num_ranks,
+            is_weighted,
+            grads is not None,
+            len(others_MD) > 0,
+            factor,
+            sum_dtype(own_MD)[1],
+            _block_of(own_MD.shape[1]),
+        ),
     )
 
 
@@ -346,28 +355,21 @@ def receive_sums(
     tokens, top_k = slots_TK.shape
     out_TD = like_1D.new_empty(tokens, like_1D.shape[-1])
     grad_TK = None if weights_dtype is None else torch.empty_like(slots_TK, dtype=weights_dtype)
-    receive_sums_kernel[(max(tokens, 1),)](
-        out_TD,
-        out_TD if grad_TK is None else grad_TK,
-        slots_TK,
-        errors,
-        region.addresses,
-        header.tag,
-        header.sequence,
-        tokens,
-        region.capacity,
-        region.weights,
-        region.rows,
-        SLOTS=slots_per_rank,
-        WIDTH=out_TD.shape[1],
-        TOP_K=top_k,
-        TOP_K_BLOCK=triton.next_power_of_2(top_k),
-        ME=region.rank,
-        RANKS=region.num_ranks,
-        HAS_GRADS=grad_TK is not None,
-        SUM_DTYPE=sum_dtype(out_TD)[1],
-        BLOCK=_block_of(out_TD.shape[1]),
-        num_warps=4,
+    _receive_sums(
+        (max(tokens, 1),),
+        (out_TD, out_TD if grad_TK is None else grad_TK, slots_TK, errors, region.addresses),
+        (header.tag, header.sequence, tokens, region.capacity, region.weights, region.rows),
+        (
+            slots_per_rank,
+            out_TD.shape[1],
+            top_k,
+            triton.next_power_of_2(top_k),
+            region.rank,
+            region.num_ranks,
+            grad_TK is not None,
+            sum_dtype(out_TD)[1],
+            _block_of(out_TD.shape[1]),
+        ),
     )
     return out_TD, grad_TK
 

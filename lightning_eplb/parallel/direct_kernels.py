@@ -252,6 +252,7 @@ def expand_kernel(
     ME: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
     HAS_DOT: tl.constexpr,
+    DIVISOR: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -272,6 +273,8 @@ def expand_kernel(
                 output = tl.load(old + m * WIDTH + columns, mask=is_inside, other=0).to(SUM_DTYPE)
                 products += output * row.to(SUM_DTYPE)
             row = row.to(SUM_DTYPE) * tl.load(weights + first + m).to(SUM_DTYPE)
+        if DIVISOR != 1:
+            row = row.to(SUM_DTYPE) / DIVISOR
         tl.store(out + m * WIDTH + columns, row.to(out.dtype.element_ty), mask=is_inside)
     if HAS_DOT:
         tl.store(grad_weights + m, tl.sum(products, axis=0).to(grad_weights.dtype.element_ty))
@@ -310,6 +313,7 @@ def send_sums_kernel(
     IS_WEIGHTED: tl.constexpr,
     HAS_GRADS: tl.constexpr,
     HAS_OTHERS: tl.constexpr,
+    FACTOR: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -339,6 +343,7 @@ def send_sums_kernel(
             if is_any > 0:
                 here = ME * capacity + token
                 rows = _area(addresses, rank, rows_offset, own.dtype.element_ty)
+                total *= FACTOR
                 tl.store(rows + here * WIDTH + columns, total.to(own.dtype.element_ty), mask=is_inside)
         if HAS_GRADS:
             grads = _area(addresses, rank, weights_offset, own_grads.dtype.element_ty)
@@ -349,7 +354,7 @@ def send_sums_kernel(
                         grad = tl.load(tl.where(m < num_own, own_grads + m, other_grads + m - num_own))
                     else:
                         grad = tl.load(own_grads + m)
-                    tl.store(grads + there * TOP_K + k, grad)
+                    tl.store(grads + there * TOP_K + k, grad * FACTOR)
 
 
 @triton.jit(

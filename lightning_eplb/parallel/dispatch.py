@@ -136,6 +136,14 @@ class TokenDispatcher(ABC):
         """
         return [slice(0, routing.num_primaries)]
 
+    def divides_gradients(self, batch: TokenBatch) -> bool:
+        """Return ``True`` if gradients of rows come divided by ``R``. The same on all ranks.
+
+        Then those of parameters are averages over ranks, and the dispatcher multiplies what goes back to tokens. It
+        may do so only where ``batch.experts_weigh``.
+        """
+        return False
+
     @abstractmethod
     def dispatch(self, batch: TokenBatch, routing: Routing, in_flight: Any = None) -> Any:
         """Send the tokens of this rank.

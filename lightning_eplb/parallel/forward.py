@@ -185,7 +185,8 @@ class ParallelExperts(nn.Module):
         routing = route(counts.counts, slot_map, groups.rank, routes.serving_order, layer.num_primaries)
         plan_seconds = time.perf_counter() - start
         check = functools.partial(gradient_hooks.check_wrapped, list(self.parameters(recurse=False)), layer)
-        redundant = RedundantExperts(self._local_parameters(has_hooks=has_hooks), routes, groups, check)
+        divisor = 1 if counts.dispatcher.divides_gradients(batch) else groups.size
+        redundant = RedundantExperts(self._local_parameters(has_hooks=has_hooks), routes, groups, check, divisor)
         if prefetches := not is_recomputing() and not _compat.keeps_outputs():
             redundant.in_flight = layer.prefetcher.take(layer.index, routes, self._versions(), self._prefetch)
         else:

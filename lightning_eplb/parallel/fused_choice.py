@@ -88,7 +88,7 @@ def choose(modules: Iterable[nn.Module], setting: bool | None, num_ranks: int) -
             form = "fused_experts=False"
         elif setting is None and num_ranks == 1:
             form = "one rank holds all experts; fused_experts=True fuses them there, too"
-        elif not (torch.cuda.is_available() or runs_on(torch.device("cpu"))):
+        elif not (torch.cuda.is_available() or (setting is True and runs_on(torch.device("cpu")))):
             form = "the kernels need a GPU and Triton"
         elif (reason := why_not_plain(module)) is not None:  # hooks differ between layers
             form = reason

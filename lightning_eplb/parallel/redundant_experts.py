@@ -84,6 +84,7 @@ class RedundantExperts:
         routes: Routes of this forward pass.
         groups: Process groups of the layer.
         check: Called in the backward pass before the gradients of the parameters are accumulated.
+        divisor: Number that gradients are divided by: the EP size, or 1 if gradients of rows came divided by it.
     """
 
     def __init__(
@@ -92,11 +93,13 @@ class RedundantExperts:
         routes: RedundantRoutes,
         groups: ExpertGroups,
         check: Callable[[], None] | None = None,
+        divisor: int | None = None,
     ) -> None:
         self.parameters = parameters
         self.routes = routes
         self.groups = groups
         self.check = check
+        self.divisor = groups.size if divisor is None else divisor
         routes.move_to(parameters[0].device)
         self.trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
         self.in_flight: RowExchange | None = None
@@ -141,7 +144,7 @@ class RedundantExperts:
                 primary_rows, added = self.routes.weights.send_rows, rows
                 if len(self.routes.rounds) > 1:
                     primary_rows, added = primary_rows[positions], rows[positions]
-                grad_of[i].index_add_(0, primary_rows, added, alpha=1 / self.groups.size)
+                grad_of[i].index_add_(0, primary_rows, added, alpha=1 / self.divisor)
 
     def take_in_flight(self) -> list[Tensor]:
         """Wait for the rows in flight and return them."""
@@ -173,10 +176,13 @@ class _AttachAnchor(torch.autograd.Function):
         num_parameters = len(experts.parameters)
         grad_of = {}
         for i in experts.trained:
+            if experts.divisor == 1 and len(ctx.parts) == 1 and experts.in_flight is None:
+                grad_of[i] = grads[i]
+                continue
             grad_of[i] = torch.empty_like(experts.parameters[i])
             for number, part in enumerate(ctx.parts):
                 grad = grads[number * num_parameters + i]
-                torch.div(grad, experts.groups.size, out=grad_of[i][part])
+                torch.div(grad, experts.divisor, out=grad_of[i][part])
         if experts.in_flight is not None:
             experts.add_gradients(grad_of)
         return None, None, *(grad_of.get(i) for i in range(num_parameters))
