@@ -469,6 +469,21 @@ def test_ddp_mixed_precision_hook() -> None:
 # torch.distributed.checkpoint
 
 
+def test_symmetric_memory() -> None:
+    """Direct dispatch allocates, maps and waits by these names, on GPUs."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    assert list(inspect.signature(symmetric_memory.rendezvous).parameters) == ["tensor", "group"]
+    handle = torch._C._distributed_c10d._SymmetricMemory
+    assert isinstance(handle.buffer_ptrs, property)
+    assert "channel" in handle.barrier.__doc__
+    assert "timeout_ms" in handle.barrier.__doc__
+    with pytest.raises(RuntimeError):  # there is none on the CPU
+        _compat.symmetric_empty(16, torch.device("cpu"))
+    with pytest.raises((RuntimeError, TypeError)):
+        _compat.symmetric_rendezvous(torch.zeros(16, dtype=torch.uint8), None)
+
+
 def test_pickled_names_are_those_of_an_index(tmp_path: Path) -> None:
     found: set[tuple[str, str]] = set()
 

@@ -87,6 +87,7 @@ class StepStats:
         copy_bytes: Bytes of their weights and gradients over all ranks, without those of recomputation.
         plan_seconds: Time in which this rank's host chose redundant experts and split tokens among replicas.
         rearrangement: Result of the rearrangement that ended with this step, if there was one.
+        direct_layers: Layers whose latest batch on this rank was dispatched directly, in parts of all layers.
     """
 
     load: Tensor
@@ -96,6 +97,7 @@ class StepStats:
     copy_bytes: int = 0
     plan_seconds: float = 0.0
     rearrangement: RearrangementResult | None = None
+    direct_layers: float = 0.0
 
     @property
     def avg_tokens(self) -> float:
@@ -172,4 +174,6 @@ def collect_step_stats(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> S
         max_Y = load_YL.max(dim=1).values
     avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
     seconds = sum(part.plan_seconds for part in taken)
-    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), int(copies_Y.sum()), int(bytes_Y.sum()), seconds)
+    direct = sum(layer.dispatcher.is_direct for layer in layers) / len(layers)
+    copies = int(copies_Y.sum()), int(bytes_Y.sum())
+    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), *copies, seconds, direct_layers=direct)

@@ -49,6 +49,7 @@ def build_dashboard(entity: str, project: str, name: str = "Expert load") -> ws.
         _lines("Redundant slots in use", "copies"),
         _lines("Bytes of copies in a step", "copy_bytes"),
         _lines("Seconds of planning in a step", "plan_seconds"),
+        _lines("Layers with direct dispatch", "direct_dispatch", range_y=(0, 1)),
     ]
     sections = {"Balance": balance, "Experts": experts, "Cost": cost}
     return ws.Workspace(

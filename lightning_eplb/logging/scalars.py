@@ -37,6 +37,10 @@ SCALARS: dict[str, tuple[str, str]] = {
         "seconds",
         "time of rank 0's host to choose replicas and to split tokens among them, over layers and forward passes",
     ),
+    "eplb/direct_dispatch": (
+        "ratio",
+        "layers whose tokens rank 0 wrote straight into other ranks' memory; the others' went by all_to_all_single",
+    ),
     "eplb/saved_seconds": (
         "seconds",
         "estimated time saved in the experts' part of the step over the initial placement without redundant experts:"
@@ -82,6 +86,7 @@ def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float
         "eplb/copies": float(step.num_copies),
         "eplb/copy_bytes": float(step.copy_bytes),
         "eplb/plan_seconds": step.plan_seconds,
+        "eplb/direct_dispatch": step.direct_layers,
         "eplb/rearrangements": float(balancer.num_rearrangements),
     }
     if len(step.load) > 1:

@@ -122,6 +122,7 @@ class DirectDispatcher(TokenDispatcher):
             max_tokens = int(headers_R8[:, 2].max())
             if max_tokens <= trip.region.capacity:
                 self.reason = None
+                trip = self._expand(batch, trip, int(counts_RP[:, self._own_slots(batch)].sum()))
                 return TokenCounts(_by_expert(counts_RP, batch), headers_R8[:, 3], self, (max_tokens, trip))
             reason = self._fit(batch, max_tokens)  # then all ranks send again
         self.reason = reason
@@ -237,6 +238,19 @@ class DirectDispatcher(TokenDispatcher):
         placed = direct_exchange.place_pairs(served_S, slots_per_rank, batch.top_k, dtype, region, counted)
         return _Trip(_State(slots_TK, *placed), region)
 
+    def _own_slots(self, batch: TokenBatch) -> slice:
+        first = self.groups.rank * batch.slots.shape[1]
+        return slice(first, first + batch.slots.shape[1])
+
+    @torch.no_grad()
+    def _expand(self, batch: TokenBatch, trip: "_Trip", num_rows: int) -> "_Trip":
+        """Copy tokens to rows of primaries at once, so that the device is busy while the host goes on."""
+        from lightning_eplb.parallel import direct_exchange
+
+        placed = _placed(trip.state)
+        rows_MD = direct_exchange.expand(_aligned(batch.hidden), 0, num_rows, placed, batch.top_k, trip.region)
+        return trip._replace(rows=rows_MD)
+
     def _wait(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
         """Wait for headers and counts of all ranks, ``[R, 8]`` and ``[R, P]``."""
         report = self._buffers.report(batch.slots.size)
@@ -259,8 +273,11 @@ class _State(NamedTuple):
 
 
 class _Trip(NamedTuple):
+    """Tensors of a batch, the regions of its trip, and rows of primaries that were copied before."""
+
     state: _State
     region: Region
+    rows: Tensor | None = None
 
 
 class _Call(NamedTuple):
@@ -310,7 +327,9 @@ class _Dispatch(torch.autograd.Function):
         state, hidden_TD, num_own, num_others = trip.state, _aligned(hidden_TD), call.num_own, call.num_others
         ctx.call, ctx.stride, ctx.weights_dtype = call, state.stride, weights_TK.dtype
         placed = _placed(state)
-        own_MD = direct_exchange.expand(hidden_TD, 0, num_own, placed, call.top_k, trip.region)
+        own_MD = trip.rows
+        if own_MD is None:
+            own_MD = direct_exchange.expand(hidden_TD, 0, num_own, placed, call.top_k, trip.region)
         others_MD = direct_exchange.expand(hidden_TD, num_own, num_others, placed, call.top_k, trip.region)
         own_M, others_M = state.weights[: num_own + num_others].clone().split((num_own, num_others))
         ctx.save_for_backward(*state[:-1])
@@ -418,6 +437,10 @@ def _aligned(rows: Tensor) -> Tensor:
 def _by_expert(counts_RP: np.ndarray, batch: TokenBatch) -> np.ndarray:
     """Return counts of logical experts from those of slots."""
     expert_P = batch.slots.ravel()
+    if len(expert_P) == batch.num_experts:  # no slot is empty
+        counts_RL = np.empty_like(counts_RP)
+        counts_RL[:, expert_P] = counts_RP
+        return counts_RL
     counts_RL = np.zeros((len(counts_RP), batch.num_experts), dtype=np.int64)
     counts_RL[:, expert_P[expert_P >= 0]] = counts_RP[:, expert_P >= 0]
     return counts_RL

@@ -13,7 +13,6 @@ slots of all ranks, ``D`` width of a row.
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,8 +30,9 @@ from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Regi
 MAX_BLOCK_COLUMNS = 2048
 """Columns of a row that a program holds at a time."""
 
-PROGRAMS = 256
-"""Programs that count and place the pairs of all ranks, about twice as many as a GPU has multiprocessors."""
+PROGRAMS = 128
+"""Programs that count and place the pairs of all ranks, about as many as a GPU has multiprocessors. Measured on half of
+an H200 with 262,144 pairs: placing takes 0.12 ms, and 0.28 with 256 programs of 8 warps."""
 
 TILE = 8192
 """Numbers of a tile of pairs and slots, 64 a thread."""
@@ -115,7 +115,7 @@ def send(
             slots_per_rank,
             width,
             top_k,
-            triton.next_power_of_2(top_k),
+            _power_of_two(top_k),
             region.rank,
             region.num_ranks,
             slot_of_expert is not None,
@@ -145,7 +145,7 @@ def count_pairs(
     """
     ranks, num_slots = region.num_ranks, region.num_ranks * slots_per_rank
     chunks = max(1, PROGRAMS // ranks)
-    slots_block = max(16, triton.next_power_of_2(num_slots + 1))
+    slots_block = max(16, _power_of_two(num_slots + 1))
     counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=report.device)
     _count(
         (ranks * chunks,),
@@ -170,7 +170,7 @@ def place_pairs(
         counts: Return value of :func:`count_pairs`.
     """
     (programs, slots_block), ranks, device = counts.shape, region.num_ranks, counts.device
-    own_block = max(16, triton.next_power_of_2(len(slots_S)))
+    own_block = max(16, _power_of_two(len(slots_S)))
     pairs, place = torch.empty(2, ranks * region.capacity * top_k, dtype=torch.int32, device=device).unbind()
     weights = torch.empty(len(pairs), dtype=dtype, device=device)
     ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
@@ -184,14 +184,13 @@ def place_pairs(
             region.rank,
             ranks,
             programs // ranks,
-            triton.next_power_of_2(programs),
+            _power_of_two(programs),
             max(16, TILE // slots_block),
             max(16, TILE // own_block),
             slots_block,
             own_block,
             HEADER_WORDS,
         ),
-        num_warps=8,
     )
     return Placed(pairs, weights, place, ends, region.capacity)
 
@@ -363,7 +362,7 @@ def receive_sums(
             slots_per_rank,
             out_TD.shape[1],
             top_k,
-            triton.next_power_of_2(top_k),
+            _power_of_two(top_k),
             region.rank,
             region.num_ranks,
             grad_TK is not None,
@@ -379,5 +378,10 @@ def sum_dtype(rows: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if rows.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def _power_of_two(number: int) -> int:
+    """Return the least power of two from ``number`` up. Triton's own takes 4 µs."""
+    return 1 << (number - 1).bit_length() if number > 1 else 1
+
+
 def _block_of(width: int) -> int:
-    return min(triton.next_power_of_2(width), MAX_BLOCK_COLUMNS)
+    return min(_power_of_two(width), MAX_BLOCK_COLUMNS)

@@ -110,6 +110,11 @@ class TokenDispatcher(ABC):
         self.groups = groups
 
     @property
+    def is_direct(self) -> bool:
+        """``True`` if ranks wrote the latest batch into each other's memory."""
+        return False
+
+    @property
     def way(self) -> str:
         """Phrase for messages: how tokens travel, after the first batch."""
         return f"by {type(self).__name__}"

@@ -107,6 +107,8 @@ class RedundantExperts:
     @property
     def num_bytes(self) -> int:
         """Bytes that cross ranks in this forward pass and its backward pass, over all ranks."""
+        if not self.routes.num_redundant:
+            return 0
         returned = [i for i in self.trained if torch.is_grad_enabled()]
         weights = sum(parameter[0].nbytes for parameter in self.parameters)
         return self.routes.num_redundant * (weights + sum(self.parameters[i][0].nbytes for i in returned))

@@ -159,7 +159,9 @@ def training_difference(device: torch.device, redundant: int, recomputes: bool) 
         balancer.step()
     assert balancer.num_rearrangements == 3
     ours = model.state_dict()
-    return max(differences + [largest(ours[name], tensor) for name, tensor in reference.state_dict().items()])
+    return max(
+        differences + [largest(ours[name].to(device), tensor) for name, tensor in reference.state_dict().items()]
+    )
 
 
 def other_layers(device: torch.device) -> str:
