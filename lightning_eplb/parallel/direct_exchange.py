@@ -8,7 +8,7 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows that this rank computes, `
 slots of all ranks, ``D`` width of a row.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportMissingImports=false
 
 from typing import NamedTuple
 

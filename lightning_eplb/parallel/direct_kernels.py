@@ -3,7 +3,8 @@
 Numbers of tokens and rows are not specialised, or one rank would compile while the others wait for it.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 import triton
 import triton.language as tl
