@@ -44,13 +44,18 @@ class ParallelExperts(nn.Module):
         """
         if self.expert_layer.groups.size == 1:
             if self.expert_layer.fused_choice.form is not None:
-                return self._forward_fused(*args, **kwargs)
+                is_compiling = torch.compiler.is_compiling()  # the wrapper that keeps a graph off costs host time
+                forward = self._forward_fused_outside_of_graphs if is_compiling else self._forward_fused
+                return forward(*args, **kwargs)
             output = super().forward(*args, **kwargs)
             self._record_local(*args, **kwargs)  # after the launches, so that no device waits for the host
             return output
         return self._forward_over_ranks(*args, **kwargs)
 
     @torch.compiler.disable()
+    def _forward_fused_outside_of_graphs(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward_fused(*args, **kwargs)
+
     def _forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute all experts on this rank by fused kernels, or by the original forward where they can't."""
         layer, choice = self.expert_layer, self.expert_layer.fused_choice

@@ -10,7 +10,7 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows, ``D`` model width, ``H`` 
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_eplb.parallel.fused_form import FusedForm
 
-__all__ = ["FusedForm", "compute_tokens", "fused_experts"]
+__all__ = ["FusedForm", "compute_tokens", "fused_experts", "warm_up"]
 
 ALIGNMENT = 16
 """Bytes to which ``grouped_mm`` needs the rows of its operands aligned."""
@@ -69,6 +69,34 @@ def compute_tokens(
     place_TK, ends_S, counts_S = place_pairs(index_TK.contiguous(), len(parameters[0]))
     output_TD = _FusedTokens.apply(form, hidden_TD.to(dtype), place_TK, ends_S, weights_TK, *parameters)
     return output_TD.to(hidden_TD.dtype), counts_S
+
+
+@torch.no_grad()
+def warm_up(form: FusedForm, parameters: Sequence[Tensor], dtypes: Iterable[torch.dtype | None]) -> None:
+    """Compile the kernels of :func:`fused_experts`, so that no rank does while others wait for it.
+
+    Args:
+        form: Form of the experts.
+        parameters: As for :func:`fused_experts`.
+        dtypes: Dtypes of the rows' weights to expect. ``None`` for rows without weights.
+    """
+    from lightning_eplb.parallel import fused_kernels as kernels
+
+    up_SDH, _, up_bias, down_bias = form.parts(parameters)
+    row_D = up_SDH.new_zeros(1, up_SDH.shape[1])
+    inner_H = up_SDH.new_zeros(1, up_SDH.shape[2])
+    ends_S = torch.ones(len(up_SDH), dtype=torch.int32, device=up_SDH.device)
+    for dtype in dtypes:
+        rows = kernels.Rows(ends_S, None if dtype is None else row_D.new_ones(1, dtype=dtype))
+        activation_H = kernels.activate(inner_H, up_bias, rows, form.activation)
+        for grad_weights in (None,) if dtype is None else (None, row_D.new_zeros(1, dtype=dtype)):
+            adds = down_bias is not None
+            kernels.activate_backward(inner_H, up_bias, rows, activation_H, grad_weights, form.activation, adds)
+        if down_bias is not None:
+            kernels.add_bias(row_D, down_bias, rows)
+            kernels.dot_bias(row_D, down_bias, rows)
+            kernels.sum_by_expert(row_D, rows, row_D.dtype)
+            kernels.sum_by_expert(inner_H, kernels.Rows(ends_S, None), row_D.dtype)
 
 
 class _FusedExperts(torch.autograd.Function):

@@ -3,7 +3,7 @@
 Rows are sorted by expert, and ``ends_S`` holds the end of each expert's rows. Rows from ``ends_S[-1]`` on belong to no
 expert: no kernel reads them, and they are written only where the text says so. Each kernel reads and writes a row once.
 Sums are in float32 (float64 for float64 rows), in a fixed order, so they are the same on every run. Numbers of rows and
-tokens are never specialized: a rank that compiled a kernel anew would keep its peers waiting.
+experts are never specialized: a rank that compiled a kernel anew would keep its peers waiting.
 
 Shape suffixes: ``M`` rows, ``D`` model width, ``H`` expert hidden width, ``S`` experts.
 """
@@ -24,6 +24,9 @@ from lightning_eplb.parallel.pair_kernels import MAX_BLOCK_COLUMNS, sum_dtype, t
 MAX_BLOCK_ACTIVATIONS = 1024
 """Columns of an activation that a program holds at a time. Measured on an H200, 131,072 rows of 768 bfloat16: 143 µs,
 and 290 for the gradient, within 2 % for 1 to 4 rows and 2 to 8 warps; 256 and 512 columns are slower."""
+
+MIN_EXPERTS = 128
+"""Experts among which a row's is looked up at least, so that few kernels are compiled for few redundant experts."""
 
 SUM_BLOCK = (32, 128)
 """Rows and columns that a program adds up at a time. Estimated, not measured: 128 bytes of a row are one access."""
@@ -50,14 +53,14 @@ def activate(inner_MH: Tensor, bias_SH: Tensor | None, rows: Rows, constants: Ac
         rows: Rows.
         constants: Activation.
     """
-    num_rows, width = len(inner_MH), inner_MH.shape[1] // (1 if constants.layout == PLAIN else 2)
-    output_MH = inner_MH.new_empty(num_rows, width)
+    width = inner_MH.shape[1] // (1 if constants.layout == PLAIN else 2)
+    output_MH = inner_MH.new_empty(len(inner_MH), width)
     if output_MH.numel():
         bias, weights = _or_other(bias_SH, inner_MH), _or_other(rows.weights, inner_MH)
-        grid, experts, block = _sizes(inner_MH, rows, width, MAX_BLOCK_ACTIVATIONS)
+        grid, numbers, experts, block = _sizes(inner_MH, rows, width, MAX_BLOCK_ACTIVATIONS)
         flags = bias_SH is not None, rows.weights is not None
         tensors = inner_MH, bias, weights, rows.ends, output_MH
-        launch(_activate, grid, tensors, (num_rows,), (width, *experts, *constants, *flags, *block))
+        launch(_activate, grid, tensors, numbers, (width, experts if flags[0] else 1, *constants, *flags, *block))
     return output_MH
 
 
@@ -84,13 +87,15 @@ def activate_backward(
     """
     grad_inner_MH, output_MH = torch.empty_like(inner_MH), torch.empty_like(grad_MH)
     if output_MH.numel():
-        num_rows, width = output_MH.shape
+        width = output_MH.shape[1]
         bias, weights = _or_other(bias_SH, inner_MH), _or_other(rows.weights, inner_MH)
-        grid, experts, block = _sizes(inner_MH, rows, width, MAX_BLOCK_ACTIVATIONS)
+        grid, numbers, experts, block = _sizes(inner_MH, rows, width, MAX_BLOCK_ACTIVATIONS)
         flags = bias_SH is not None, rows.weights is not None, grad_weights_M is not None, adds
         outputs = grad_inner_MH, output_MH, _or_other(grad_weights_M, inner_MH)
         tensors = inner_MH, bias, weights, rows.ends, grad_MH, *outputs
-        launch(_activate_backward, grid, tensors, (num_rows,), (width, *experts, *constants, *flags, *block))
+        launch(
+            _activate_backward, grid, tensors, numbers, (width, experts if flags[0] else 1, *constants, *flags, *block)
+        )
     return grad_inner_MH, output_MH
 
 
@@ -98,10 +103,10 @@ def add_bias(rows_MD: Tensor, bias_SD: Tensor, rows: Rows) -> Tensor:
     """Return each row plus its expert's bias times its weight, ``[M, D]``."""
     output_MD = torch.empty_like(rows_MD)
     if output_MD.numel():
-        num_rows, width = rows_MD.shape
-        grid, experts, block = _sizes(rows_MD, rows, width, MAX_BLOCK_COLUMNS)
+        width = rows_MD.shape[1]
+        grid, numbers, experts, block = _sizes(rows_MD, rows, width, MAX_BLOCK_COLUMNS)
         tensors = rows_MD, bias_SD, _or_other(rows.weights, rows_MD), rows.ends, output_MD
-        launch(_add_bias, grid, tensors, (num_rows,), (width, *experts, rows.weights is not None, *block))
+        launch(_add_bias, grid, tensors, numbers, (width, experts, rows.weights is not None, *block))
     return output_MD
 
 
@@ -109,9 +114,9 @@ def dot_bias(grad_MD: Tensor, bias_SD: Tensor, rows: Rows) -> Tensor:
     """Return the product of each row and its expert's bias, ``[M]`` float32 (float64 for float64), 0 for no expert."""
     output_M = grad_MD.new_empty(len(grad_MD), dtype=sum_dtype(grad_MD))
     if output_M.numel():
-        num_rows, width = grad_MD.shape
-        grid, experts, block = _sizes(grad_MD, rows, width, MAX_BLOCK_COLUMNS)
-        launch(_dot_bias, grid, (grad_MD, bias_SD, rows.ends, output_M), (num_rows,), (width, *experts, *block))
+        width = grad_MD.shape[1]
+        grid, numbers, experts, block = _sizes(grad_MD, rows, width, MAX_BLOCK_COLUMNS)
+        launch(_dot_bias, grid, (grad_MD, bias_SD, rows.ends, output_M), numbers, (width, experts, *block))
     return output_M
 
 
@@ -132,16 +137,26 @@ def _or_other(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _sizes(rows_MD: Tensor, rows: Rows, width: int, max_columns: int) -> tuple[tuple[int, int], tuple, tuple]:
-    """Return the grid, the number of experts with its power of two, and dtype and size of a block."""
-    num_experts = len(rows.ends)
+def _sizes(
+    rows_MD: Tensor, rows: Rows, width: int, max_columns: int
+) -> tuple[tuple[int, int], tuple[int, int], int, tuple]:
+    """Return the grid, the numbers of rows and experts, experts that a block finds at a time, and a block's sizes."""
+    num_rows, num_experts = len(rows_MD), len(rows.ends)
     columns = min(triton.next_power_of_2(width), max_columns)
     row_block = max(1, min(16, max_columns // columns))
-    grid = triton.cdiv(len(rows_MD), row_block), 1
-    return grid, (num_experts, triton.next_power_of_2(num_experts)), (tl_dtype(rows_MD), row_block, columns)
+    experts = max(MIN_EXPERTS, triton.next_power_of_2(num_experts))
+    return (
+        (triton.cdiv(num_rows, row_block), 1),
+        (num_rows, num_experts),
+        experts,
+        (tl_dtype(rows_MD), row_block, columns),
+    )
 
 
-_ROWS = {"do_not_specialize": ["num_rows"], "do_not_specialize_on_alignment": ["weights", "ends", "grad_weights"]}
+_ROWS = {
+    "do_not_specialize": ["num_rows", "num_experts"],
+    "do_not_specialize_on_alignment": ["weights", "ends", "grad_weights"],
+}
 
 
 @triton.jit
@@ -177,10 +192,10 @@ def _clamp(gate, up, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _experts_of(rows, ends, EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr):
-    """Return the expert of each row, ``EXPERTS`` for none."""
+def _experts_of(rows, ends, num_experts, EXPERTS_BLOCK: tl.constexpr):
+    """Return the expert of each row, ``num_experts`` for none."""
     all_experts = tl.arange(0, EXPERTS_BLOCK)
-    end = tl.load(ends + all_experts, mask=all_experts < EXPERTS, other=2147483647)
+    end = tl.load(ends + all_experts, mask=all_experts < num_experts, other=2147483647)
     return tl.sum((end[None, :] <= rows[:, None]).to(tl.int32), axis=1).to(tl.int64)
 
 
@@ -209,16 +224,16 @@ def _gate_and_up(
 
 @triton.jit(**_ROWS)
 def _activate(
-    inner, bias, weights, ends, output, num_rows, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    inner, bias, weights, ends, output, num_rows, num_experts, WIDTH: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
     LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < tl.load(ends + EXPERTS - 1)
+    is_row = rows < tl.load(ends + num_experts - 1)
     experts = rows
     if HAS_BIAS:
-        experts = _experts_of(rows, ends, EXPERTS, EXPERTS_BLOCK)
+        experts = _experts_of(rows, ends, num_experts, EXPERTS_BLOCK)
     for start in range(0, WIDTH, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         is_inside = is_row[:, None] & (columns < WIDTH)[None, :]
@@ -235,16 +250,16 @@ def _activate(
 
 @triton.jit(**_ROWS)
 def _activate_backward(
-    inner, bias, weights, ends, grad, grad_inner, output, grad_weights, num_rows, WIDTH: tl.constexpr,
-    EXPERTS: tl.constexpr, EXPERTS_BLOCK: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    inner, bias, weights, ends, grad, grad_inner, output, grad_weights, num_rows, num_experts, WIDTH: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     OFFSET: tl.constexpr, LAYOUT: tl.constexpr, HAS_BIAS: tl.constexpr, IS_WEIGHTED: tl.constexpr,
     NEEDS_WEIGHTS: tl.constexpr, ADDS: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < tl.load(ends + EXPERTS - 1)
+    is_row = rows < tl.load(ends + num_experts - 1)
     experts = rows
     if HAS_BIAS:
-        experts = _experts_of(rows, ends, EXPERTS, EXPERTS_BLOCK)
+        experts = _experts_of(rows, ends, num_experts, EXPERTS_BLOCK)
     weight = tl.full((ROWS,), 1.0, DTYPE)
     if IS_WEIGHTED:
         weight = tl.load(weights + rows, mask=is_row, other=0.0).to(DTYPE)
@@ -290,13 +305,13 @@ def _activate_backward(
 
 @triton.jit(**_ROWS)
 def _add_bias(
-    inputs, bias, weights, ends, output, num_rows, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    inputs, bias, weights, ends, output, num_rows, num_experts, WIDTH: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr, IS_WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < tl.load(ends + EXPERTS - 1)
-    experts = _experts_of(rows, ends, EXPERTS, EXPERTS_BLOCK)
+    is_row = rows < tl.load(ends + num_experts - 1)
+    experts = _experts_of(rows, ends, num_experts, EXPERTS_BLOCK)
     weight = tl.full((ROWS,), 1.0, DTYPE)
     if IS_WEIGHTED:
         weight = tl.load(weights + rows, mask=is_row, other=0.0).to(DTYPE)
@@ -311,12 +326,12 @@ def _add_bias(
 
 @triton.jit(**_ROWS)
 def _dot_bias(
-    grad, bias, ends, grad_weights, num_rows, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    grad, bias, ends, grad_weights, num_rows, num_experts, WIDTH: tl.constexpr,
     EXPERTS_BLOCK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_row = rows < tl.load(ends + EXPERTS - 1)
-    experts = _experts_of(rows, ends, EXPERTS, EXPERTS_BLOCK)
+    is_row = rows < tl.load(ends + num_experts - 1)
+    experts = _experts_of(rows, ends, num_experts, EXPERTS_BLOCK)
     products = tl.zeros((ROWS,), DTYPE)
     for start in range(0, WIDTH, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
