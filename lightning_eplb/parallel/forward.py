@@ -44,26 +44,20 @@ class ParallelExperts(nn.Module):
         """
         if self.expert_layer.groups.size == 1:
             if self.expert_layer.fused_choice.form is not None:
-                is_compiling = torch.compiler.is_compiling()  # the wrapper that keeps a graph off costs host time
-                forward = self._forward_fused_outside_of_graphs if is_compiling else self._forward_fused
-                return forward(*args, **kwargs)
+                return self._forward_fused(*args, **kwargs)
             output = super().forward(*args, **kwargs)
             self._record_local(*args, **kwargs)  # after the launches, so that no device waits for the host
             return output
         return self._forward_over_ranks(*args, **kwargs)
 
     @torch.compiler.disable()
-    def _forward_fused_outside_of_graphs(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._forward_fused(*args, **kwargs)
-
     def _forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute all experts on this rank by fused kernels, or by the original forward where they can't."""
         layer, choice = self.expert_layer, self.expert_layer.fused_choice
-        assert choice.form is not None
         hidden_TD, index_TK, weights_TK = arguments = self._arguments(*args, **kwargs)
         is_plain = len(args) + len(kwargs) == 3 and self._follow_protocol(arguments)
-        weights = self._whole([getattr(self, name) for name in choice.form.names])
-        form = choice.form_for(self, weights, has_other_arguments=not is_plain)
+        weights = self._whole([getattr(self, name) for name in choice.names])
+        form = choice.form_for(self, weights, not is_plain)
         layer.report_path()
         if form is None or not index_TK.numel():
             output = super().forward(*args, **kwargs)
@@ -273,8 +267,7 @@ class ParallelExperts(nn.Module):
         Tie every tensor that was exchanged to the output.
         """
         layer, hidden_MD = self.expert_layer, rows.hidden
-        has_extra = bool(rows.extra.args or rows.extra.kwargs)
-        form = layer.fused_choice.form_for(self, rows.weights, has_other_arguments=has_extra)
+        form = layer.fused_choice.form_for(self, rows.weights, bool(rows.extra.args or rows.extra.kwargs))
         layer.report_path()
         if form is not None and len(hidden_MD):
             return fused_experts(form, rows.weights, hidden_MD, rows.ends)

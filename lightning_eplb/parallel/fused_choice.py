@@ -42,7 +42,9 @@ class FusedChoice:
         self.reason: str | None = form if isinstance(form, str) else None
         """Why the last call ran the module's own forward. ``None`` if it was fused."""
         self._no_form = self.reason
-        self._names = [name for name in DERIVED_FROM if hasattr(module, name)]
+        self.names = self.form.names if self.form is not None else ()
+        """Names of the parameters that the form is computed from."""
+        self._derived_from = [name for name in DERIVED_FROM if hasattr(module, name)]
         self._signature = self._current_signature(module)
         self._children = list(module.modules())[1:]
 
@@ -81,7 +83,7 @@ class FusedChoice:
         layer = getattr(module, "expert_layer", None)
         original = type(module) if layer is None else layer.original_class
         forwards = original.forward, vars(module).get("forward")
-        return *forwards, *_compat.gates(module), *[getattr(module, name, None) for name in self._names]
+        return *forwards, *_compat.gates(module), *[getattr(module, name, None) for name in self._derived_from]
 
 
 def choose(modules: Iterable[nn.Module], setting: bool | None, num_ranks: int) -> list[FusedChoice]:

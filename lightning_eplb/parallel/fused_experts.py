@@ -66,7 +66,7 @@ def compute_tokens(
     from lightning_eplb.parallel.pair_kernels import place_pairs
 
     dtype = parameters[0].dtype
-    place_TK, ends_S, counts_S = place_pairs(index_TK.contiguous(), len(parameters[0]))
+    place_TK, ends_S, counts_S = place_pairs(index_TK.contiguous(), parameters[0].shape[0])
     output_TD = _FusedTokens.apply(form, hidden_TD.to(dtype), place_TK, ends_S, weights_TK, *parameters)
     return output_TD.to(hidden_TD.dtype), counts_S
 
@@ -226,7 +226,7 @@ def _gradients(
     named: dict[str, Tensor | None] = dict.fromkeys(form.names)
     grad_rows_MD = grad_weights_M = None
     if needs.weights and down_bias is None:
-        grad_weights_M = torch.empty(len(rows_MD), dtype=sum_dtype(rows_MD), device=rows_MD.device)
+        grad_weights_M = torch.empty(rows_MD.shape[0], dtype=sum_dtype(rows_MD), device=rows_MD.device)
     elif needs.weights and down_bias is not None:
         grad_weights_M = dot_bias(incoming_MD, down_bias, rows)
     if needs_down_bias:
@@ -283,7 +283,12 @@ def takes_grouped_mm(rows_MD: Tensor, up_SDH: Tensor, down_SHD: Tensor) -> bool:
         up_SDH: Weights of the first product, in any layout.
         down_SHD: Weights of the second product, in any layout.
     """
-    if rows_MD.dtype == torch.float64 or not rows_MD.is_cuda or not len(rows_MD) or not _is_supported(rows_MD.device):
+    if (
+        rows_MD.dtype == torch.float64
+        or not rows_MD.is_cuda
+        or not rows_MD.shape[0]
+        or not _is_supported(rows_MD.device)
+    ):
         return False
     size = rows_MD.element_size()
     widths_are_aligned = not any(width * size % ALIGNMENT for width in down_SHD.shape[1:])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eplb.parallel.fused_form import PLAIN, ActivationArguments
-from lightning_eplb.parallel.launch import launch
+from lightning_eplb.parallel.launch import launch, num_blocks, power_of_2
 from lightning_eplb.parallel.pair_kernels import MAX_BLOCK_COLUMNS, sum_dtype, tl_dtype
 
 MAX_BLOCK_ACTIVATIONS = 1024
@@ -54,7 +54,7 @@ def activate(inner_MH: Tensor, bias_SH: Tensor | None, rows: Rows, constants: Ac
         constants: Activation.
     """
     width = inner_MH.shape[1] // (1 if constants.layout == PLAIN else 2)
-    output_MH = inner_MH.new_empty(len(inner_MH), width)
+    output_MH = inner_MH.new_empty(inner_MH.shape[0], width)
     if output_MH.numel():
         bias, weights = _or_other(bias_SH, inner_MH), _or_other(rows.weights, inner_MH)
         grid, numbers, experts, block = _sizes(inner_MH, rows, width, MAX_BLOCK_ACTIVATIONS)
@@ -112,7 +112,7 @@ def add_bias(rows_MD: Tensor, bias_SD: Tensor, rows: Rows) -> Tensor:
 
 def dot_bias(grad_MD: Tensor, bias_SD: Tensor, rows: Rows) -> Tensor:
     """Return the product of each row and its expert's bias, ``[M]`` float32 (float64 for float64), 0 for no expert."""
-    output_M = grad_MD.new_empty(len(grad_MD), dtype=sum_dtype(grad_MD))
+    output_M = grad_MD.new_empty(grad_MD.shape[0], dtype=sum_dtype(grad_MD))
     if output_M.numel():
         width = grad_MD.shape[1]
         grid, numbers, experts, block = _sizes(grad_MD, rows, width, MAX_BLOCK_COLUMNS)
@@ -122,13 +122,13 @@ def dot_bias(grad_MD: Tensor, bias_SD: Tensor, rows: Rows) -> Tensor:
 
 def sum_by_expert(rows_MD: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Return the sum of each expert's rows, each times its weight, ``[S, D]`` in ``dtype``."""
-    width, num_experts = rows_MD.shape[1], len(rows.ends)
+    width, num_experts = rows_MD.shape[1], rows.ends.shape[0]
     output_SD = rows_MD.new_empty(num_experts, width, dtype=dtype)
     if output_SD.numel():
-        columns = min(triton.next_power_of_2(width), SUM_BLOCK[1])
+        columns = min(power_of_2(width), SUM_BLOCK[1])
         tensors = rows_MD, _or_other(rows.weights, rows_MD), rows.ends, output_SD
         constants = width, rows.weights is not None, tl_dtype(rows_MD), SUM_BLOCK[0], columns
-        launch(_sum_by_expert, (num_experts, triton.cdiv(width, columns)), tensors, (), constants)
+        launch(_sum_by_expert, (num_experts, num_blocks(width, columns)), tensors, (), constants)
     return output_SD
 
 
@@ -141,12 +141,12 @@ def _sizes(
     rows_MD: Tensor, rows: Rows, width: int, max_columns: int
 ) -> tuple[tuple[int, int], tuple[int, int], int, tuple]:
     """Return the grid, the numbers of rows and experts, experts that a block finds at a time, and a block's sizes."""
-    num_rows, num_experts = len(rows_MD), len(rows.ends)
-    columns = min(triton.next_power_of_2(width), max_columns)
+    num_rows, num_experts = rows_MD.shape[0], rows.ends.shape[0]
+    columns = min(power_of_2(width), max_columns)
     row_block = max(1, min(16, max_columns // columns))
-    experts = max(MIN_EXPERTS, triton.next_power_of_2(num_experts))
+    experts = max(MIN_EXPERTS, power_of_2(num_experts))
     return (
-        (triton.cdiv(num_rows, row_block), 1),
+        (num_blocks(num_rows, row_block), 1),
         (num_rows, num_experts),
         experts,
         (tl_dtype(rows_MD), row_block, columns),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_eplb.parallel.launch import launch
+from lightning_eplb.parallel.launch import launch, num_blocks, power_of_2
 
 MAX_BLOCK_COLUMNS = 2048
 """Columns of a row that a program holds at a time when it copies or adds rows. Measured on an H200, 131,072 rows of
@@ -37,10 +37,10 @@ def place_pairs(index_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
         expert, ``[S]`` int64.
     """
     index_TK = index_TK.to(torch.int32) if index_TK.dtype == torch.uint8 else index_TK  # -1 stands for no pair
-    experts = max(2, triton.next_power_of_2(num_experts))
+    experts = max(2, power_of_2(num_experts))
     block = max(16, ONE_HOT_VALUES // experts)
     pairs = index_TK.numel()
-    blocks = max(1, triton.cdiv(pairs, block))
+    blocks = max(1, num_blocks(pairs, block))
     place_TK = torch.empty(index_TK.shape, dtype=torch.int32, device=index_TK.device)
     counts_SB = torch.empty(num_experts, blocks, dtype=torch.int32, device=index_TK.device)
     ends_S = torch.empty(num_experts, dtype=torch.int32, device=index_TK.device)
@@ -71,7 +71,7 @@ def expand_tokens(
     if weights_TK is not None:
         rows_M = tokens_TD.new_empty(tokens * top_k, dtype=sum_dtype(tokens_TD))
     if tokens:
-        block = min(triton.next_power_of_2(width), MAX_BLOCK_COLUMNS)
+        block = min(power_of_2(width), MAX_BLOCK_COLUMNS)
         values = (tokens_TD, tokens_TD) if weights_TK is None else (weights_TK, rows_M)
         constants = width, top_k, weights_TK is not None, block
         launch(_expand, (tokens, 1), (tokens_TD, place_TK, rows_MD, *values), (), constants)
@@ -98,9 +98,9 @@ def sum_rows(
     if values_M is not None:
         values_TK = values_M.new_empty(tokens, top_k, dtype=dtype)
     if tokens:
-        block = min(triton.next_power_of_2(width), MAX_BLOCK_COLUMNS)
+        block = min(power_of_2(width), MAX_BLOCK_COLUMNS)
         values = (rows_MD, rows_MD) if values_M is None else (values_M, values_TK)
-        blocks = tl_dtype(rows_MD), triton.next_power_of_2(top_k), block
+        blocks = tl_dtype(rows_MD), power_of_2(top_k), block
         constants = width, top_k, values_M is not None, *blocks
         launch(_sum, (tokens, 1), (rows_MD, place_TK, tokens_TD, *values), (), constants)
     return tokens_TD, values_TK
