@@ -146,5 +146,6 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _key(module: nn.Module) -> Any:
     """Return a key that is equal for modules of one class that compute the same of their parameters."""
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and not k.startswith("_")}
-    return type(module), shapes, repr(plain), repr(getattr(module, "act_fn", None))
+    attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    plain = {k: v if isinstance(v, (int, float, str, type(None))) else id(v) for k, v in attributes.items()}
+    return type(module), shapes, repr(plain), repr(list(module.children()))

@@ -116,7 +116,9 @@ class _FusedExperts(torch.autograd.Function):
         _check_first_order()
         rows_MD, ends_S, weights_M, inner_MH, *parameters = ctx.saved_tensors
         _, needs_rows, _, needs_weights, *needs = ctx.needs_input_grad
-        saved = _Saved(ctx.form, parameters, rows_MD, ends_S, weights_M, inner_MH)
+        saved = _Saved(ctx.form, parameters, rows_MD, ends_S, weights_M, [inner_MH])
+        del inner_MH
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         grad_rows_MD, grad_weights_M, named = _gradients(
             saved, [grads[0].contiguous()], _Needs(needs_rows, needs_weights, needs)
         )
@@ -151,7 +153,9 @@ class _FusedTokens(torch.autograd.Function):
 
         place_TK, rows_MD, ends_S, weights_M, inner_MH, *parameters = ctx.saved_tensors
         _, needs_tokens, _, _, needs_weights, *needs = ctx.needs_input_grad
-        saved = _Saved(ctx.form, parameters, rows_MD, ends_S, weights_M, inner_MH)
+        saved = _Saved(ctx.form, parameters, rows_MD, ends_S, weights_M, [inner_MH])
+        del inner_MH
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
         grad_MD = [expand_tokens(grads[0].contiguous(), place_TK)[0]]
         grad_rows_MD, grad_weights_M, named = _gradients(saved, grad_MD, _Needs(needs_tokens, needs_weights, needs))
         grad_tokens_TD = grad_weights_TK = None
@@ -163,14 +167,14 @@ class _FusedTokens(torch.autograd.Function):
 
 
 class _Saved(NamedTuple):
-    """Tensors that the gradients are computed from."""
+    """Tensors that the gradients are computed from. The last is emptied, so that its memory is free once it is used."""
 
     form: FusedForm
     parameters: Sequence[Tensor]
     rows_MD: Tensor
     ends_S: Tensor
     weights_M: Tensor | None
-    inner_MH: Tensor
+    inner_MH: list[Tensor]
 
 
 class _Needs(NamedTuple):
@@ -219,7 +223,7 @@ def _gradients(
     """
     from lightning_eplb.parallel.fused_kernels import Rows, activate_backward, dot_bias, sum_by_expert, sum_dtype
 
-    form, parameters, rows_MD, ends_S, weights_M, inner_MH = saved
+    form, parameters, rows_MD, ends_S, weights_M, inner = saved
     rows, incoming_MD = Rows(ends_S, weights_M), grad_MD.pop()
     up_SDH, down_SHD, up_bias, down_bias = form.parts(parameters)
     needs_up, needs_down, needs_up_bias, needs_down_bias = form.parts_needed(needs.parameters)
@@ -234,7 +238,7 @@ def _gradients(
     is_grouped = takes_grouped_mm(incoming_MD, up_SDH, down_SHD)
     grad_MH = grouped_product(incoming_MD, down_SHD.transpose(-2, -1), ends_S, is_grouped)
     grad_inner_MH, activation_MH = activate_backward(
-        inner_MH, up_bias, rows, grad_MH, grad_weights_M, form.activation, down_bias is not None
+        inner.pop(), up_bias, rows, grad_MH, grad_weights_M, form.activation, down_bias is not None
     )
     del grad_MH
     if needs_down:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.parallel import forward, fused_kernels
+from lightning_eplb.parallel import fused_experts as fused_module
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts, warm_up
 from lightning_eplb.parallel.fused_form import FusedForm, recognize
@@ -179,6 +181,38 @@ def test_only_what_is_trained_gets_a_gradient(trained: int):
     inputs[trained] = inputs[trained].clone().requires_grad_()
     output, _ = compute_tokens(form, inputs[2:], inputs[0], index, inputs[1])
     torch.testing.assert_close(gradients(output, [inputs[trained]])[0], expected)
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_gradients_can_be_computed_again_while_the_graph_is_retained(is_sorted: bool):
+    module = experts_of("gpt_oss")
+    form, parameters = form_of(module), list(module.parameters())
+    hidden, index, weights = routed(5, 1, torch.float64)
+    inputs = [hidden.requires_grad_(), weights.requires_grad_(), *parameters]
+    if is_sorted:
+        ends = torch.tensor([1, 2, 2, 4, 4, 4, 5, 5], dtype=torch.int32, device=DEVICE)
+        output = fused_experts(form, parameters, hidden, ends, weights.view(-1))
+    else:
+        output, _ = compute_tokens(form, parameters, hidden, index, weights)
+    first = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(output.sum(), inputs)
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(output.sum(), inputs)
+
+
+def test_first_product_is_freed_before_the_gradients_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+    module = experts_of("mixtral")
+    hidden, index, weights = routed(5, 2, torch.float64)
+    inner: list[weakref.ref[Tensor]] = []
+    activate = fused_kernels.activate
+    monkeypatch.setattr(fused_kernels, "activate", lambda *args: inner.append(weakref.ref(args[0])) or activate(*args))
+    output, _ = compute_tokens(form_of(module), list(module.parameters()), hidden, index, weights)
+    alive = []
+    grouped = fused_module.grouped_gradient
+    monkeypatch.setattr(fused_module, "grouped_gradient", lambda *args: alive.append(inner[0]()) or grouped(*args))
+    output.sum().backward()
+    assert alive == [None, None]
 
 
 def test_second_derivatives_raise():
@@ -373,6 +407,21 @@ def test_hook_on_the_module_itself_sees_the_fused_output(calls: list[int]):
     output = module(*routed(5, 2, torch.float64))
     assert seen[0] is output
     assert calls == [5]
+
+
+def test_copy_of_a_converted_module_is_fused(calls: list[int]):
+    module = converted(experts_of("gpt_oss"))
+    inputs = routed(5, 2, torch.float64)
+    assert torch.equal(copy.deepcopy(module)(*inputs), module(*inputs))
+    assert calls == [5, 5]
+
+
+def test_layers_that_differ_are_tried_each():
+    first, second = experts_of("mixtral"), experts_of("mixtral")
+    second.act_fn = nn.Mish()
+    parallelize_experts(nn.ModuleList([first, second]), fused_experts=True)
+    assert layer_of(first).fused_choice.form is not None
+    assert layer_of(second).fused_choice.form is None
 
 
 def test_path_is_told_once(caplog: pytest.LogCaptureFixture):
