@@ -19,13 +19,6 @@ def check_switches(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} must be True or False")
 
 
-def check_optional_switches(**arguments: Any) -> None:
-    """Raise ``ValueError`` for the first argument that is neither ``True``, ``False`` nor ``None``."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be True, False or None")
-
-
 def check_steps(**arguments: Any) -> None:
     """Raise ``ValueError`` for the first argument that is not a number of optimizer steps."""
     check_whole_numbers(**arguments)

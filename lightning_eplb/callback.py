@@ -13,13 +13,7 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb._validation import (
-    check_optional_switches,
-    check_redundancy,
-    check_steps,
-    check_switches,
-    check_whole_numbers,
-)
+from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.checkpoint.consolidate import DistributedCheckpointIO
 from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
@@ -132,7 +126,8 @@ class EPLBCallback(Callback):
         check_steps(window_size=window_size, step_interval=step_interval)
         check_whole_numbers(num_redundant_experts=num_redundant_experts)
         check_switches(use_async=use_async)
-        check_optional_switches(fused_experts=fused_experts)
+        if fused_experts is not None:
+            check_switches(fused_experts=fused_experts)
         if ep_size is not None:
             check_whole_numbers(ep_size=ep_size)
         if num_redundant_experts < 0:
@@ -193,9 +188,8 @@ class EPLBCallback(Callback):
         if trainer.world_size > ep_size:
             group, _ = dist.new_subgroups(ep_size)
             assert isinstance(group, dist.ProcessGroup)
-        parallelize_experts(
-            pl_module, group, num_redundant_experts=self.num_redundant_experts, fused_experts=self.fused_experts
-        )
+        settings = {"num_redundant_experts": self.num_redundant_experts, "fused_experts": self.fused_experts}
+        parallelize_experts(pl_module, group, **settings)
         materialize(pl_module, trainer.strategy.root_device)
 
     @override

@@ -24,7 +24,7 @@ from lightning_eplb.parallel.direct_kernels import (
     send_kernel,
     send_sums_kernel,
 )
-from lightning_eplb.parallel.kernel_launch import KernelLauncher
+from lightning_eplb.parallel.launch import launch
 from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Region
 
 MAX_BLOCK_COLUMNS = 2048
@@ -36,12 +36,6 @@ an H200 with 262,144 pairs: placing takes 0.12 ms, and 0.28 with 256 programs of
 
 TILE = 8192
 """Numbers of a tile of pairs and slots, 64 a thread."""
-
-
-_send, _count, _place, _expand, _send_sums, _receive_sums = (
-    KernelLauncher(kernel)
-    for kernel in (send_kernel, count_kernel, place_kernel, expand_kernel, send_sums_kernel, receive_sums_kernel)
-)
 
 
 class Placed(NamedTuple):
@@ -90,8 +84,9 @@ def send(
     (tokens, width), top_k = hidden_TD.shape, index_TK.shape[1]
     slots_TK = index_TK if slot_of_expert is None else torch.empty_like(index_TK, dtype=torch.int32)
     block = _block_of(width)
-    _send(
-        (max(tokens, 1),),
+    launch(
+        send_kernel,
+        (max(tokens, 1), 1),
         (
             hidden_TD,
             index_TK,
@@ -147,8 +142,9 @@ def count_pairs(
     chunks = max(1, PROGRAMS // ranks)
     slots_block = max(16, _power_of_two(num_slots + 1))
     counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=report.device)
-    _count(
-        (ranks * chunks,),
+    launch(
+        count_kernel,
+        (ranks * chunks, 1),
         (counts, report, errors, region.addresses),
         (header.tag, header.sequence, region.capacity, region.slots),
         (top_k, num_slots, region.rank, ranks, chunks, max(16, TILE // slots_block), slots_block, HEADER_WORDS),
@@ -174,8 +170,9 @@ def place_pairs(
     pairs, place = torch.empty(2, ranks * region.capacity * top_k, dtype=torch.int32, device=device).unbind()
     weights = torch.empty(len(pairs), dtype=dtype, device=device)
     ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
-    _place(
-        (programs,),
+    launch(
+        place_kernel,
+        (programs, 1),
         (counts, slots_S, pairs, weights, place, ends, region.addresses),
         (len(slots_S), region.capacity, region.slots, region.weights),
         (
@@ -243,8 +240,9 @@ def _launch_expand(
 ) -> None:
     if not out_MD.numel():
         return
-    _expand(
-        (len(out_MD),),
+    launch(
+        expand_kernel,
+        (len(out_MD), 1),
         (
             hidden_TD,
             hidden_TD if old_MD is None else old_MD,
@@ -293,7 +291,8 @@ def send_sums(
         factor: Number that sums and gradients are multiplied by. Defaults to 1.
     """
     own_MD, others_MD = rows
-    _send_sums(
+    launch(
+        send_sums_kernel,
         (max(max_tokens, 1), region.num_ranks),
         (
             own_MD,
@@ -354,8 +353,9 @@ def receive_sums(
     tokens, top_k = slots_TK.shape
     out_TD = like_1D.new_empty(tokens, like_1D.shape[-1])
     grad_TK = None if weights_dtype is None else torch.empty_like(slots_TK, dtype=weights_dtype)
-    _receive_sums(
-        (max(tokens, 1),),
+    launch(
+        receive_sums_kernel,
+        (max(tokens, 1), 1),
         (out_TD, out_TD if grad_TK is None else grad_TK, slots_TK, errors, region.addresses),
         (header.tag, header.sequence, tokens, region.capacity, region.weights, region.rows),
         (

@@ -55,11 +55,10 @@ class ParallelExperts(nn.Module):
     def _forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute all experts on this rank by fused kernels, or by the original forward where they can't."""
         layer, choice = self.expert_layer, self.expert_layer.fused_choice
-        assert choice.form is not None
         hidden_TD, index_TK, weights_TK = arguments = self._arguments(*args, **kwargs)
         is_plain = len(args) + len(kwargs) == 3 and self._follow_protocol(arguments)
-        weights = self._whole([getattr(self, name) for name in choice.form.names])
-        form = choice.form_for(self, weights, has_other_arguments=not is_plain)
+        weights = self._whole([getattr(self, name) for name in choice.names])
+        form = choice.form_for(self, weights, not is_plain)
         layer.report_path()
         if form is None or not index_TK.numel():
             output = super().forward(*args, **kwargs)

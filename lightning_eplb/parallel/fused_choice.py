@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eplb import _compat
-from lightning_eplb.parallel.fused_form import FusedForm, recognize, why_not_children, why_not_plain
+from lightning_eplb.parallel.fused_form import FusedForm, recognize, why_not_plain
 
 FAST_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which experts are fused unless the user says otherwise. In others products take most of the time, and
@@ -22,6 +22,9 @@ REPLACED = (None, "grouped_mm")
 
 REPLACED_IF_ASKED = (*REPLACED, "eager", "batched_mm")
 """Implementations that ``fused_experts=True`` replaces. The rest are kernels of their own, such as ``deepgemm``."""
+
+DERIVED_FROM = ("act_fn", "limit", "swiglu_limit", "alpha", "swiglu_alpha")
+"""Attributes from which a form was derived."""
 
 
 class FusedChoice:
@@ -39,7 +42,11 @@ class FusedChoice:
         self.reason: str | None = form if isinstance(form, str) else None
         """Why the last call ran the module's own forward. ``None`` if it was fused."""
         self._no_form = self.reason
-        self._signature = _signature(module)
+        self.names = self.form.names if self.form is not None else ()
+        """Names of the parameters that the form is computed from."""
+        self._derived_from = [name for name in DERIVED_FROM if hasattr(module, name)]
+        self._signature = self._current_signature(module)
+        self._children = list(module.modules())[1:]
 
     def form_for(self, module: nn.Module, weights: Sequence[Tensor], has_other_arguments: bool) -> FusedForm | None:
         """Return the form if this call is to be fused, and keep why not.
@@ -67,9 +74,16 @@ class FusedChoice:
         implementation = _compat.experts_implementation(module)
         if implementation not in (REPLACED_IF_ASKED if asked else REPLACED):
             return f"its implementation is {implementation!r}"
-        if self._signature != _signature(module):
+        if self._signature != self._current_signature(module):
             return "its activation was changed"
-        return why_not_children(module)
+        return "a submodule has hooks" if any(map(_compat.has_call_hooks, self._children)) else None
+
+    def _current_signature(self, module: nn.Module) -> tuple:
+        """Return the parts of a module, beside its parameters, that the form was derived from."""
+        layer = getattr(module, "expert_layer", None)
+        original = type(module) if layer is None else layer.original_class
+        forwards = original.forward, vars(module).get("forward")
+        return *forwards, *_compat.gates(module), *[getattr(module, name, None) for name in self._derived_from]
 
 
 def choose(modules: Iterable[nn.Module], setting: bool | None, num_ranks: int) -> list[FusedChoice]:
@@ -132,14 +146,6 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _key(module: nn.Module) -> Any:
     """Return a key that is equal for modules of one class that compute the same of their parameters."""
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and not k.startswith("_")}
-    return type(module), shapes, repr(plain), repr(getattr(module, "act_fn", None))
-
-
-def _signature(module: nn.Module) -> tuple:
-    """Return the parts of a module, beside its parameters, that the form was derived from."""
-    names = ("act_fn", "limit", "swiglu_limit", "alpha", "swiglu_alpha")
-    layer = getattr(module, "expert_layer", None)
-    original = type(module) if layer is None else layer.original_class
-    forwards = original.forward, vars(module).get("forward")
-    return *forwards, *_compat.gates(module), *(getattr(module, name, None) for name in names)
+    attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    plain = {k: v if isinstance(v, (int, float, str, type(None))) else id(v) for k, v in attributes.items()}
+    return type(module), shapes, repr(plain), repr(list(module.children()))

@@ -166,11 +166,6 @@ def why_not_plain(module: nn.Module) -> str | None:
     is_converted = getattr(module, "expert_layer", None) is not None  # then FSDP2 may have added hooks of its own
     if not is_converted and _compat.has_call_hooks(module):
         return "it has hooks"
-    return why_not_children(module)
-
-
-def why_not_children(module: nn.Module) -> str | None:
-    """Return why a submodule needs to be called, such as an activation with a hook."""
     if any(_compat.has_call_hooks(child) for child in module.modules() if child is not module):
         return "a submodule has hooks"
     return None

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_eplb._validation import check_optional_switches
+from lightning_eplb._validation import check_switches
 from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher, check_dispatcher
 from lightning_eplb.parallel.dtensor import EP, check_mesh, distribute_rows
@@ -129,7 +129,8 @@ def parallelize_experts(
             pruned, parametrized or quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All
             ranks raise it, before any communication.
     """
-    check_optional_switches(fused_experts=fused_experts)
+    if fused_experts is not None:
+        check_switches(fused_experts=fused_experts)
     if any(expert_layers(model)):
         return model
     if dispatcher is not None:

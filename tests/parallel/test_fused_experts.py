@@ -3,21 +3,25 @@
 import copy
 import logging
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
-from lightning_eplb.parallel import forward
+from lightning_eplb.parallel import forward, fused_kernels
+from lightning_eplb.parallel import fused_experts as fused_module
 from lightning_eplb.parallel.expert_layer import ExpertLayer
-from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts
+from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts, warm_up
 from lightning_eplb.parallel.fused_form import FusedForm, recognize
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.models import LanguageModel, hugging_face_model, language_loss, token_batches
+from tests.workers import Workers
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"]
@@ -135,6 +139,37 @@ def test_rows_of_no_expert_reach_no_gradient(name: str):
         torch.testing.assert_close(with_tail, without)
 
 
+def test_warm_up_launches_every_kernel_of_sorted_rows(monkeypatch: pytest.MonkeyPatch):
+    def kernels_of(function: Callable[[], None]) -> set[tuple]:
+        """Each kernel that is launched, with what it is compiled for."""
+        launched: set[tuple] = set()
+
+        def launch(kernel: object, grid: object, tensors: Sequence[Tensor], numbers: object, constants: tuple) -> None:
+            launched.add((id(kernel), constants, *(tensor.dtype for tensor in tensors)))
+            original(kernel, grid, tensors, numbers, constants)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(fused_kernels, "launch", launch)
+        function()
+        return launched
+
+    original = fused_kernels.launch
+    module, form = experts_of("gpt_oss", torch.bfloat16), form_of(experts_of("gpt_oss"))
+    rows = torch.randn(6, WIDTH, dtype=torch.bfloat16, device=DEVICE)
+    ends = torch.tensor([1, 2, 2, 4, 4, 4, 5, 6], dtype=torch.int32, device=DEVICE)
+
+    def train() -> None:
+        for weights in (None, torch.ones(6, device=DEVICE), torch.ones(6, device=DEVICE, requires_grad=True)):
+            fused_experts(form, list(module.parameters()), rows, ends, weights).sum().backward()
+
+    def few_experts() -> None:
+        few = [parameter[:2] for parameter in module.parameters()]
+        fused_experts(form, few, rows[:2], ends[:2], None).sum().backward()
+
+    warm = kernels_of(lambda: warm_up(form, list(module.parameters()), [None, torch.float32]))
+    assert kernels_of(train) <= warm
+    assert kernels_of(few_experts) <= warm
+
+
 @pytest.mark.parametrize("trained", range(6))
 def test_only_what_is_trained_gets_a_gradient(trained: int):
     module, form = experts_of("gpt_oss"), form_of(experts_of("gpt_oss"))
@@ -146,6 +181,38 @@ def test_only_what_is_trained_gets_a_gradient(trained: int):
     inputs[trained] = inputs[trained].clone().requires_grad_()
     output, _ = compute_tokens(form, inputs[2:], inputs[0], index, inputs[1])
     torch.testing.assert_close(gradients(output, [inputs[trained]])[0], expected)
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_gradients_can_be_computed_again_while_the_graph_is_retained(is_sorted: bool):
+    module = experts_of("gpt_oss")
+    form, parameters = form_of(module), list(module.parameters())
+    hidden, index, weights = routed(5, 1, torch.float64)
+    inputs = [hidden.requires_grad_(), weights.requires_grad_(), *parameters]
+    if is_sorted:
+        ends = torch.tensor([1, 2, 2, 4, 4, 4, 5, 5], dtype=torch.int32, device=DEVICE)
+        output = fused_experts(form, parameters, hidden, ends, weights.view(-1))
+    else:
+        output, _ = compute_tokens(form, parameters, hidden, index, weights)
+    first = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+    second = torch.autograd.grad(output.sum(), inputs)
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(output.sum(), inputs)
+
+
+def test_first_product_is_freed_before_the_gradients_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+    module = experts_of("mixtral")
+    hidden, index, weights = routed(5, 2, torch.float64)
+    inner: list[weakref.ref[Tensor]] = []
+    activate = fused_kernels.activate
+    monkeypatch.setattr(fused_kernels, "activate", lambda *args: inner.append(weakref.ref(args[0])) or activate(*args))
+    output, _ = compute_tokens(form_of(module), list(module.parameters()), hidden, index, weights)
+    alive = []
+    grouped = fused_module.grouped_gradient
+    monkeypatch.setattr(fused_module, "grouped_gradient", lambda *args: alive.append(inner[0]()) or grouped(*args))
+    output.sum().backward()
+    assert alive == [None, None]
 
 
 def test_second_derivatives_raise():
@@ -342,6 +409,21 @@ def test_hook_on_the_module_itself_sees_the_fused_output(calls: list[int]):
     assert calls == [5]
 
 
+def test_copy_of_a_converted_module_is_fused(calls: list[int]):
+    module = converted(experts_of("gpt_oss"))
+    inputs = routed(5, 2, torch.float64)
+    assert torch.equal(copy.deepcopy(module)(*inputs), module(*inputs))
+    assert calls == [5, 5]
+
+
+def test_layers_that_differ_are_tried_each():
+    first, second = experts_of("mixtral"), experts_of("mixtral")
+    second.act_fn = nn.Mish()
+    parallelize_experts(nn.ModuleList([first, second]), fused_experts=True)
+    assert layer_of(first).fused_choice.form is not None
+    assert layer_of(second).fused_choice.form is None
+
+
 def test_path_is_told_once(caplog: pytest.LogCaptureFixture):
     model = parallelize_experts(hugging_face_model("qwen3_moe").to(DEVICE), fused_experts=True)
     with caplog.at_level(logging.INFO):
@@ -362,9 +444,9 @@ def test_model_without_a_known_form_warns_why():
 
 @pytest.mark.parametrize("value", [1, "yes"])
 def test_wrong_setting_is_an_error(value: object):
-    with pytest.raises(ValueError, match=r"fused_experts=.* must be True, False or None"):
+    with pytest.raises(ValueError, match=r"fused_experts=.* must be True or False"):
         parallelize_experts(hugging_face_model("mixtral"), fused_experts=value)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"fused_experts=.* must be True, False or None"):
+    with pytest.raises(ValueError, match=r"fused_experts=.* must be True or False"):
         EPLBCallback(fused_experts=value)  # type: ignore[arg-type]
 
 
@@ -393,3 +475,47 @@ def test_callback_passes_the_setting_on(converts: bool, calls: list[int], tmp_pa
         losses.append(model.losses)
         assert len(calls) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+# Over several ranks
+
+
+def train_over_ranks(name: str, num_redundant_experts: int, by_batch: bool) -> tuple[float, dict, set]:
+    """Loss, logical gradients and the reasons of layers that were not fused."""
+    model = hugging_face_model(name)
+    parallelize_experts(model, num_redundant_experts=num_redundant_experts, fused_experts=True)
+    ExpertLoadBalancer(model, redundancy="batch" if by_batch else "window", min_tokens_per_copy=1 if by_batch else None)
+    loss = language_loss(model, token_batches(4)[2 * dist.get_rank() :][:2])
+    loss.backward()
+    reasons = {layer.fused_choice.reason for layer, _ in expert_layers(model)}
+    return loss.item(), logical_gradients(model), reasons
+
+
+def logical_gradients(model: nn.Module) -> dict[str, Tensor]:
+    gradients = {}
+    for layer, module in expert_layers(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            for row, expert in enumerate(layer.local_experts.tolist()):
+                assert parameter.grad is not None
+                gradients[f"{layer.name}.{name}.{expert}"] = parameter.grad[row]
+    return gradients
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("num_redundant_experts", "by_batch"), [(0, False), (2, True)])
+def test_fused_experts_over_ranks_are_the_unmodified_model(
+    workers: Workers, name: str, num_redundant_experts: int, by_batch: bool
+):
+    results = workers.run(2, train_over_ranks, name, num_redundant_experts, by_batch)
+    plain = hugging_face_model(name)
+    losses = [language_loss(plain, token_batches(4)[i : i + 2]) for i in (0, 2)]
+    (sum(losses) / 2).backward()  # type: ignore[union-attr]
+    expected = dict(plain.named_parameters())
+    for loss, (found, gradients_of_rank, reasons) in zip(losses, results, strict=True):
+        assert reasons == {None}
+        assert found == pytest.approx(loss.item(), rel=1e-12)
+        for key, gradient in gradients_of_rank.items():
+            parameter, _, expert = key.rpartition(".")
+            grad = expected[parameter].grad
+            assert grad is not None
+            torch.testing.assert_close(gradient, grad[int(expert)], rtol=1e-9, atol=1e-12)

@@ -58,13 +58,13 @@ def compile_all(dtype: torch.dtype, index_dtype: torch.dtype, ranks: int, top_k:
 def main() -> None:
     from triton.runtime import driver
 
-    from lightning_eplb.parallel.kernel_launch import KernelLauncher
+    from lightning_eplb.parallel import direct_exchange
 
-    def compile_kernel(self: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, num_warps: int = 4) -> None:
-        self._kernel.warmup(*tensors, *numbers, *constants, num_warps=num_warps, grid=grid)
+    def compile_kernel(kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Any) -> None:
+        kernel.warmup(*tensors, *numbers, *constants, grid=grid)
 
     driver.set_active(Driver())  # type: ignore[arg-type]
-    KernelLauncher.__call__ = compile_kernel  # type: ignore[method-assign]
+    direct_exchange.launch = compile_kernel
     compile_all(torch.bfloat16, torch.int64, ranks=2, top_k=8, width=2048)
     compile_all(torch.float64, torch.int32, ranks=4, top_k=3, width=7168)
 
