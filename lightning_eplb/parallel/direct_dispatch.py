@@ -19,6 +19,11 @@ memory                 two regions of ``R * T * D`` elements for the longest bat
 
 If replicas share the tokens of an expert, ranks exchange counts first, and then send slots in place of experts.
 
+Ranks must call the same layers in the same order, forward and backward. Each trip carries the number of its layer and a
+sequence number: the next forward pass raises if they differ. If a rank stays away, the others raise where their host
+waits for it. In a backward pass no host waits: there the device stops after another minute, with a CUDA error
+(unspecified launch failure) that names no layer.
+
 Shape suffixes: ``T`` tokens, ``K`` top-k, ``M`` rows that this rank computes, ``L`` logical experts, ``R`` ranks, ``S``
 slots of a rank, ``P`` slots of all ranks, ``D`` model width.
 """
@@ -77,6 +82,9 @@ class DirectDispatcher(TokenDispatcher):
         self._buffers: SymmetricBuffers = None  # type: ignore[assignment]
         self._layer_id = 0
         self._slots_S: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict) -> "DirectDispatcher":
+        return type(self)(self.groups)  # a copy of a layer is another layer in the same buffers
 
     def why_not(self, batch: TokenBatch) -> str | None:
         """Return why a batch can't be dispatched directly, for reasons that are the same on all ranks."""
@@ -344,7 +352,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lightning_eplb.parallel import direct_exchange
 
-        call, state = ctx.call, _State(*ctx.saved_tensors, ctx.stride)
+        call, state = ctx.call, _restored(ctx)
         own_MD, others_MD, own_M, others_M = (_aligned(grad) for grad in grads)
         region, header = call.buffers.start_trip(call.layer, DISPATCH_BACKWARD)
         direct_exchange.send_sums(
@@ -400,8 +408,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lightning_eplb.parallel import direct_exchange
 
-        call, saved = ctx.call, ctx.saved_tensors  # recomputed now, if at all, before the trip starts
-        state, outputs = _State(*saved[:5], ctx.stride), saved[5:]
+        call, saved = ctx.call, ctx.saved_tensors  # recomputed here, if at all: before the trip starts
+        state, outputs = _restored(ctx), saved[5:]
         grad_TD, placed = _aligned(grads[0]), _placed(state)
         region, header = call.buffers.start_trip(call.layer, COMBINE_BACKWARD)
         direct_exchange.send(grad_TD, state.slots, None, None, call.slots_per_rank, region, header)
@@ -420,6 +428,12 @@ class _Combine(torch.autograd.Function):
         if not ctx.needs_input_grad[4]:
             own_M = others_M = None
         return None, None, own_MD, others_MD if ctx.needs_input_grad[3] else None, own_M, others_M
+
+
+def _restored(ctx: Any) -> _State:
+    """Return the state whose tensors a function saved first."""
+    slots, pairs, weights, place, ends = ctx.saved_tensors[:5]
+    return _State(slots, pairs, weights, place, ends, ctx.stride)
 
 
 def _placed(state: _State) -> Any:

@@ -24,7 +24,7 @@ from lightning_eplb.parallel.direct_kernels import (
     send_kernel,
     send_sums_kernel,
 )
-from lightning_eplb.parallel.launch import launch
+from lightning_eplb.parallel.launch import launch, power_of_2
 from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Region
 
 MAX_BLOCK_COLUMNS = 2048
@@ -110,7 +110,7 @@ def send(
             slots_per_rank,
             width,
             top_k,
-            _power_of_two(top_k),
+            power_of_2(top_k),
             region.rank,
             region.num_ranks,
             slot_of_expert is not None,
@@ -140,7 +140,7 @@ def count_pairs(
     """
     ranks, num_slots = region.num_ranks, region.num_ranks * slots_per_rank
     chunks = max(1, PROGRAMS // ranks)
-    slots_block = max(16, _power_of_two(num_slots + 1))
+    slots_block = max(16, power_of_2(num_slots + 1))
     counts = torch.empty(ranks * chunks, slots_block, dtype=torch.int32, device=report.device)
     launch(
         count_kernel,
@@ -166,7 +166,7 @@ def place_pairs(
         counts: Return value of :func:`count_pairs`.
     """
     (programs, slots_block), ranks, device = counts.shape, region.num_ranks, counts.device
-    own_block = max(16, _power_of_two(len(slots_S)))
+    own_block = max(16, power_of_2(len(slots_S)))
     pairs, place = torch.empty(2, ranks * region.capacity * top_k, dtype=torch.int32, device=device).unbind()
     weights = torch.empty(len(pairs), dtype=dtype, device=device)
     ends = torch.empty(len(slots_S) + ranks, dtype=torch.int32, device=device)
@@ -181,7 +181,7 @@ def place_pairs(
             region.rank,
             ranks,
             programs // ranks,
-            _power_of_two(programs),
+            power_of_2(programs),
             max(16, TILE // slots_block),
             max(16, TILE // own_block),
             slots_block,
@@ -362,7 +362,7 @@ def receive_sums(
             slots_per_rank,
             out_TD.shape[1],
             top_k,
-            _power_of_two(top_k),
+            power_of_2(top_k),
             region.rank,
             region.num_ranks,
             grad_TK is not None,
@@ -378,10 +378,5 @@ def sum_dtype(rows: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if rows.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def _power_of_two(number: int) -> int:
-    """Return the least power of two from ``number`` up. Triton's own takes 4 µs."""
-    return 1 << (number - 1).bit_length() if number > 1 else 1
-
-
 def _block_of(width: int) -> int:
-    return min(_power_of_two(width), MAX_BLOCK_COLUMNS)
+    return min(power_of_2(width), MAX_BLOCK_COLUMNS)
