@@ -31,14 +31,23 @@ slots of a rank, ``P`` slots of all ranks, ``D`` model width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_eplb.parallel.all_to_all import AllToAllDispatcher, AllToAllHandle
+from lightning_eplb.parallel.direct_autograd import (
+    DISPATCH,
+    Call,
+    Combine,
+    Dispatch,
+    State,
+    Trip,
+    aligned,
+    placed_of,
+)
 from lightning_eplb.parallel.dispatch import DispatchedRows, TokenBatch, TokenCounts, TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import (
     DispatchPlan,
@@ -53,9 +62,7 @@ from lightning_eplb.parallel.permute import has_kernels
 from lightning_eplb.parallel.symmetric_buffers import (
     ERROR_WORDS,
     HEADER_WORDS,
-    KINDS,
     Layout,
-    Region,
     SymmetricBuffers,
     SymmetricMemory,
     shared_buffers,
@@ -63,8 +70,6 @@ from lightning_eplb.parallel.symmetric_buffers import (
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of hidden states that kernels sum."""
-
-DISPATCH, COMBINE, COMBINE_BACKWARD, DISPATCH_BACKWARD = range(len(KINDS))
 
 
 class DirectDispatcher(TokenDispatcher):
@@ -118,6 +123,7 @@ class DirectDispatcher(TokenDispatcher):
             _, counts_L = batch.sorted_pairs
             without_expert = batch.index.numel() - counts_L.sum(dim=0, keepdim=True)
             counts, payloads_R = gather_counts(torch.cat((counts_L, without_expert)), self.groups, payload)
+            self._read_report(batch)  # of the trip before, which has arrived with the counts
             max_tokens = int(counts.sum(axis=1).max()) // batch.top_k
             if (reason := self._fit(batch, max_tokens)) is None:
                 self.reason = None
@@ -148,7 +154,7 @@ class DirectDispatcher(TokenDispatcher):
             slots_TK = assign_slots(routing, batch.sorted_pairs[0], batch.index.shape)
             trip = self._send(batch, slots_TK, None, to_device(routing.serving_order.astype(np.int32), slots_TK.device))
         num_own = int(routing.received[:, : routing.num_primaries].sum())
-        call = _Call(
+        call = Call(
             self._buffers,
             self._layer_id,
             routing.slots.shape[1],
@@ -159,7 +165,7 @@ class DirectDispatcher(TokenDispatcher):
             not batch.experts_weigh,
             self.groups.size if self.divides_gradients(batch) else 1,
         )
-        own_MD, others_MD, own_M, others_M = _Dispatch.apply(call, trip, batch.hidden, batch.weights)
+        own_MD, others_MD, own_M, others_M = Dispatch.apply(call, trip, batch.hidden, batch.weights)
         return _Handle(batch, routing, call, trip.state, (own_MD, others_MD), (own_M, others_M))
 
     def receive(self, handle: "_Handle", part: int) -> tuple[DispatchedRows, DispatchedRows]:
@@ -183,7 +189,7 @@ class DirectDispatcher(TokenDispatcher):
         row_bytes = own_MD.shape[1] * own_MD.element_size()
         if not self._buffers.fit(Layout(0, handle.call.top_k, row_bytes)):  # all ranks ask for the same
             raise RuntimeError(f"outputs of {handle.batch.layer} do not fit: {self._buffers.failure}")
-        return _Combine.apply(handle.call, handle.state, own_MD, others_MD, *handle.weights)
+        return Combine.apply(handle.call, handle.state, own_MD, others_MD, *handle.weights)
 
     def dispatch_argument(self, handle: "_Handle", rows_TC: Tensor) -> AllToAllHandle:
         """Send the rows of an argument by ``all_to_all_single``: their order is the same."""
@@ -218,7 +224,7 @@ class DirectDispatcher(TokenDispatcher):
     @torch.no_grad()
     def _send(
         self, batch: TokenBatch, index_TK: Tensor, table: Tensor | None, served_S: Tensor, payload: int = 0
-    ) -> "_Trip":
+    ) -> "Trip":
         """Send tokens, and place the pairs of all ranks. A batch that is too long sends its header only."""
         from lightning_eplb.parallel import direct_exchange
 
@@ -226,7 +232,7 @@ class DirectDispatcher(TokenDispatcher):
         region, header = buffers.start_trip(self._layer_id, DISPATCH, tokens, payload)
         num_sent = tokens if tokens <= region.capacity else 0
         report = buffers.report(batch.slots.size)
-        hidden_TD = _aligned(batch.hidden)
+        hidden_TD = aligned(batch.hidden)
         slots_TK = direct_exchange.send(
             hidden_TD[:num_sent],
             index_TK[:num_sent].contiguous(),
@@ -244,208 +250,46 @@ class DirectDispatcher(TokenDispatcher):
         )
         report.copy_to_host()
         placed = direct_exchange.place_pairs(served_S, slots_per_rank, batch.top_k, dtype, region, counted)
-        return _Trip(_State(slots_TK, *placed), region)
+        return Trip(State(slots_TK, *placed), region)
 
     def _own_slots(self, batch: TokenBatch) -> slice:
         first = self.groups.rank * batch.slots.shape[1]
         return slice(first, first + batch.slots.shape[1])
 
     @torch.no_grad()
-    def _expand(self, batch: TokenBatch, trip: "_Trip", num_rows: int) -> "_Trip":
+    def _expand(self, batch: TokenBatch, trip: "Trip", num_rows: int) -> "Trip":
         """Copy tokens to rows of primaries at once, so that the device is busy while the host goes on."""
         from lightning_eplb.parallel import direct_exchange
 
-        placed = _placed(trip.state)
-        rows_MD = direct_exchange.expand(_aligned(batch.hidden), 0, num_rows, placed, batch.top_k, trip.region)
+        placed = placed_of(trip.state)
+        rows_MD = direct_exchange.expand(aligned(batch.hidden), 0, num_rows, placed, batch.top_k, trip.region)
         return trip._replace(rows=rows_MD)
 
     def _wait(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
         """Wait for headers and counts of all ranks, ``[R, 8]`` and ``[R, P]``."""
+        self._buffers.wait(self._buffers.report(batch.slots.size).event, batch.layer)
+        return self._read_report(batch)
+
+    def _read_report(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return headers and counts of the last report, and raise if ranks took part in different trips."""
         report = self._buffers.report(batch.slots.size)
-        self._buffers.wait(report.event, batch.layer)
         values, first = report.host.numpy().copy(), self.groups.size * HEADER_WORDS
         headers_R8 = values[:first].reshape(self.groups.size, HEADER_WORDS)
         self._buffers.check(headers_R8, values[-ERROR_WORDS:])
         return headers_R8, values[first:-ERROR_WORDS].reshape(self.groups.size, batch.slots.size)
 
 
-class _State(NamedTuple):
-    """Tensors of a batch that its backward pass needs, see :class:`direct_exchange.Placed`."""
-
-    slots: Tensor
-    pairs: Tensor
-    weights: Tensor
-    place: Tensor
-    ends: Tensor
-    stride: int
-
-
-class _Trip(NamedTuple):
-    """Tensors of a batch, the regions of its trip, and rows of primaries that were copied before."""
-
-    state: _State
-    region: Region
-    rows: Tensor | None = None
-
-
-class _Call(NamedTuple):
-    """Numbers of a batch.
-
-    Attributes:
-        buffers: Buffers of the group.
-        layer: Number of the layer.
-        slots_per_rank: Slots of a rank.
-        top_k: Choices of a token.
-        max_tokens: Most tokens of a rank.
-        num_own: Rows of this rank's primaries.
-        num_others: Rows of its redundant experts.
-        combine_weighs: Rows are weighted when they are summed, and not by the experts.
-        divisor: Number that gradients of outputs are divided by, and those of tokens and weights multiplied.
-    """
-
-    buffers: SymmetricBuffers
-    layer: int
-    slots_per_rank: int
-    top_k: int
-    max_tokens: int
-    num_own: int
-    num_others: int
-    combine_weighs: bool
-    divisor: int
-
-
 @dataclass(eq=False)
 class _Handle:
+    """State of a batch between dispatch and combine."""
+
     batch: TokenBatch
     routing: Routing
-    call: _Call
-    state: _State
+    call: Call
+    state: State
     rows: tuple[Tensor, Tensor]
     weights: tuple[Tensor, Tensor]
     plan: DispatchPlan | None = None
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows of tokens that have arrived. The backward pass sends the sum of a token's gradients, and its weights'."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, trip: _Trip, hidden_TD: Tensor, weights_TK: Tensor) -> tuple[Tensor, ...]:
-        from lightning_eplb.parallel import direct_exchange
-
-        state, hidden_TD, num_own, num_others = trip.state, _aligned(hidden_TD), call.num_own, call.num_others
-        ctx.call, ctx.stride, ctx.weights_dtype = call, state.stride, weights_TK.dtype
-        placed = _placed(state)
-        own_MD = trip.rows
-        if own_MD is None:
-            own_MD = direct_exchange.expand(hidden_TD, 0, num_own, placed, call.top_k, trip.region)
-        others_MD = direct_exchange.expand(hidden_TD, num_own, num_others, placed, call.top_k, trip.region)
-        own_M, others_M = state.weights[: num_own + num_others].clone().split((num_own, num_others))
-        ctx.save_for_backward(*state[:-1])
-        if not ctx.needs_input_grad[2]:
-            ctx.mark_non_differentiable(own_MD, others_MD)
-        if not ctx.needs_input_grad[3]:
-            ctx.mark_non_differentiable(own_M, others_M)
-        return own_MD, others_MD, own_M, others_M
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from lightning_eplb.parallel import direct_exchange
-
-        call, state = ctx.call, _restored(ctx)
-        own_MD, others_MD, own_M, others_M = (_aligned(grad) for grad in grads)
-        region, header = call.buffers.start_trip(call.layer, DISPATCH_BACKWARD)
-        direct_exchange.send_sums(
-            (own_MD, others_MD),
-            (own_M, others_M) if ctx.needs_input_grad[3] else None,
-            False,
-            call.max_tokens,
-            _placed(state),
-            call.top_k,
-            region,
-            header,
-            call.divisor,
-        )
-        call.buffers.barrier()
-        weights_dtype = ctx.weights_dtype if ctx.needs_input_grad[3] else None
-        grad_TD, grad_TK = direct_exchange.receive_sums(
-            state.slots, call.slots_per_rank, own_MD, weights_dtype, region, header, call.buffers.errors
-        )
-        return None, None, grad_TD if ctx.needs_input_grad[2] else None, grad_TK
-
-
-class _Combine(torch.autograd.Function):
-    """Sums of a token's outputs, weighted or not. The backward pass sends the token's gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: _Call,
-        state: _State,
-        own_MD: Tensor,
-        others_MD: Tensor,
-        own_M: Tensor,
-        others_M: Tensor,
-    ) -> Tensor:
-        from lightning_eplb.parallel import direct_exchange
-
-        ctx.call, ctx.stride = call, state.stride
-        own_MD, others_MD = _aligned(own_MD), _aligned(others_MD)
-        region, header = call.buffers.start_trip(call.layer, COMBINE)
-        direct_exchange.send_sums(
-            (own_MD, others_MD), None, call.combine_weighs, call.max_tokens, _placed(state), call.top_k, region, header
-        )
-        call.buffers.barrier()
-        output_TD, _ = direct_exchange.receive_sums(
-            state.slots, call.slots_per_rank, own_MD, None, region, header, call.buffers.errors
-        )
-        has_dot = call.combine_weighs and ctx.needs_input_grad[4]
-        ctx.save_for_backward(*state[:-1], *((own_MD, others_MD) if has_dot else ()))
-        return output_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from lightning_eplb.parallel import direct_exchange
-
-        call, saved = ctx.call, ctx.saved_tensors  # recomputed here, if at all: before the trip starts
-        state, outputs = _restored(ctx), saved[5:]
-        grad_TD, placed = _aligned(grads[0]), _placed(state)
-        region, header = call.buffers.start_trip(call.layer, COMBINE_BACKWARD)
-        direct_exchange.send(grad_TD, state.slots, None, None, call.slots_per_rank, region, header)
-        call.buffers.barrier()
-        found = []
-        for i, (first, length) in enumerate(((0, call.num_own), (call.num_own, call.num_others))):
-            if call.combine_weighs:
-                output_MD = outputs[i] if outputs else None
-                found.append(
-                    direct_exchange.expand_weighted(grad_TD, output_MD, first, length, placed, call.top_k, region)
-                )
-            else:
-                rows_MD = direct_exchange.expand(grad_TD, first, length, placed, call.top_k, region, call.divisor)
-                found.append((rows_MD, None))
-        (own_MD, own_M), (others_MD, others_M) = found
-        if not ctx.needs_input_grad[4]:
-            own_M = others_M = None
-        return None, None, own_MD, others_MD if ctx.needs_input_grad[3] else None, own_M, others_M
-
-
-def _restored(ctx: Any) -> _State:
-    """Return the state whose tensors a function saved first."""
-    slots, pairs, weights, place, ends = ctx.saved_tensors[:5]
-    return _State(slots, pairs, weights, place, ends, ctx.stride)
-
-
-def _placed(state: _State) -> Any:
-    from lightning_eplb.parallel.direct_exchange import Placed
-
-    return Placed(*state[1:])
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Return contiguous rows at an address that vector instructions can read."""
-    rows = rows.contiguous()
-    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
 def _by_expert(counts_RP: np.ndarray, batch: TokenBatch) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_eplb import _compat
 from lightning_eplb.parallel.communication_hooks import check_registered_hooks
 from lightning_eplb.parallel.direct_dispatch import DirectDispatcher
-from lightning_eplb.parallel.dispatch import TokenDispatcher
+from lightning_eplb.parallel.dispatch import TokenBatch, TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.extra_arguments import ExtraArgumentResolver
@@ -224,6 +224,12 @@ class ExpertLayer:
             ]
             self._slot_of_expert = to_device(table, device)
         return self._slot_of_expert
+
+    def batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, experts_weigh: bool) -> TokenBatch:
+        """Return the batch of one call, as the dispatcher takes it."""
+        table = self.slot_of_expert(hidden_TD.device)
+        num_experts, slots_RS = self.num_logical_experts, self.slot_map.slots
+        return TokenBatch(self.name, hidden_TD, index_TK, weights_TK, num_experts, table, slots_RS, experts_weigh)
 
     @property
     def row_order(self) -> Tensor:

@@ -122,7 +122,7 @@ class ParallelExperts(nn.Module):
             layer.gradient_sync.watch(layer.index, list(self.parameters(recurse=False)))
         payload = gradient_hooks.wrap_hooks(self, layer) | HAS_EXTRA_ARGUMENTS * extra.is_given
         form = layer.fused_choice.form_for(self, self._local_parameters(), has_other_arguments=bool(extra.values))
-        batch = self._batch(hidden_TD, index_TK, weights_TK, form)
+        batch = layer.batch(hidden_TD, index_TK, weights_TK, form is not None)
         if layer.join is not None:
             counts_L = batch.sorted_pairs[1]
             joined = layer.join.gather_counts(self, hidden_TD, weights_TK, counts_L, payload)
@@ -140,7 +140,7 @@ class ParallelExperts(nn.Module):
             if output_TD is not None:
                 layer.cancel_prefetch()
                 return output_TD
-        return self._compute(batch, counts, has_hooks, extra, form)
+        return self._compute(batch, counts, _CallState(weights_TK.dtype, self._counters(), extra, form, has_hooks))
 
     def compute_for_others(self, hidden_TD: Tensor, weights_TK: Tensor, counts_RL: np.ndarray) -> None:
         """Compute tokens of other ranks, which call this layer while this rank does not. In evaluation only.
@@ -151,33 +151,16 @@ class ParallelExperts(nn.Module):
             counts_RL: Tokens of each rank and logical expert.
         """
         form = self.expert_layer.fused_choice.form_for(self, self._local_parameters(), has_other_arguments=False)
-        batch = self._batch(hidden_TD, empty_index(weights_TK), weights_TK, form)
+        batch = self.expert_layer.batch(hidden_TD, empty_index(weights_TK), weights_TK, form is not None)
         counts = TokenCounts(
             counts_RL, np.zeros(len(counts_RL), dtype=np.int64), self.expert_layer.dispatcher.for_uneven_calls
         )
-        self._compute(batch, counts, has_hooks=False, extra=ExtraArguments([], {}), form=form)
+        self._compute(batch, counts, _CallState(weights_TK.dtype, self._counters(), ExtraArguments([], {}), form))
 
-    def _batch(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, form: FusedForm | None) -> TokenBatch:
-        layer = self.expert_layer
-        return TokenBatch(
-            layer.name,
-            hidden_TD,
-            index_TK,
-            weights_TK,
-            layer.num_logical_experts,
-            layer.slot_of_expert(hidden_TD.device),
-            layer.slot_map.slots,
-            form is not None,
-        )
+    def _counters(self) -> CounterUpdates:
+        return CounterUpdates(self, self.expert_layer.per_expert.counters)
 
-    def _compute(
-        self,
-        batch: TokenBatch,
-        counts: TokenCounts,
-        has_hooks: bool,
-        extra: ExtraArguments,
-        form: FusedForm | None,
-    ) -> Tensor:
+    def _compute(self, batch: TokenBatch, counts: TokenCounts, call: "_CallState") -> Tensor:
         layer, groups = self.expert_layer, self.expert_layer.groups
         start = time.perf_counter()
         slot_map, routes = layer.slots_for(counts.counts)
@@ -185,7 +168,7 @@ class ParallelExperts(nn.Module):
         plan_seconds = time.perf_counter() - start
         check = functools.partial(gradient_hooks.check_wrapped, list(self.parameters(recurse=False)), layer)
         divisor = 1 if counts.dispatcher.divides_gradients(batch) else groups.size
-        redundant = RedundantExperts(self._local_parameters(has_hooks=has_hooks), routes, groups, check, divisor)
+        redundant = RedundantExperts(self._local_parameters(has_hooks=call.has_hooks), routes, groups, check, divisor)
         if prefetches := not is_recomputing() and not _compat.keeps_outputs():
             redundant.in_flight = layer.prefetcher.take(layer.index, routes, self._versions(), self._prefetch)
         else:
@@ -195,16 +178,15 @@ class ParallelExperts(nn.Module):
         dispatcher, parts = counts.dispatcher, counts.dispatcher.parts(batch, routing)
         primaries, anchor = redundant.attach_anchor(parts)
         handle = dispatcher.dispatch(batch, routing, counts.in_flight)
-        extra.dispatch(dispatcher, handle)
+        call.extra.dispatch(dispatcher, handle)
         if routes.num_redundant and redundant.in_flight is None:
             redundant.send_weights()
         if prefetches:
             layer.prefetcher.prefetch_after(layer.index)
-        call = _CallState(batch.weights.dtype, CounterUpdates(self, layer.per_expert.counters), extra, form)
         experts = slot_map.slots[groups.rank, routes.serving_order].tolist()
         for i, part in enumerate(parts):
             own, others = dispatcher.receive(handle, i)
-            own_MD, own_extra, others_MD, others_extra = extra.receive(dispatcher, i, own.hidden, others.hidden)
+            own_MD, own_extra, others_MD, others_extra = call.extra.receive(dispatcher, i, own.hidden, others.hidden)
             rows = _ExpertRows(primaries[i], experts[part], own_MD, own.ends, own_extra, own.weights)
             own_MD = self._compute_rows(rows, call)
             if routes.num_redundant and part.stop == layer.num_primaries:  # their weights travelled meanwhile
@@ -382,6 +364,7 @@ class _CallState(NamedTuple):
     counters: CounterUpdates
     extra: ExtraArguments
     form: FusedForm | None
+    has_hooks: bool = False
 
 
 class _ExpertRows(NamedTuple):

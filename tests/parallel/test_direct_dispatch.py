@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eplb import parallelize_experts
+from lightning_eplb import ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.parallel.symmetric_buffers import SymmetricBuffers
+from tests.fidelity import ShufflePolicy
 from tests.parallel.shared_memory import CPUDirectDispatcher
 from tests.parallel.test_extra_arguments import difference as difference_with_arguments
 from tests.parallel.test_extra_arguments import with_all
@@ -262,6 +263,32 @@ def other_layers() -> str:
 
 def test_ranks_that_call_other_layers_are_told_both(workers: Workers) -> None:
     zero, one = workers.run(2, other_layers)
+    assert "of EP rank 0 is the dispatch of first, and exchange 5 of EP rank 1 is the dispatch of second" in zero
+    assert "of EP rank 1 is the dispatch of second, and exchange 5 of EP rank 0 is the dispatch of first" in one
+
+
+def other_layers_with_redundant_experts() -> str:
+    holder = nn.ModuleDict({name: layer() for name in ("first", "second")})
+    parallelize_experts(holder, num_redundant_experts=2, dispatcher=CountingDispatcher)
+    expert_groups(holder["first"]).shared.clear()
+    balancer = ExpertLoadBalancer(holder, policy=ShufflePolicy(), step_interval=1)
+    hidden, index, weights = routing(5, 2)
+    try:
+        for step in range(3):
+            turn = list(holder.values())
+            if step == 1 and dist.get_rank():
+                turn.reverse()
+            for module in turn:
+                module(hidden, index, weights)
+            if step == 0:
+                balancer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_call_other_layers_with_redundant_experts_are_told_one_call_later(workers: Workers) -> None:
+    zero, one = workers.run(2, other_layers_with_redundant_experts)
     assert "of EP rank 0 is the dispatch of first, and exchange 5 of EP rank 1 is the dispatch of second" in zero
     assert "of EP rank 1 is the dispatch of second, and exchange 5 of EP rank 0 is the dispatch of first" in one
 
