@@ -1,7 +1,6 @@
 """Compilation of the integer loops of planning."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         numba.config.CACHE_DIR = others  # type: ignore[attr-defined]
 
 
-def will_be_kept(loop: Callable[..., Any]) -> bool:
-    """Return whether no process has compiled this loop yet, and what this one compiles is kept for the next."""
-    place = next((path for path in (FOLDER, *FOLDER.parents) if path.exists()), FOLDER)
-    return os.access(place, os.W_OK) and not any(FOLDER.rglob(f"*.{loop.__name__}-*.nbi"))
+def is_on_disk(loop: Callable[..., Any]) -> bool:
+    """Return ``True`` if a process has compiled this loop, so that others load it."""
+    return any(FOLDER.rglob(f"*.{loop.__name__}-*.nbi"))

@@ -24,16 +24,13 @@ def test_another_loop_means_another_folder_and_another_file_without_loops_does_n
     assert compiled._folder() != before
 
 
-def test_whether_it_will_compile_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_on_disk_after_a_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "FOLDER", tmp_path / "cache/compiled-1")
     loop = compiled.compiled(double)
-    assert compiled.will_be_kept(loop)
-    with monkeypatch.context() as patch:
-        patch.setattr(compiled.os, "access", lambda path, mode: path != tmp_path / "cache/compiled-1")
-        assert not compiled.will_be_kept(loop)
+    assert not compiled.is_on_disk(loop)
     assert loop(2) == 4
-    assert not compiled.will_be_kept(loop)
-    assert compiled.will_be_kept(compiled.compiled(triple))
+    assert compiled.is_on_disk(loop)
+    assert not compiled.is_on_disk(compiled.compiled(triple))
 
 
 def double(number):
