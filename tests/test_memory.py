@@ -60,7 +60,7 @@ def bytes_held(kind: str, copies: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1"])
-def test_redundant_experts_hold_nothing_between_steps(kind: str, workers: Workers) -> None:
+def test_redundant_experts_between_steps_hold_no_memory(kind: str, workers: Workers) -> None:
     without, with_copies = (workers.run(RANKS, bytes_held, kind, copies) for copies in (0, 1))
     for (bytes_without, slot), (bytes_with, _) in zip(without, with_copies, strict=True):
         assert bytes_with - bytes_without < 0.02 * slot  # which rows they are copies of, some 8-byte indices

@@ -86,7 +86,7 @@ def order_of_events() -> tuple[list[str], list[str]]:
     return forward, log.copy()
 
 
-def test_weights_and_gradients_overlap_with_the_primaries(workers: Workers) -> None:
+def test_redundant_experts_in_each_pass_overlap_with_primaries(workers: Workers) -> None:
     for forward, backward in workers.run(2, order_of_events):
         assert forward == ["send", "compute primaries", "wait", "compute copies"]
         assert backward == ["gradients of copies", "send", "gradients of primaries", "wait"]
@@ -107,7 +107,7 @@ def bytes_of_step(redundancy: str) -> list[tuple[int, int, int]]:
     return found
 
 
-def test_bytes_are_those_of_weights_and_returned_gradients(workers: Workers) -> None:
+def test_redundant_bytes_of_a_step_are_weights_and_returned_gradients(workers: Workers) -> None:
     row = 2 * WIDTH * HIDDEN * 8
     for found in workers.run(2, bytes_of_step, "window"):
         assert found == [(2, 2 * 2 * row, 8), (2, 2 * row, 8)]
@@ -128,7 +128,7 @@ def gradients_of_frozen() -> tuple[int, float]:
     return served.copy_bytes, float(grad)
 
 
-def test_frozen_weights_return_no_gradients(workers: Workers) -> None:
+def test_redundant_experts_with_frozen_weights_return_no_gradients(workers: Workers) -> None:
     original = Experts()
     run(original).sum().backward()
     for num_bytes, grad in workers.run(2, gradients_of_frozen):

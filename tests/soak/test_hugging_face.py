@@ -18,7 +18,7 @@ OTHERS = {
 }
 
 
-def test_every_family_is_found_or_known() -> None:
+def test_families_of_transformers_are_found_or_known() -> None:
     found, missed = [], []
     for folder in sorted(Path(transformers.models.__path__[0]).iterdir()):
         source = folder / f"modeling_{folder.name}.py"
