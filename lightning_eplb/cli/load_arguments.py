@@ -175,7 +175,7 @@ def _check_sizes(arguments: argparse.Namespace, steps: int, experts: int) -> Non
     if arguments.num_redundant_experts > usable:
         raise ValueError(
             f"--num-redundant-experts {arguments.num_redundant_experts} is more than {arguments.ep_size} ranks can use:"
-            f" with {usable} each could hold a copy of every expert that is not its own"
+            f" with {usable} each could hold a replica of every expert that is not its own"
         )
     if max(1, arguments.step_interval // 4) >= steps:
         raise ValueError(

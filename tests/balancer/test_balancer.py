@@ -316,7 +316,7 @@ def served_with_capacity(capacity: tuple[float, ...] | None) -> tuple[StepStats 
 def test_capacity_of_rank_zero_levels_tokens_on_all_ranks(
     capacity: tuple[float, ...] | None, expected: list[int], workers: Workers
 ) -> None:
-    """Rank 0 tells the others, and the tokens go by it. One copy a rank: a drained rank keeps its other expert's."""
+    """With one redundant slot a rank, a drained rank keeps its other expert."""
     for step, tokens in workers.run(2, served_with_capacity, capacity):
         assert tokens == pytest.approx(expected, abs=1)
         assert step.max_tokens == max(tokens)
@@ -325,25 +325,25 @@ def test_capacity_of_rank_zero_levels_tokens_on_all_ranks(
 
 
 def decided_with_costs(costs: Costs) -> list[tuple[int, int]]:
-    """Primaries that moved and copies that were kept, in each decision."""
+    """Primaries that moved and redundant experts that were kept, in each decision."""
     _, decisions = steered([SKEWED] * 6, {"step_interval": 4}, costs=costs if dist.get_rank() == 0 else None)
     return [(done.num_rows, int((done.after.replica_count - 1).sum())) for _, done in decisions]
 
 
 def test_costs_of_rank_zero_decide_on_all_ranks(workers: Workers) -> None:
-    """Two primaries change ranks where moves are free and copies are not; where it is the other way round, none."""
-    dear = 1e9
-    for costs, moved, copies in (
-        (Costs(1.0, 0.0, 0.0, dear), 2, 0),
-        (Costs(1.0, dear, dear, 0.0), 0, 2),
-        (Costs(1.0, dear, dear, dear), 0, 0),
+    """Two primaries change ranks where moves are free and replicas are not; where it is the other way round, none."""
+    costly = 1e9
+    for costs, moved, redundant in (
+        (Costs(1.0, 0.0, 0.0, costly), 2, 0),
+        (Costs(1.0, costly, costly, 0.0), 0, 2),
+        (Costs(1.0, costly, costly, costly), 0, 0),
     ):
         for first, second in workers.run(2, decided_with_costs, costs):
-            assert first == (moved, copies)
-            assert second == (0, copies)
+            assert first == (moved, redundant)
+            assert second == (0, redundant)
 
 
-def copies_of_an_even_router() -> list[tuple[int, int]]:
+def redundant_of_even_router() -> list[tuple[int, int]]:
     balancer, decisions = steered([LEVEL] * 6, {"step_interval": 4}, costs=Costs(1.0, copy=5.0))
     assert balancer.last_step is not None
     assert balancer.last_step.num_copies == balancer.last_step.copy_bytes == 0
@@ -353,7 +353,7 @@ def copies_of_an_even_router() -> list[tuple[int, int]]:
 
 
 def test_redundant_experts_of_even_router_are_empty_after_first_decision(workers: Workers) -> None:
-    assert workers.run(2, copies_of_an_even_router) == [[(2, 0), (0, 0)]] * 2
+    assert workers.run(2, redundant_of_even_router) == [[(2, 0), (0, 0)]] * 2
 
 
 def when_the_load_drifts() -> tuple[list[int], list[int]]:
@@ -421,7 +421,7 @@ def test_load_state_dict_when_due_clears_due(workers: Workers) -> None:
     assert workers.run(2, due_when_loaded) == [(True, False)] * 2
 
 
-def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
+def redundant_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
     """The hot expert changes its rank with every step."""
     loads = [[24, 4, 4, 4], [4, 4, 4, 24], [8, 8, 8, 8]] * 2
     seen: list[tuple[int, float]] = []
@@ -440,16 +440,16 @@ def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, 
 
 
 def test_redundancy_batch_with_skewed_batch_sends_replica(workers: Workers) -> None:
-    """A copy in each step that needs one, none where the ranks are level or too few tokens would change ranks."""
-    for seen in workers.run(2, copies_of_steps, "batch", 1):
+    """A replica in each step that needs one, none where the ranks are level or too few tokens would change ranks."""
+    for seen in workers.run(2, redundant_of_steps, "batch", 1):
         assert seen == [(1, 1.0), (1, 1.0), (0, 1.0)] * 2
-    for seen in workers.run(2, copies_of_steps, "batch", 21):  # 20 of the hot rank's 56 tokens are too many
+    for seen in workers.run(2, redundant_of_steps, "batch", 21):  # 20 of the hot rank's 56 tokens are too many
         assert seen == [(0, 36 / 56), (0, 36 / 56), (0, 1.0)] * 2
 
 
 def test_redundancy_batch_after_first_step_has_same_floor_on_all_ranks(workers: Workers) -> None:
-    """All ranks have the same floor, and until it is known any copy will do."""
-    first, second = workers.run(2, copies_of_steps, "batch", None)
+    """All ranks have the same floor, and until it is known any redundant expert will do."""
+    first, second = workers.run(2, redundant_of_steps, "batch", None)
     assert first == second
     assert first[0] == (1, 1.0)
 
@@ -477,7 +477,7 @@ def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 def test_predicted_balancedness_of_steady_load_is_exact(redundancy: str, workers: Workers) -> None:
-    """Copies of the placement, and copies that the batch will choose."""
+    """Redundant experts of the placement, and those that the batch will choose."""
     for found in workers.run(2, predictions, redundancy):
         assert len(found) == 3
         for predicted, achieved in found:

@@ -176,7 +176,7 @@ def told_after_a_step() -> list[Costs | None]:
 
 
 def test_costs_after_a_step_are_bytes_over_bandwidth(workers: Workers) -> None:
-    """A row moves with two moments; a copy's weights go out, and its gradient comes home as large."""
+    """A row moves with two moments; a redundant expert receives weights and returns a gradient as large."""
     weights = 2 * 8 * 16 * 4
     costs = Costs(2.0**-10, 3 * weights / 2**20, 3 * weights / 2**10, 2 * weights / 2**20)
     assert workers.run(2, told_after_a_step) == [[costs], []]

@@ -75,7 +75,7 @@ def test_training_with_wandb_logs_all_names(run: tuple[Path, ExpertPlacement, np
     assert sum(histogram["values"]) == 2 * 8  # an expert of a layer each
     (table,) = (row[TABLE] for row in history if TABLE in row)
     content = json.loads((run_dir / "files" / table["path"]).read_text())
-    assert content["columns"] == ["layer", "expert", "rank", "ranks of copies", "tokens", "times even"]
+    assert content["columns"] == ["layer", "expert", "rank", "ranks of redundant experts", "tokens", "times even"]
     assert len(content["data"]) == 2 * 8
     for layer, expert, rank, _, tokens, share in content["data"]:
         assert rank == placement.primary_rank[layer, expert]

@@ -89,7 +89,7 @@ def save_and_load() -> None:
             assert float((whole(value) - moments[index][key]).abs().max()) < 1e-12
 
     kept = {name: local_shard(parameter).clone() for name, parameter in model.named_parameters()}
-    balancer.rearrange()  # elsewhere again, other copies of the same
+    balancer.rearrange()  # elsewhere again, with other redundant experts
     assert any(not torch.equal(kept[name], local_shard(parameter)) for name, parameter in model.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -64,12 +64,12 @@ def spread() -> tuple[nn.Module, ExpertLoadBalancer]:
 
 
 def events(paths: list[tuple[int, ...]]) -> list[str]:
-    """On every worker: when copies are sent, and when tokens are, in the forward of the last path."""
+    """On every worker: when weights of redundant experts and tokens are sent, in the forward of the last path."""
     model, balancer = spread()
     start, dispatch = RowExchange.__init__, TokenDispatcher.dispatch
 
     def noted_start(self: RowExchange, *args: Any, **kwargs: Any) -> None:
-        log.append("copies")
+        log.append("redundant")
         start(self, *args, **kwargs)
 
     def noted_dispatch(self: TokenDispatcher, *args: Any) -> Any:
@@ -90,15 +90,15 @@ def events(paths: list[tuple[int, ...]]) -> list[str]:
 def test_prefetch_in_second_forward_sends_next_layers_weights(workers: Workers) -> None:
     for seen in workers.run(2, events, [(0, 1, 2), (0, 1, 2)]):
         assert seen == [
-            *("layer 0", "tokens", "copies", "copies"),  # its own and the next one's
-            *("layer 1", "tokens", "copies"),
+            *("layer 0", "tokens", "redundant", "redundant"),  # its own and the next one's
+            *("layer 1", "tokens", "redundant"),
             *("layer 2", "tokens"),
         ]
 
 
 def test_prefetch_in_first_forward_is_off(workers: Workers) -> None:
     for seen in workers.run(2, events, [(0, 1)]):
-        assert seen == ["layer 0", "tokens", "copies", "layer 1", "tokens", "copies"]
+        assert seen == ["layer 0", "tokens", "redundant", "layer 1", "tokens", "redundant"]
 
 
 def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:

@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The noted rows are what both products need, so that their gradients come last.
-        rows = _Noted.apply(hidden_states, "primaries" if len(self.up) == 2 else "copies")
+        rows = _Noted.apply(hidden_states, "primaries" if len(self.up) == 2 else "redundant")
         up, down = self.up[top_k_index[:, 0]], self.down[top_k_index[:, 0]]
         return torch.einsum("td,tdh,thw->tw", rows, up, down) * top_k_weights
 
@@ -88,12 +88,12 @@ def order_of_events() -> tuple[list[str], list[str]]:
 
 def test_redundant_experts_in_each_pass_overlap_with_primaries(workers: Workers) -> None:
     for forward, backward in workers.run(2, order_of_events):
-        assert forward == ["send", "compute primaries", "wait", "compute copies"]
-        assert backward == ["gradients of copies", "send", "gradients of primaries", "wait"]
+        assert forward == ["send", "compute primaries", "wait", "compute redundant"]
+        assert backward == ["gradients of redundant", "send", "gradients of primaries", "wait"]
 
 
 def bytes_of_step(redundancy: str) -> list[tuple[int, int, int]]:
-    """On every worker: copies, their bytes and the fullest rank after a step with, and one without gradients."""
+    """On every worker: redundant experts, their bytes, the fullest rank, after a step with and one without gradients."""
     experts, balancer = converted(redundancy)
     found = []
     for with_gradients in (True, False):

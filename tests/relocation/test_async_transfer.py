@@ -27,7 +27,9 @@ def train(
     In the step ``fault_in`` rank 1 first has frozen a parameter whose rows are in flight.
     """
     model = hugging_face_model("mixtral", layers=LAYERS)
-    parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
+    parallelize_experts(
+        model, num_redundant_experts=2 if fault_in is None else 0
+    )  # or redundant experts would not fit already
     optimizer = optimizer_of("adamw", model)
     seen: list[Seen] = []
     with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", most_bytes):

@@ -217,7 +217,7 @@ def with_trace(path: Path, load_WYL: np.ndarray) -> None:
 
 
 def test_simulate_with_level_split_is_more_balanced(capsys: pytest.CaptureFixture[str]) -> None:
-    """Copies that share by quotas level what copies that share evenly can't."""
+    """Replicas that share by quotas level what replicas that share evenly can't."""
     words = ["--synthetic", "lognormal-1.2", "--experts", "16", "--num-redundant-experts", "8", "--steps", "60"]
     even, level = (float(balanced_row(capsys, *words, "--split", split)[1]) for split in ("even", "level"))
     assert level > even + 0.02
@@ -303,7 +303,7 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
         (["simulate", "--synthetic", "zipf", "--window-size", "0"], "--window-size 0 must be at least 1"),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "1000000"],
-            "--num-redundant-experts 1000000 is more than 8 ranks can use: with 448 each could hold a copy of every",
+            "--num-redundant-experts 1000000 is more than 8 ranks can use: with 448 each could hold a replica of every",
         ),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "-8"],
