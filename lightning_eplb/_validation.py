@@ -64,6 +64,24 @@ def check_divides(value: int, number: int, named: str, of: str) -> None:
         raise ValueError(f"{named} must divide {of}. Use {one_of(divisors(number))}.")
 
 
+def check_num_redundant(value: int, num_experts: int, num_ranks: int, named: str, of: str) -> None:
+    """Raise ``ValueError`` if ranks can't hold so many redundant experts, since none holds an expert twice.
+
+    Args:
+        value: Redundant experts of a layer.
+        num_experts: Logical experts of the layer, a multiple of ``num_ranks``.
+        num_ranks: Ranks that share them.
+        named: Value in the message, such as ``num_redundant_experts=10``.
+        of: Ranks in the message, such as ``ep_size=2``.
+    """
+    most = (num_experts - num_experts // num_ranks) * num_ranks
+    if value > most:
+        raise ValueError(
+            f"{named} is more than {of} can use. Use at most {most}, with which each rank holds a replica of every"
+            " expert that is not its own."
+        )
+
+
 def divisors(number: int) -> list[int]:
     """Return all divisors of a positive number, in ascending order.
 

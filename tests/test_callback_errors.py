@@ -95,8 +95,8 @@ def test_callback_with_indivisible_redundant_experts_raises(workers: Workers) ->
 def test_callback_with_too_many_redundant_experts_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 10}))
     assert message == (
-        "num_redundant_experts=10 is more than 2 ranks can use. Each has 4 of the 8 experts, and holds a replica of"
-        " every other with 8."
+        "num_redundant_experts=10 is more than ep_size=2 can use. Use at most 8, with which each rank holds a replica"
+        " of every expert that is not its own."
     )
 
 

@@ -168,6 +168,13 @@ def expert_layers(model: nn.Module) -> Iterator[ConvertedExperts]:
             yield ConvertedExperts(module.expert_layer, module)
 
 
+def layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
+    """Return the expert layer of each expert parameter in ``model``, by the parameter's ``id``."""
+    return {
+        id(parameter): layer for layer, module in expert_layers(model) for parameter in module.parameters(recurse=False)
+    }
+
+
 def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
     layer.set_placement(placement)
     module.expert_layer = layer  # type: ignore[assignment]

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lightning_eplb._validation import check_num_redundant
 from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
@@ -71,12 +72,9 @@ class Setting:
             ValueError: There are more redundant slots than experts to put in.
         """
         _, layers, experts = load_WYL.shape
-        usable = (experts - experts // self.num_ranks) * self.num_ranks
-        if self.num_redundant_experts > usable:
-            raise ValueError(
-                f"num_redundant_experts={self.num_redundant_experts} is more than num_ranks={self.num_ranks} can use:"
-                f" with {usable} each could hold a copy of every expert that is not its own"
-            )
+        redundant, ranks = self.num_redundant_experts, self.num_ranks
+        named = f"num_redundant_experts={redundant}"
+        check_num_redundant(redundant, experts, ranks, named, f"num_ranks={ranks}")
         return ExpertPlacement.initial(layers, experts, self.num_ranks, self.num_redundant_experts)
 
 

@@ -173,9 +173,9 @@ def main() -> int:
     if arguments.accelerator == "gpu":
         print(
             f"rank {rank}: redundant experts take {(replicated['allocated'] - moved['allocated']) / mib:.1f} MiB"
-            f" between steps and {(replicated['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and gradients"
-            f" of one slot in each layer are {2 * first['slot'] / mib:.1f} MiB, replicas with AdamW state would be"
-            f" {4 * first['slot'] / mib:.1f} MiB",
+            f" between steps and {(replicated['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and"
+            f" gradients of one slot in each layer are {2 * first['slot'] / mib:.1f} MiB, replicas with AdamW state"
+            f" would be {4 * first['slot'] / mib:.1f} MiB",
             flush=True,
         )
     return int(change > spread + arguments.tolerance)

@@ -93,7 +93,7 @@ def test_redundant_experts_in_each_pass_overlap_with_primaries(workers: Workers)
 
 
 def bytes_of_step(redundancy: str) -> list[tuple[int, int, int]]:
-    """On every worker: redundant experts, their bytes, the fullest rank, after a step with and one without gradients."""
+    """On every worker: redundant experts, their bytes, most tokens of a rank, with and without gradients."""
     experts, balancer = converted(redundancy)
     found = []
     for with_gradients in (True, False):
