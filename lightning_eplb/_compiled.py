@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -60,12 +59,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return loop
 
 
-def will_be_kept(loop: Callable[..., Any]) -> bool:
-    """Return whether no process has compiled this loop yet, and what this one compiles is kept for the next."""
-    if (kept := folder()) is None:
-        return False
-    place = next((path for path in (kept, *kept.parents) if path.exists()), kept)
-    return os.access(place, os.W_OK) and not any(kept.rglob(f"*.{loop.__name__}-*.nbi"))
+def is_on_disk(loop: Callable[..., Any]) -> bool:
+    """Return ``True`` if a process has compiled this loop, so that others load it."""
+    return (kept := folder()) is not None and any(kept.rglob(f"*.{loop.__name__}-*.nbi"))
 
 
 def _keep(loop: Any) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_folder_after_change_of_a_loop_is_another(package: Path) -> None:
 def test_folder_with_loop_newer_than_import_is_none(package: Path) -> None:
     append(package / "policies/pack.py", 1)
     assert compiled.folder() is None
-    assert not compiled.will_be_kept(compiled.compiled(double))
+    assert not compiled.is_on_disk(compiled.compiled(double))
 
 
 def test_compiled_when_only_decorated_reads_no_sources() -> None:
@@ -73,17 +74,25 @@ def test_compiled_with_loops_newer_than_import_keeps_nothing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_will_be_kept_of_loop_is_true_until_it_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "cache/compiled-1"
-    monkeypatch.setattr(compiled, "folder", lambda: place)
+def test_is_on_disk_of_loop_is_true_after_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path / "cache/compiled-1")
     loop = compiled.compiled(double)
-    assert compiled.will_be_kept(loop)
-    with monkeypatch.context() as patch:
-        patch.setattr(compiled.os, "access", lambda path, mode: path != tmp_path)
-        assert not compiled.will_be_kept(loop)
+    assert not compiled.is_on_disk(loop)
     assert loop(2) == 4
-    assert not compiled.will_be_kept(loop)
-    assert compiled.will_be_kept(compiled.compiled(triple))
+    assert compiled.is_on_disk(loop)
+    assert not compiled.is_on_disk(compiled.compiled(triple))
+
+
+def test_compiled_when_first_called_in_threads_computes_in_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
+    before = compiled.numba.config.CACHE_DIR
+    loops = [compiled.compiled(function) for function in (double, triple)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda i: loops[i % 2](i), range(16))) == [(2 + i % 2) * i for i in range(16)]
+    assert all(map(compiled.is_on_disk, loops))
+    assert before == compiled.numba.config.CACHE_DIR
 
 
 def test_compiled_in_next_process_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -46,6 +47,34 @@ def rearrange_before_the_first_step() -> list[str]:
 
 def test_rearrange_before_first_step_warns_nothing(workers: Workers) -> None:
     assert workers.run(2, rearrange_before_the_first_step) == [[], []]
+
+
+class SlowToCompile(BalancedPolicy):
+    """Takes a second to compile, and knows in which thread it did and that it was compiled before it planned."""
+
+    compiled_in = planned_after = ""
+
+    def warm_up(self, placement: ExpertPlacement) -> None:
+        time.sleep(1)
+        self.compiled_in = threading.current_thread().name
+
+    def look_ahead(self, *args: Any) -> ExpertPlacement:
+        self.planned_after = self.compiled_in
+        return super().look_ahead(*args)
+
+
+def decide_while_the_planner_compiles() -> tuple[bool, str, str]:
+    policy = SlowToCompile()
+    with patch("lightning_eplb.balancer.planner.is_on_disk", return_value=False):
+        balancer = ExpertLoadBalancer(parallelize_experts(Model()), step_interval=10, policy=policy)
+    is_behind = policy.compiled_in == ""
+    balancer.rearrange()
+    return is_behind, policy.compiled_in, policy.planned_after
+
+
+def test_planner_not_compiled_yet_compiles_behind_and_first_decision_waits(workers: Workers) -> None:
+    name = "compile the planner"
+    assert workers.run(2, decide_while_the_planner_compiles) == [(True, name, name), (True, "", "")]
 
 
 class Experts(nn.Module):
