@@ -32,7 +32,7 @@ from lightning_eplb import (
 )
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm
 from lightning_eplb.parallel import barrier
-from lightning_eplb.parallel.fsdp1 import spread_parameters
+from lightning_eplb.parallel.fsdp1_parameters import spread_parameters
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import TOLERANCE, ShufflePolicy, named_state
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches

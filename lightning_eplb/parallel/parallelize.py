@@ -19,7 +19,7 @@ from lightning_eplb.parallel.gradient_hooks import NOT_UNDER_FSDP, check_unhooke
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.per_expert_trial import find_per_expert_state
-from lightning_eplb.parallel.protocol_trial import check_protocol
+from lightning_eplb.parallel.protocol_check import check_protocol
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
 from lightning_eplb.placement import ExpertPlacement
 

@@ -6,7 +6,7 @@ import transformers.models
 from torch import nn
 
 from lightning_eplb.parallel.discovery import find_experts
-from lightning_eplb.parallel.protocol_trial import find_deviation
+from lightning_eplb.parallel.protocol_check import find_deviation
 from tests.parallel.test_parallelize import experts_of
 
 OTHERS = {

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from lightning_eplb import BalancedPolicy, DeepSeekPolicy, StaticPolicy
 from lightning_eplb.policies.deepseek import rebalance_experts
-from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
+from lightning_eplb.simulation.baselines import best_of_each_batch, perfect_level, replay_published
 from lightning_eplb.simulation.replay import Setting, replay, speed_up
 
 HOT = np.tile(np.array([[[1200, 200, 100, 100]]]), (12, 1, 1))
@@ -100,7 +100,7 @@ def test_best_of_each_batch_with_moving_hot_expert_levels_it() -> None:
     assert perfect_level(load_WYL, planned, 4).judged.tolist() == [1.0] * len(planned.judged)
 
 
-def test_references_after_each_step_report_it() -> None:
+def test_baselines_after_each_step_report_it() -> None:
     planned = replay(HOT, StaticPolicy(), SETTING)
     for replayed in (
         lambda seen: replay_published(HOT, SETTING, after_step=lambda: seen.append(1)),

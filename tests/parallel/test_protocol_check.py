@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.protocol_trial import check_protocol, find_deviation
+from lightning_eplb.parallel.protocol_check import check_protocol, find_deviation
 from tests.parallel.test_parallelize import FAMILIES, experts_of
 from tests.workers import Workers
 
@@ -320,7 +320,7 @@ def test_trial_of_stateful_experts_leaves_no_trace() -> None:
 
 def test_trial_of_equal_layers_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    monkeypatch.setattr("lightning_eplb.parallel.protocol_trial.find_deviation", tried.append)
+    monkeypatch.setattr("lightning_eplb.parallel.protocol_check.find_deviation", tried.append)
     layers: dict[str, nn.Module] = {name: Experts() for name in "abc"} | {"d": Experts(dtype=torch.float64)}
     check_protocol(layers)
     assert tried == [layers["a"], layers["d"]]
