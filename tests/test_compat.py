@@ -209,7 +209,7 @@ def test_forward_pre_hooks_of_module_are_found() -> None:
     assert _compat.forward_pre_hooks(module) == [hook]
 
 
-def test_non_persistent_buffers_of_module_are_named() -> None:
+def test_non_persistent_buffers() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("left_out", torch.zeros(1), persistent=False)
@@ -547,7 +547,7 @@ def test_with_experts_implementation_of_canary_computes_with_it() -> None:
     assert calls == [experts]
 
 
-def test_apply_gate_of_mixtral_is_silu_times_up() -> None:
+def test_apply_gate() -> None:
     gate_up = torch.randn(3, 48, dtype=torch.float64)
     gate, up = gate_up.chunk(2, dim=-1)
     torch.testing.assert_close(_compat.apply_gate(mixtral_experts(), gate_up), nn.functional.silu(gate) * up)

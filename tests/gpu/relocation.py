@@ -161,9 +161,9 @@ def main() -> int:
     first, second = (train(arguments, moves=False, redundant=0) for _ in range(2))
     if arguments.halves:
         TokenDispatcher.bytes_in_parts = 0
-    moved, replicated = train(arguments, True, 0), train(arguments, True, redundant)
+    moved, copied = train(arguments, True, 0), train(arguments, True, redundant)
     spread = float((first["losses"] - second["losses"]).abs().max())
-    change, replicas_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, replicated))
+    change, replicas_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, copied))
     rank, mib = os.environ["RANK"], 2**20
     print(
         f"rank {rank}: {arguments.strategy}, {arguments.precision}: identical runs differ by {spread:.3g},"
@@ -172,8 +172,8 @@ def main() -> int:
     )
     if arguments.accelerator == "gpu":
         print(
-            f"rank {rank}: redundant experts take {(replicated['allocated'] - moved['allocated']) / mib:.1f} MiB"
-            f" between steps and {(replicated['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and"
+            f"rank {rank}: redundant experts take {(copied['allocated'] - moved['allocated']) / mib:.1f} MiB"
+            f" between steps and {(copied['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and"
             f" gradients of one slot in each layer are {2 * first['slot'] / mib:.1f} MiB, replicas with AdamW state"
             f" would be {4 * first['slot'] / mib:.1f} MiB",
             flush=True,

@@ -378,7 +378,7 @@ def with_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str) 
     return compare(2, lambda rank: 5 + 4 * rank, redundancy=redundancy, dispatcher=dispatcher, name="gpt_oss")
 
 
-def test_forward_on_one_rank_is_that_of_the_module() -> None:
+def test_one_rank_runs_the_module_as_it_was() -> None:
     original, converted = layer(), layer()
     weight = converted.gate_up_proj
     holder = nn.ModuleDict({"experts": converted})
