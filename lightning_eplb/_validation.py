@@ -19,6 +19,22 @@ def check_switches(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} must be True or False")
 
 
+def check_positive(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is not an integer of at least 1."""
+    check_whole_numbers(**arguments)
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_not_negative(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is not an integer of at least 0."""
+    check_whole_numbers(**arguments)
+    for name, value in arguments.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+
+
 def check_steps(**arguments: Any) -> None:
     """Raise ``ValueError`` for the first argument that is not a number of optimizer steps."""
     check_whole_numbers(**arguments)

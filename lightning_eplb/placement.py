@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb._validation import check_multiple, check_whole_numbers
+from lightning_eplb._validation import check_multiple, check_not_negative, check_whole_numbers
 
 EMPTY = -1
 """Entry of an empty redundant slot in ``physical_to_logical``."""
@@ -75,15 +75,8 @@ class ExpertPlacement:
         Rank ``r`` holds primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, gets expert
         ``i mod L``, or the next one that its rank does not hold. It stays empty if the rank holds all experts.
         """
-        numbers = {
-            "num_layers": num_layers,
-            "num_logical_experts": num_logical_experts,
-            "num_ranks": num_ranks,
-            "num_redundant_experts": num_redundant_experts,
-        }
-        check_whole_numbers(**numbers)
-        if num_layers < 0:
-            raise ValueError(f"num_layers={num_layers} must not be negative")
+        check_whole_numbers(num_logical_experts=num_logical_experts, num_ranks=num_ranks)
+        check_not_negative(num_layers=num_layers, num_redundant_experts=num_redundant_experts)
         _check_experts(num_logical_experts, num_ranks)
         named = f"num_redundant_experts={num_redundant_experts}"
         check_multiple(num_redundant_experts, num_ranks, named, f"num_ranks={num_ranks}")

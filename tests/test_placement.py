@@ -164,7 +164,7 @@ def test_placement_of_any_integer_dtype_is_int64(dtype):
         (4, 2, 2.5, r"num_redundant_experts=2\.5 must be a whole number"),
         (5, 2, 0, "num_logical_experts=5 must be a positive multiple of num_ranks=2"),
         (4, 2, 3, "num_redundant_experts=3 must be a multiple of num_ranks=2. Use 2 or 4."),
-        (4, 2, -2, "num_redundant_experts=-2 must be a multiple of num_ranks=2. Use 0 or 2."),
+        (4, 2, -2, "num_redundant_experts=-2 must not be negative"),
     ],
 )
 def test_initial_with_unfit_numbers_raises(experts, ranks, redundant, message):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lightning_eplb._validation import check_num_redundant
+from lightning_eplb._validation import check_num_redundant, check_steps
 from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
@@ -55,9 +55,7 @@ class Setting:
     costs: Costs = DEFAULT_COSTS
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "step_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 step")
+        check_steps(window_size=self.window_size, step_interval=self.step_interval)
         if self.split not in ("even", "level"):
             raise ValueError(f"split={self.split!r} must be 'even' or 'level'")
 
