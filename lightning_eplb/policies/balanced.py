@@ -24,7 +24,7 @@ from lightning_eplb.policies.objective import (
     judge,
 )
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
-from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
+from lightning_eplb.policies.scenarios import EVENED, UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
 from lightning_eplb.policies.token_split import copy_slots, heaviest_first
 
@@ -35,9 +35,6 @@ SLACK = 1.0 / 128
 """Max/mean load of the expected load by which a plan may be worse than the most level one. Without the limit plans of 2
 ranks of 4 experts were up to 9 % above the optimum. With 1/64 a level layer gave up 0.011, with 1/128 the excess is the
 same."""
-HEDGE = 0.15
-"""Even load that is mixed into what one plan is packed for: in real changes popular experts lose. Without this plan the
-excess was 0.70 in place of 0.66."""
 NOISE = 1.0 / 4
 """Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
 ALL_MOVED = 1.0 / 32
@@ -293,7 +290,7 @@ def _plan_layers(problem: _Problem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
-    hedged_YL = share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]
+    hedged_YL = share_CYL[0] + (num_ranks / share_CYL.shape[2] - share_CYL[0]) / EVENED
     level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
     weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     weight_X[0] = EXPECTED_WEIGHT
