@@ -12,13 +12,6 @@ def check_whole_numbers(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number, an int")
 
 
-def check_switches(**arguments: Any) -> None:
-    """Raise ``ValueError`` for the first argument that is neither ``True`` nor ``False``."""
-    for name, value in arguments.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be True or False")
-
-
 def check_positive(**arguments: Any) -> None:
     """Raise ``ValueError`` for the first argument that is not an integer of at least 1."""
     check_whole_numbers(**arguments)
@@ -33,6 +26,13 @@ def check_not_negative(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value < 0:
             raise ValueError(f"{name}={value} must not be negative")
+
+
+def check_switches(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is neither ``True`` nor ``False``."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
 
 
 def check_steps(**arguments: Any) -> None:
