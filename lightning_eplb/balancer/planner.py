@@ -94,7 +94,7 @@ class RearrangementPlanner:
         self.policy = policy
         self._layers = layers
         self._groups = layers[0].groups
-        self._copies_by_batch = layers[0].chooses_by_batch
+        self._chooses_by_batch = layers[0].chooses_by_batch
         self._step_interval = step_interval
         self._forecast: Forecast | None = None
         self._compilation: threading.Thread | None = None
@@ -111,7 +111,7 @@ class RearrangementPlanner:
         Args:
             placement: Current placement.
         """
-        if self._copies_by_batch:
+        if self._chooses_by_batch:
             choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
         load_YL = np.ones((placement.num_layers, placement.num_logical_experts), dtype=np.int64)
         rank_tokens(load_YL, placement)
@@ -173,7 +173,7 @@ class RearrangementPlanner:
             topology = Topology(self._groups.node_of_rank, context.capacity)
             chosen = target if outlook is None else self.policy.look_ahead(outlook, before, topology)
             after = check_successor(chosen, before)
-            if self._copies_by_batch:
+            if self._chooses_by_batch:
                 after = after.without_copies()  # redundant experts are chosen for each batch
             return after.physical_to_logical, topology.capacity, context.overlap_bytes
 
@@ -197,7 +197,7 @@ class RearrangementPlanner:
         """Return the balancedness of a step that gets the forecast load."""
         load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
         weight_R = rank_weights(np.ones(after.num_ranks) if capacity is None else np.array(capacity))
-        if self._copies_by_batch:
+        if self._chooses_by_batch:
             slots_YRS = np.stack(
                 [
                     choose_copies(load_L, slots_RS, after.primaries_per_rank, weight_R, layer.min_tokens_per_copy)

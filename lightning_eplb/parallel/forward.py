@@ -23,7 +23,7 @@ from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_reco
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
-from lightning_eplb.parallel.protocol_trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
+from lightning_eplb.parallel.protocol_check import FIRST_CHOICE, PROTOCOL_OF_FORWARD
 from lightning_eplb.parallel.redundant_experts import RedundantExperts
 
 

@@ -16,12 +16,12 @@ def mesh_of(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def test_no_mesh() -> None:
+def test_fully_shard_moe_without_mesh_raises() -> None:
     with pytest.raises(ValueError, match=r"mesh=None must be the mesh of ExpertParallelStrategy"):
         fully_shard_moe(hugging_face_model("mixtral"), None)  # type: ignore[arg-type]
 
 
-def test_every_block_is_sharded_by_itself(workers: Workers) -> None:
+def test_fully_shard_moe_of_blocks_shards_each_by_itself(workers: Workers) -> None:
     workers.run(4, blocks)
 
 
@@ -46,7 +46,7 @@ class DenseFirst(nn.Module):
         return hidden
 
 
-def test_blocks_without_experts_too(workers: Workers) -> None:
+def test_fully_shard_moe_of_dense_block_shards_it(workers: Workers) -> None:
     workers.run(2, dense_block)
 
 
@@ -55,7 +55,7 @@ def dense_block() -> None:
     assert all(isinstance(block, FSDPModule) for block in model.get_submodule("blocks").children())
 
 
-def test_hybrid(workers: Workers) -> None:
+def test_fully_shard_moe_with_replicas_is_hybrid(workers: Workers) -> None:
     workers.run(4, hybrid)
 
 
@@ -67,7 +67,7 @@ def hybrid() -> None:
         assert parameter.placements == (Replicate(), *inner)
 
 
-def test_mixed_precision_policy_reaches_experts(workers: Workers) -> None:
+def test_fully_shard_moe_with_mixed_precision_reaches_experts(workers: Workers) -> None:
     workers.run(2, half_precision)
 
 
