@@ -19,7 +19,7 @@ HOST_BAR = 1.5e-3
 """Most seconds of Python in forward and backward of ours."""
 WARM_UP = 10
 PROFILED_TURNS = 4
-SHOWN_KERNELS = 16
+SHOWN_KERNELS, MOST_LETTERS = 20, 110
 KINDS = {"products": ("cutlass", "grouped"), "exchange": ("nccl", "barrier")}
 """By what a kernel's name contains, in lower case; the first that fits."""
 WAITS = (
@@ -139,14 +139,14 @@ def _print_kernels(name: str, profiler: profile, seconds: list[float]) -> None:
     kernels.sort(key=lambda kernel: kernel["start"])
     milliseconds, calls, kinds = Counter[str](), Counter[str](), Counter[str]()
     for kernel in kernels:
-        milliseconds[kernel["name"][:90]] += kernel["ms"] / PROFILED_TURNS
-        calls[kernel["name"][:90]] += 1
+        milliseconds[kernel["name"]] += kernel["ms"] / PROFILED_TURNS
+        calls[kernel["name"]] += 1
         kinds[kernel["kind"]] += kernel["ms"] / PROFILED_TURNS
     busy, turn = covered(kernels) / PROFILED_TURNS, 1e3 * float(np.median(seconds))
     parts = ", ".join(f"{kind} {kinds[kind]:.2f}" for kind in [*KINDS, "others"])
     print(f"{name}: {turn:.2f} ms a turn, the device is busy for {busy:.2f}: {parts}\n")
     rows = [
-        [kernel, f"{taken:.3f}", f"{calls[kernel] / PROFILED_TURNS:.1f}"]
+        [kernel[:MOST_LETTERS], f"{taken:.3f}", f"{calls[kernel] / PROFILED_TURNS:.1f}"]
         for kernel, taken in milliseconds.most_common(SHOWN_KERNELS)
     ]
     print_table(["kernel", "ms a turn", "calls"], rows)
