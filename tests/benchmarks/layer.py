@@ -16,6 +16,7 @@ On a machine with GPUs start it once for each rank, with ``RANK``, ``WORLD_SIZE`
 
 import argparse
 import gc
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,8 @@ def cases(device: torch.device, arguments: argparse.Namespace) -> Sequence[Case]
 
 def run(device: torch.device, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Measure on every rank. Returns figures by name of the case."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lightning_eplb").setLevel(logging.INFO)  # it tells how layers are computed
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     earlier = EarlierPackage(arguments.before) if arguments.before is not None else None
     found = {}

@@ -22,13 +22,19 @@ PROFILED_TURNS = 4
 SHOWN_KERNELS, MOST_LETTERS = 20, 110
 KINDS = {"products": ("cutlass", "grouped"), "exchange": ("nccl", "barrier")}
 """By what a kernel's name contains, in lower case; the first that fits."""
-WAITS = (
+WAITS = [
     (Tensor, ("cpu", "item", "tolist", "__int__", "__bool__")),
     (torch.cuda.Event, ("synchronize",)),
     (torch.cuda.Stream, ("synchronize",)),
     (torch.cuda, ("synchronize",)),
-)
+]
 """Calls that may wait for the device. All of their time counts as a wait."""
+try:
+    from lightning_eplb.parallel.symmetric_buffers import SymmetricBuffers
+
+    WAITS.append((SymmetricBuffers, ("wait",)))
+except ImportError:
+    pass
 
 
 def host_seconds(lanes: dict[str, Lane], batch: Batch, turns: int) -> dict[str, Any]:
