@@ -47,12 +47,12 @@ class Case:
     Attributes:
         name: In the table and in the file of figures.
         size: Of the layer.
-        bars: Most time of ours over that of a lane, by its name.
+        bars: Most time of a lane over that of another, by their names.
     """
 
     name: str
     size: Size
-    bars: dict[str, float] = field(default_factory=dict)
+    bars: dict[tuple[str, str], float] = field(default_factory=dict)
 
 
 def qwen3(tokens: int) -> Size:
@@ -60,16 +60,26 @@ def qwen3(tokens: int) -> Size:
     return Size(1, experts=128, top_k=8, width=2048, expert_width=768, sequences=1, sequence=tokens)
 
 
+def over_ranks(before: float, reference: float) -> dict[tuple[str, str], float]:
+    """Bars of a case over several ranks."""
+    return {("ours", BEFORE): before, ("ours", REFERENCE): reference}
+
+
+def one_rank(fused: float) -> dict[tuple[str, str], float]:
+    """Bars of a case on one rank, where what counts tokens and is not fused must cost next to nothing."""
+    return {("ours", REFERENCE): fused, ("ours, unfused", REFERENCE): 1.02}
+
+
 OVER_RANKS = (
-    Case("Qwen3-30B-A3B, 16,384 tokens a rank", qwen3(16384), {BEFORE: 0.42, REFERENCE: 0.65}),
+    Case("Qwen3-30B-A3B, 16,384 tokens a rank", qwen3(16384), over_ranks(0.42, 0.65)),
     Case("Qwen3-30B-A3B, 8,192 tokens a rank", qwen3(8192)),
-    Case("Qwen3-30B-A3B, 4,096 tokens a rank", qwen3(4096), {BEFORE: 0.42, REFERENCE: 0.75}),
+    Case("Qwen3-30B-A3B, 4,096 tokens a rank", qwen3(4096), over_ranks(0.42, 0.75)),
     Case("DeepSeek-V3's width, 4,096 tokens a rank", Size(1, 64, 8, 7168, 2048, sequences=1, sequence=4096)),
 )
 ONE_RANK = (
-    Case("Qwen3-30B-A3B, 16,384 tokens", qwen3(16384), {REFERENCE: 0.58}),
-    Case("Qwen3-30B-A3B, 4,096 tokens", qwen3(4096), {REFERENCE: 0.58}),
-    Case("Mixtral-8x7B, 8,192 tokens", Size(1, 8, 2, 4096, 14336, sequences=1, sequence=8192), {REFERENCE: 0.9}),
+    Case("Qwen3-30B-A3B, 16,384 tokens", qwen3(16384), one_rank(0.58)),
+    Case("Qwen3-30B-A3B, 4,096 tokens", qwen3(4096), one_rank(0.58)),
+    Case("Mixtral-8x7B, 8,192 tokens", Size(1, 8, 2, 4096, 14336, sequences=1, sequence=8192), one_rank(0.9)),
 )
 HOST = (Case(f"Qwen3-30B-A3B, {HOST_TOKENS} tokens a rank", qwen3(HOST_TOKENS)),)
 
@@ -78,6 +88,7 @@ def main() -> int:
     """Measure all lanes of all cases, print their tables and then the bars."""
     parser = make_parser(__doc__)
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="a checkout of the package at another commit")
+    parser.add_argument("--parts", action="store_true", help="also all-to-all in one part, and in two")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--one-rank", action="store_true", help="one process, all experts on its device")
     modes.add_argument("--host", action="store_true", help="time the host's part of a small layer")
@@ -95,8 +106,8 @@ def main() -> int:
 def cases(device: torch.device, arguments: argparse.Namespace) -> Sequence[Case]:
     """Choose the cases; on a CPU one that is small, and whose bars are those of machines without a GPU."""
     if device.type == "cpu":
-        size = replace(CPU, layers=1, sequences=1 if arguments.host or arguments.quick else CPU.sequences)
-        bar = {REFERENCE: 1.02} if arguments.one_rank else {"transformers' EP": 1.0}
+        size = replace(CPU, layers=1, sequences=1 if arguments.host else CPU.sequences)
+        bar = one_rank(1.02) if arguments.one_rank else {("ours", "transformers' EP"): 1.0}
         return [Case(f"{size.tokens} tokens a rank on a CPU", size, {} if arguments.host else bar)]
     chosen = HOST if arguments.host else ONE_RANK if arguments.one_rank else OVER_RANKS
     return [chosen[i] for i in arguments.case] if arguments.case else chosen
@@ -111,7 +122,7 @@ def run(device: torch.device, arguments: argparse.Namespace) -> dict[str, dict[s
     found = {}
     for case in cases(device, arguments):
         batch = Batch.draw(case.size, device, dtype)
-        lanes = make_lanes(case.size, batch, earlier)
+        lanes = make_lanes(case.size, batch, earlier, arguments.parts)
         errors = largest_errors(lanes, batch)
         turns = 10 if arguments.quick else 40
         if arguments.host:
@@ -179,10 +190,10 @@ def bars_of(case: Case, figures: dict[str, Any], errors: dict[str, float], dtype
     if "seconds" not in ours:
         host = float(np.median(np.sum([ours["forward"], ours["backward"]], axis=0)))
         return [*found, Bar(f"{case.name}: milliseconds of Python, ours", 1e3 * host, 1e3 * HOST_BAR)]
-    for other, bar in case.bars.items():
-        if other in figures:
-            ratios = np.array(ours["seconds"]) / np.array(figures[other]["seconds"])
-            found.append(Bar(f"{case.name}: time of ours over that of {other}", float(np.median(ratios)), bar))
+    for (lane, other), bar in case.bars.items():
+        if lane in figures and other in figures:
+            ratios = np.array(figures[lane]["seconds"]) / np.array(figures[other]["seconds"])
+            found.append(Bar(f"{case.name}: time of {lane} over that of {other}", float(np.median(ratios)), bar))
     return found
 
 

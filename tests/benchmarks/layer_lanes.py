@@ -5,6 +5,7 @@ Shape suffixes: ``T`` tokens, ``K`` top-k, ``L`` logical experts, ``n`` experts 
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import lightning_eplb
 from lightning_eplb.parallel.discovery import find_experts
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from tests.benchmarks.earlier_package import EarlierPackage
 from tests.benchmarks.lanes import memory, wait_for_all
 from tests.benchmarks.models import Size, steered_model
@@ -27,6 +29,8 @@ try:
     from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 except ImportError:
     AllToAllDispatcher = None
+PARTS = {"one part": math.inf, "two parts": 0}
+"""Bytes of tokens from which on they travel in two parts."""
 
 REFERENCE = "transformers, one rank"
 BEFORE = "ours, before"
@@ -133,13 +137,14 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def make_lanes(size: Size, batch: Batch, earlier: EarlierPackage | None) -> dict[str, Lane]:
+def make_lanes(size: Size, batch: Batch, earlier: EarlierPackage | None, in_parts: bool = False) -> dict[str, Lane]:
     """Make all lanes that this package, this transformers and the number of ranks allow.
 
     Args:
         size: Of the layer.
         batch: What the lanes will run on.
         earlier: This package at another commit.
+        in_parts: Also make lanes whose all-to-all has one part, and two.
     """
     device = batch.hidden.device
     _, experts = next(find_experts(steered_model(size, device, batch.hidden.dtype)))
@@ -150,6 +155,10 @@ def make_lanes(size: Size, batch: Batch, earlier: EarlierPackage | None) -> dict
     if over_ranks and AllToAllDispatcher is not None:
         lanes["ours, all-to-all"] = _converted(experts, dispatcher=AllToAllDispatcher)
         lanes["ours, all-to-all, unfused"] = _converted(experts, dispatcher=AllToAllDispatcher, fused_experts=False)
+    for name, bytes_in_parts in PARTS.items() if over_ranks and in_parts else ():
+        base = AllToAllDispatcher or TokenDispatcher
+        dispatcher = type("InParts", (base,), {"bytes_in_parts": bytes_in_parts})
+        lanes[f"ours, all-to-all, {name}"] = _converted(experts, dispatcher=dispatcher)
     if earlier is not None:
         with earlier.active():
             lanes[BEFORE] = _converted(experts, earlier)

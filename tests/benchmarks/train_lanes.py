@@ -23,7 +23,7 @@ from lightning_eplb import EPLBCallback, ExpertParallelStrategy, Policy, fully_s
 from tests.benchmarks.held_fit import HeldFit
 from tests.benchmarks.lanes import memory, wait_for_all
 
-KINDS = ("DDP", "ours, DDP", "FSDP2", "ours, FSDP2")
+KINDS = ("DDP", "ours, DDP", "FSDP2", "ours, FSDP2", "ours, FSDP2 without resharding")
 SHOWN_FUNCTIONS = 25
 
 
@@ -94,9 +94,9 @@ class LanguageModel(pl.LightningModule):
         self.model = self.size.model(self.build_device)
         if self.kind == "ours, DDP":
             parallelize_experts(self)
-        elif self.kind == "ours, FSDP2":
+        elif self.kind.startswith("ours, FSDP2"):
             assert self.device_mesh is not None
-            fully_shard_moe(self.model, self.device_mesh)
+            fully_shard_moe(self.model, self.device_mesh, reshard_after_forward=self.kind == "ours, FSDP2")
         elif self.kind == "FSDP2":
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
@@ -229,6 +229,6 @@ class TrainLane(HeldFit):
     def _strategy(self) -> Strategy:
         if self.kind == "FSDP2":
             return ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
-        if self.kind == "ours, FSDP2":
+        if self.kind.startswith("ours, FSDP2"):
             return ExpertParallelStrategy(ep_size=dist.get_world_size())
         return DDPStrategy()
