@@ -33,7 +33,7 @@ from tests.benchmarks.lanes import on_all_ranks, slowest_rank
 from tests.benchmarks.layer_inside import HOST_BAR, HOST_TOKENS, host_seconds, print_host, print_profile
 from tests.benchmarks.layer_lanes import BEFORE, REFERENCE, Batch, Lane, largest_errors, make_lanes, num_ranks, rank
 from tests.benchmarks.models import CPU, Size
-from tests.benchmarks.report import Bar, finish, make_parser, print_table
+from tests.benchmarks.report import Bar, finish, make_parser, print_table, write_figures
 
 WARM_UP = 5
 MOST_ERROR = {torch.bfloat16: 0.02, torch.float32: 1e-5}
@@ -133,6 +133,7 @@ def run(device: torch.device, arguments: argparse.Namespace) -> dict[str, dict[s
         found[case.name] = {"lanes": figures, "errors": errors, "bars": bars_of(case, figures, errors, dtype)}
         if rank() == 0:
             (print_host if arguments.host else print_case)(case.name, case.size, figures, errors)
+            write_figures(*bars_and_figures(found), arguments.json)  # a later case may fail
         if arguments.profile and device.type == "cuda":
             print_profile(lanes, batch)
         sys.stdout.flush()
@@ -199,10 +200,14 @@ def bars_of(case: Case, figures: dict[str, Any], errors: dict[str, float], dtype
     return found
 
 
+def bars_and_figures(found: dict[str, dict[str, Any]]) -> tuple[list[Bar], dict[str, Any]]:
+    figures = {name: {key: of[key] for key in ("lanes", "errors")} for name, of in found.items()}
+    return [bar for of in found.values() for bar in of["bars"]], {"cases": figures}
+
+
 def report(found: dict[str, dict[str, Any]], json_file: Path | None) -> int:
     """Print the bars and write the file."""
-    bars = [bar for figures in found.values() for bar in figures.pop("bars")]
-    return finish(bars, {"cases": found}, json_file)
+    return finish(*bars_and_figures(found), json_file)
 
 
 if __name__ == "__main__":

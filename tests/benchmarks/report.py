@@ -93,11 +93,16 @@ def environment() -> dict[str, str]:
     return found
 
 
-def finish(bars: Sequence[Bar], figures: dict[str, Any], json_file: Path | None) -> int:
-    """Write the file, print one line for each bar, and say with which status to exit."""
+def write_figures(bars: Sequence[Bar], figures: dict[str, Any], json_file: Path | None) -> None:
+    """Write figures, bars and what was measured, if there is a file to write to."""
     if json_file is not None:
         verdicts = [{**asdict(bar), "met": bool(bar.met)} for bar in bars]
         json_file.write_text(json.dumps({**environment(), **figures, "bars": verdicts}, indent=1, default=float) + "\n")
+
+
+def finish(bars: Sequence[Bar], figures: dict[str, Any], json_file: Path | None) -> int:
+    """Write the file, print one line for each bar, and say with which status to exit."""
+    write_figures(bars, figures, json_file)
     for bar in bars:
         print(bar)
     return 0 if all(bar.met for bar in bars) else 1

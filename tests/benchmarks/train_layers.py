@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 from lightning_eplb import BalancedPolicy, StaticPolicy
 from tests.benchmarks.lanes import on_all_ranks, slowest_rank
-from tests.benchmarks.report import Bar, finish, make_parser, print_table
+from tests.benchmarks.report import Bar, finish, make_parser, print_table, write_figures
 from tests.benchmarks.train_lanes import KINDS, LayersSize, TrainLane
 
 GPU = LayersSize(3, experts=128, top_k=8, width=2048, expert_width=768, heads=32, key_value_heads=4, vocabulary=9496)
@@ -79,6 +79,7 @@ def run(device: torch.device, arguments: argparse.Namespace) -> dict[str, dict[s
                 torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             print_lanes(found[str(tokens)], size, tokens)
+            write_figures(bars_of(found), {"steps": found}, arguments.json)  # a later size may fail
     return found
 
 
@@ -135,15 +136,19 @@ def describe_speed(lanes: dict[str, Any], name: str) -> str:
     return f"{middle:.3f} ({low:.3f}-{high:.3f}) {reference}" if name != reference else ""
 
 
-def report(found: dict[str, dict[str, Any]], json_file: Path | None) -> int:
-    """Print the bars and write the file."""
+def bars_of(found: dict[str, dict[str, Any]]) -> list[Bar]:
     bars = []
     for tokens, lanes in found.items():
         for (name, reference), bar in BARS.get(int(tokens), {}).items():
             if name in lanes and lanes[name]["reference"] == reference:
                 title = f"{tokens} tokens a rank: speed of {name} over {reference}"
                 bars.append(Bar(title, float(np.median(speeds(lanes, name))), bar, at_least=True))
-    return finish(bars, {"steps": found}, json_file)
+    return bars
+
+
+def report(found: dict[str, dict[str, Any]], json_file: Path | None) -> int:
+    """Print the bars and write the file."""
+    return finish(bars_of(found), {"steps": found}, json_file)
 
 
 if __name__ == "__main__":
