@@ -176,7 +176,7 @@ class Lane(HeldFit):
             self.stopwatch.watch(layer, "record", "counting, all layers")
         self.stopwatch.watch(balancer, "record", "balancer.record")
         self.stopwatch.watch(balancer, "step", "balancer.step")
-        self.stopwatch.watch(balancer, "_decide", "balancer.decide")
+        self.stopwatch.watch(balancer, "_plan", "balancer.plan")
         self.stopwatch.watch(self.eplb, "on_train_batch_start", "logging, and the callback's rest")
         self.stopwatch.watch(self.eplb, "on_train_batch_end", "logging, and the callback's rest")
 
@@ -257,7 +257,7 @@ def summarize(fits: list[list[dict[str, Any]]]) -> dict[str, Any]:
     steps = [step for ranks in fits for rank in ranks for step in rank["parts"]]
     names = sorted({part for step in steps for part in step})
     parts = {name: np.array([step.get(name, 0.0) for step in steps]) for name in names}
-    decides = parts.pop("balancer.decide") > 0
+    decides = parts.pop("balancer.plan") > 0
     assert decides.sum() > RANKS, "too few decisions were due"
     in_callback = np.array([sum(step.values()) for step in steps])
     usual = float(np.median(in_callback[~decides]))
