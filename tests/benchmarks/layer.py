@@ -124,6 +124,8 @@ def run(device: torch.device, arguments: argparse.Namespace) -> dict[str, dict[s
         batch = Batch.draw(case.size, device, dtype)
         lanes = make_lanes(case.size, batch, earlier, arguments.parts)
         errors = largest_errors(lanes, batch)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         turns = 10 if arguments.quick else 30
         if arguments.host:
             lanes.pop("products alone")

@@ -232,20 +232,26 @@ def largest_errors(lanes: dict[str, Lane], batch: Batch) -> dict[str, float]:
         if not lane.parameters or name == REFERENCE:
             continue
         assert lane.experts is not None
-        found, rows = lane.compute(batch), lane.experts.to(batch.hidden.device)
-        each = [
-            _error(found[key], expected[rows] * lane.gradient_scale if key in lane.parameters else expected)
-            for key, expected in reference.items()
-        ]
+        found, experts = lane.compute(batch), lane.experts.to(batch.hidden.device)
+        each = []
+        for key, expected in reference.items():
+            is_local = key in lane.parameters
+            rows = experts if is_local else torch.arange(len(expected), device=experts.device)
+            each.append(_error(found[key], expected, rows, lane.gradient_scale if is_local else 1.0))
         errors[name] = _largest(each, batch.hidden.device)
     return errors
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
+def _error(found: Tensor, expected: Tensor, rows: Tensor, scale: float) -> float:
+    """Return ``|found - scale * expected[rows]| / |scale * expected[rows]|``, or infinity where it is not a number."""
+    if found.shape != (len(rows), *expected.shape[1:]):
         return float("inf")
-    error = (found.float() - expected.float()).norm() / expected.float().norm()
-    return error.nan_to_num(nan=float("inf")).item()
+    error, norm = torch.zeros(2, dtype=torch.float64, device=found.device)
+    for part, part_rows in zip(found.chunk(16), rows.chunk(16), strict=True):  # whole tensors may not fit once more
+        exact = scale * expected[part_rows].float()
+        error += (part.float() - exact).square().sum()
+        norm += exact.square().sum()
+    return (error / norm).sqrt().nan_to_num(nan=float("inf")).item()
 
 
 def _largest(values: Sequence[float], device: torch.device) -> float:
