@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_eplb import _compat
 from lightning_eplb.parallel import gradient_hooks, grouped_mm
 from lightning_eplb.parallel.dispatch_plan import DispatchPlan, count_tokens, gather_counts, plan_dispatch, sort_pairs
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
@@ -232,7 +233,8 @@ class ParallelExperts(nn.Module):
 
     def _versions(self) -> list[int]:
         """Return the parameters' version counters. Inference tensors have none, and never train."""
-        return [_compat.version_of(p) for p in self.parameters(recurse=False) if not p.is_inference()]
+        shards = [local_shard(parameter) for parameter in self.parameters(recurse=False)]
+        return [_compat.version_of(shard) for shard in shards if not shard.is_inference()]
 
     def _compute_rows(self, rows: "_ExpertRows", call: "_CallState") -> Tensor:
         """Run the original forward on rows in the order of their experts.

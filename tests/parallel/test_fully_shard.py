@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -33,6 +34,27 @@ def blocks() -> None:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert parameter.placements == ((Shard(1), Shard(0)) if "experts" in name else (Shard(0),))
+
+
+def test_experts_that_no_other_rank_has_are_not_sharded_further(workers: Workers) -> None:
+    workers.run(2, whole_experts)
+
+
+def whole_experts() -> None:
+    model = fully_shard_moe(hugging_face_model("mixtral"), mesh_of(efsdp=1, ep=2))
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert sharded == ["", "model.layers.0", "model.layers.1"]
+    before = {name: parameter.full_tensor() for name, parameter in model.named_parameters() if "experts" in name}
+    assert len(before) == 4
+    logits = model(input_ids=token_batches(2)[dist.get_rank()].unsqueeze(0), use_cache=False).logits
+    logits.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.placements == (Shard(0),)
+        assert isinstance(parameter.grad, DTensor)
+        if "experts" in name:
+            assert not torch.equal(parameter.full_tensor(), before[name])
 
 
 class DenseFirst(nn.Module):
