@@ -19,7 +19,7 @@ POINTERS = {
 
 
 def main(capability: int) -> None:
-    def launch(kernel, grid, tensors, numbers, constants) -> None:  # noqa: ANN001
+    def launch(kernel, grid, tensors, numbers, constants) -> None:
         types = [*(POINTERS[tensor.dtype] for tensor in tensors), *("i32" for _ in numbers)]
         names = kernel.arg_names
         signature = dict(zip(names, [*types, *("constexpr" for _ in constants)], strict=True))
