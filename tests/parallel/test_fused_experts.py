@@ -17,6 +17,7 @@ from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
 from lightning_eplb.parallel import forward, fused_kernels
 from lightning_eplb.parallel import fused_experts as fused_module
 from lightning_eplb.parallel.expert_layer import ExpertLayer
+from lightning_eplb.parallel.fused_choice import choose
 from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts, warm_up
 from lightning_eplb.parallel.fused_form import FusedForm, recognize
 from lightning_eplb.parallel.parallelize import expert_layers
@@ -372,6 +373,49 @@ def test_one_rank_keeps_the_modules_kernels_unless_asked(setting: bool | None, c
     module = converted(experts_of("qwen3_moe"), setting)
     module(*routed(5, 2, torch.float64))
     assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_left_to_the_module_that_knows_its_scale(dtype: torch.dtype):
+    module = converted(experts_of("qwen3_moe"))
+    weights = [parameter.detach().to(dtype) for parameter in module.parameters()]
+    assert layer_of(module).fused_choice.form_for(module, weights, False) is None
+    assert layer_of(module).fused_choice.reason == f"weights are {dtype}"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they are fused")
+def test_several_ranks_on_the_cpu_keep_the_modules_kernels_unless_asked():
+    module = experts_of("qwen3_moe", torch.bfloat16)
+    choice = choose([module], None, 2)[0]
+    assert choice.form is not None
+    assert choice.form_for(module, list(module.parameters()), False) is None
+    assert choice.reason == "the kernels need a GPU and Triton, and weights are on cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "reason"),
+    [
+        (torch.bfloat16, "grouped_mm", None),
+        (torch.float16, "grouped_mm", None),
+        (torch.float32, "grouped_mm", "weights are torch.float32"),
+        (torch.bfloat16, "eager", "its implementation is 'eager'"),
+    ],
+)
+def test_several_ranks_on_a_gpu_fuse_what_is_fast(dtype: torch.dtype, implementation: str, reason: str | None):
+    module = experts_of("qwen3_moe", dtype)
+    module.config._experts_implementation = implementation  # type: ignore[union-attr]
+    choice = choose([module], None, 2)[0]
+    weights = [OnGpu(dtype) for _ in module.parameters()]
+    form = choice.form_for(module, weights, False)  # type: ignore[arg-type]
+    assert choice.reason == reason
+    assert (form is None) == (reason is not None)
+
+
+class OnGpu:
+    """Stands for a tensor on a GPU that need not be there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.device, self.is_cuda = dtype, torch.device("cuda"), True
 
 
 def test_changes_after_the_conversion_keep_the_modules_forward(calls: list[int]):
