@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
+from lightning_eplb import EPLBCallback, ExpertLoadBalancer, fully_shard_moe, parallelize_experts
 from lightning_eplb.parallel import forward, fused_kernels
 from lightning_eplb.parallel import fused_experts as fused_module
 from lightning_eplb.parallel.expert_layer import ExpertLayer
@@ -563,3 +564,33 @@ def test_fused_experts_over_ranks_are_the_unmodified_model(
             grad = expected[parameter].grad
             assert grad is not None
             torch.testing.assert_close(gradient, grad[int(expert)], rtol=1e-9, atol=1e-12)
+
+
+def train_sharded(efsdp: int, ep: int, name: str) -> tuple[list[float], set]:
+    """Losses of three steps under FSDP2 and the reasons of layers that were not fused."""
+    mesh = init_device_mesh("cpu", (efsdp, ep), mesh_dim_names=("efsdp", "ep"))
+    model = fully_shard_moe(hugging_face_model(name), mesh, fused_experts=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = language_loss(model, token_batches(4)[2 * dist.get_rank() :][:2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {layer.fused_choice.reason for layer, _ in expert_layers(model)}
+
+
+@pytest.mark.parametrize(("efsdp", "ep"), [(1, 2), (2, 1)])
+def test_fused_experts_under_fsdp2_train_as_the_unmodified_model(workers: Workers, efsdp: int, ep: int):
+    results = workers.run(2, train_sharded, efsdp, ep, "gpt_oss")
+    plain = hugging_face_model("gpt_oss")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        losses = [language_loss(plain, token_batches(4)[i : i + 2]) for i in (0, 2)]
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        for loss, (found, reasons) in zip(losses, results, strict=True):
+            assert found[step] == pytest.approx(loss.item(), rel=1e-10)
+            assert reasons == {None}
