@@ -99,6 +99,13 @@ def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_pre_hooks.values())
 
 
+@_uses("torch", *(f"nn.Module._{name}_hooks" for name in ("forward", "forward_pre", "backward", "backward_pre")))
+def has_call_hooks(module: nn.Module) -> bool:
+    """Return ``True`` if calling ``module`` runs more than its forward, now or in the backward pass."""
+    ahead = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(ahead or module._forward_hooks or module._backward_hooks)
+
+
 @_uses("torch", "nn.Module._non_persistent_buffers_set")
 def non_persistent_buffers(module: nn.Module) -> set[str]:
     """Return the names of a module's own buffers that its state dict leaves out."""
@@ -371,6 +378,11 @@ def with_experts_implementation(config: Any, name: str) -> Any:
     config = copy.copy(config)
     config._experts_implementation = name
     return config
+
+
+def gates(experts: Any) -> tuple[Any, Any]:
+    """Return the functions of an expert module's class, and of the module itself, for its gated activation."""
+    return getattr(type(experts), "_apply_gate", None), vars(experts).get("_apply_gate")
 
 
 @_uses("transformers", "_apply_gate")

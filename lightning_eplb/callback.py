@@ -40,7 +40,7 @@ from lightning_eplb.parallel.clipping import check_scaled_optimizer, share_overf
 from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.fsdp1_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
-from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts
+from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts, set_fused_experts
 from lightning_eplb.policies import Policy
 from lightning_eplb.simulation.trace import TraceWriter
 from lightning_eplb.strategies import ExpertParallelStrategy
@@ -91,6 +91,9 @@ class EPLBCallback(Callback):
             as long to compute as its weights and gradient to transfer, as measured in the first step.
         use_async: Overlap the transfer of rows with the training steps that follow a decision, a few layers in each
             step, instead of between two steps. Weights must then change in optimizer steps only. Defaults to ``False``.
+        fused_experts: Compute experts by fused kernels, see :func:`~lightning_eplb.parallelize_experts`. ``None``:
+            those of a model that ``configure_model`` converts as it says there, others over several ranks where that
+            runs. ``True``: also with ``ep_size=1``. ``False``: never. Defaults to ``None``.
 
     Raises:
         ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or does not fit
@@ -117,11 +120,14 @@ class EPLBCallback(Callback):
         redundancy: Literal["window", "batch"] = "window",
         min_tokens_per_copy: int | None = None,
         use_async: bool = False,
+        fused_experts: bool | None = None,
     ) -> None:
         check_redundancy(redundancy, min_tokens_per_copy)
         check_steps(window_size=window_size, step_interval=step_interval)
         check_whole_numbers(num_redundant_experts=num_redundant_experts)
         check_switches(use_async=use_async)
+        if fused_experts is not None:
+            check_switches(fused_experts=fused_experts)
         if ep_size is not None:
             check_whole_numbers(ep_size=ep_size)
         if num_redundant_experts < 0:
@@ -142,6 +148,7 @@ class EPLBCallback(Callback):
         self.trace = trace
         self.redundancy: Literal["window", "batch"] = redundancy
         self.use_async = use_async
+        self.fused_experts = fused_experts
         self.min_tokens_per_copy = min_tokens_per_copy
         self.balancer: ExpertLoadBalancer | None = None
         """Balancer of the model; ``None`` until the first ``fit`` starts."""
@@ -181,13 +188,16 @@ class EPLBCallback(Callback):
         if trainer.world_size > ep_size:
             group, _ = dist.new_subgroups(ep_size)
             assert isinstance(group, dist.ProcessGroup)
-        parallelize_experts(pl_module, group, num_redundant_experts=self.num_redundant_experts)
+        settings = {"num_redundant_experts": self.num_redundant_experts, "fused_experts": self.fused_experts}
+        parallelize_experts(pl_module, group, **settings)
         materialize(pl_module, trainer.strategy.root_device)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         ep_size = resolve_ep_size(trainer, self.ep_size)
         check_converted_model(trainer, pl_module, ep_size, self.num_redundant_experts)
+        if self.fused_experts is not None:
+            set_fused_experts(pl_module, self.fused_experts)
         balancer = self.balancer
         if balancer is None or balancer.model is not pl_module:
             self.balancer = balancer = ExpertLoadBalancer(

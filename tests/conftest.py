@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import torch
 
+if not torch.cuda.is_available():  # before any module imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("suite", deadline=None)  # machines are noisy

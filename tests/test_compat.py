@@ -209,6 +209,20 @@ def test_forward_pre_hooks_of_module_are_found() -> None:
     assert _compat.forward_pre_hooks(module) == [hook]
 
 
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_has_call_hooks(register: str) -> None:
+    def hook(*_: Any) -> None: ...
+
+    module = nn.Linear(1, 1)
+    assert not _compat.has_call_hooks(module)
+    handle = getattr(module, f"register_{register}")(hook)
+    assert _compat.has_call_hooks(module)
+    handle.remove()
+    assert not _compat.has_call_hooks(module)
+
+
 def test_non_persistent_buffers() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
@@ -545,6 +559,15 @@ def test_with_experts_implementation_of_canary_computes_with_it() -> None:
     experts.config = _compat.with_experts_implementation(experts.config, "canary")
     experts(torch.zeros(1, 16, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
     assert calls == [experts]
+
+
+def test_gates() -> None:
+    experts = hugging_face_model("gpt_oss", layers=1).model.layers[0].mlp.experts  # type: ignore[union-attr]
+    own = type(experts)._apply_gate
+    assert _compat.gates(experts) == (own, None)
+    experts._apply_gate = torch.relu
+    assert _compat.gates(experts) == (own, torch.relu)
+    assert _compat.gates(nn.Linear(1, 1)) == (None, None)
 
 
 def test_apply_gate() -> None:

@@ -17,6 +17,7 @@ from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dispatch_plan import SlotMap
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.extra_arguments import ExtraArgumentResolver
+from lightning_eplb.parallel.fused_choice import FusedChoice, report
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.join import ExpertJoin
 from lightning_eplb.parallel.per_expert_state import PerExpertState
@@ -56,12 +57,14 @@ class LayerContext:
         dispatcher: Class of the layers' token dispatchers.
         gradient_sync: Average of gradients over several EP groups. ``None`` if there is one, or FSDP2 averages them.
         prefetcher: Prefetcher of redundant weights of one layer while another computes.
+        reported: Names of the layers whose path was told, one at most.
     """
 
     groups: ExpertGroups
     dispatcher: type[TokenDispatcher] = TokenDispatcher
     gradient_sync: ExpertGradientSync | None = None
     prefetcher: WeightPrefetcher = field(default_factory=WeightPrefetcher)
+    reported: list[str] = field(default_factory=list)
 
 
 class ExpertLayer:
@@ -94,6 +97,9 @@ class ExpertLayer:
         self.per_expert = per_expert
         self.reads_first_choice_only = reads_first_choice_only
         self.original_class = type(module)
+        self.fused_choice = FusedChoice(module, False, "it was not asked for")
+        """Choice between fused kernels and the module's own forward."""
+        self._reported = context.reported
         self.argument_names = list(inspect.signature(self.original_class.forward).parameters)[1:4]
         self.extra_arguments = ExtraArgumentResolver(name, self.original_class)
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
@@ -150,6 +156,17 @@ class ExpertLayer:
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Cast weights to ``dtype`` in forward passes. ``None`` leaves them as they are."""
         self.compute_dtype = dtype
+
+    def set_fused_choice(self, choice: FusedChoice) -> None:
+        """Set how the choice between fused kernels and the module's own forward is made. The same on all ranks."""
+        self.fused_choice = choice
+        self._reported.clear()
+
+    def report_path(self) -> None:
+        """Tell once for a model which path its layers take, after the first call of one."""
+        if not self._reported:
+            self._reported.append(self.name)
+            report(self.fused_choice, self.name, self.original_class.__name__)
 
     def set_join(self, join: ExpertJoin | None) -> None:
         """Allow ranks to call the layer unequally often, in evaluation. ``None``: all ranks call it equally often."""

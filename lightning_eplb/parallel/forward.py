@@ -22,6 +22,7 @@ from lightning_eplb.parallel.dispatch_plan import DispatchPlan, count_tokens, ga
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
+from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
 from lightning_eplb.parallel.protocol_check import FIRST_CHOICE, PROTOCOL_OF_FORWARD
@@ -43,10 +44,29 @@ class ParallelExperts(nn.Module):
         Extra arguments of the original are passed on to it, or dispatched with the tokens.
         """
         if self.expert_layer.groups.size == 1:
+            if self.expert_layer.fused_choice.form is not None:
+                return self._forward_fused(*args, **kwargs)
             output = super().forward(*args, **kwargs)
             self._record_local(*args, **kwargs)  # after the launches, so that no device waits for the host
             return output
         return self._forward_over_ranks(*args, **kwargs)
+
+    @torch.compiler.disable()
+    def _forward_fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute all experts on this rank by fused kernels, or by the original forward where they can't."""
+        layer, choice = self.expert_layer, self.expert_layer.fused_choice
+        hidden_TD, index_TK, weights_TK = arguments = self._arguments(*args, **kwargs)
+        is_plain = len(args) + len(kwargs) == 3 and self._follow_protocol(arguments)
+        weights = self._whole([getattr(self, name) for name in choice.names])
+        form = choice.form_for(self, weights, not is_plain)
+        layer.report_path()
+        if form is None or not index_TK.numel():
+            output = super().forward(*args, **kwargs)
+            self._record_local(*args, **kwargs)
+            return output
+        output_TD, counts_L = compute_tokens(form, weights, hidden_TD, index_TK, weights_TK)
+        layer.record(LayerLoad(counts_L))
+        return output_TD
 
     @torch.compiler.disable()
     def _record_local(self, *args: Any, **kwargs: Any) -> None:
@@ -60,13 +80,20 @@ class ParallelExperts(nn.Module):
         named = dict(zip(names, args, strict=False)) | kwargs
         return [named.get(name) for name in names]  # type: ignore[misc]
 
+    @staticmethod
+    def _follow_protocol(arguments: Sequence[Any]) -> bool:
+        if not all(isinstance(x, Tensor) for x in arguments):
+            return False
+        hidden_TD, index_TK, weights_TK = arguments
+        has_shapes = hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
+        return has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point()
+
     def _check(self, arguments: Sequence[Any]) -> None:
         """Raise, before any collective, if arguments break the protocol. All ranks run one model, so all raise."""
-        hidden_TD, index_TK, weights_TK = arguments
+        _, index_TK, _ = arguments
         are_tensors = all(isinstance(x, Tensor) for x in arguments)
-        has_shapes = are_tensors and hidden_TD.ndim == index_TK.ndim == 2 and index_TK.shape == weights_TK.shape
         layer = self.expert_layer
-        if has_shapes and len(hidden_TD) == len(index_TK) and not index_TK.is_floating_point():
+        if self._follow_protocol(arguments):
             if layer.reads_first_choice_only and index_TK.shape[1] > 1:
                 raise ValueError(
                     f"{layer.name} ({layer.original_class.__name__}) was called with {index_TK.shape[1]} choices a"
@@ -242,6 +269,10 @@ class ParallelExperts(nn.Module):
         Tie every tensor that was exchanged to the output.
         """
         layer, hidden_MD = self.expert_layer, rows.hidden
+        form = layer.fused_choice.form_for(self, rows.weights, bool(rows.extra.args or rows.extra.kwargs))
+        layer.report_path()
+        if form is not None and len(hidden_MD):
+            return fused_experts(form, rows.weights, hidden_MD, rows.ends)
         if len(hidden_MD):
             local = self._original_with(rows.weights, rows.experts)
             if grouped_mm.takes_sorted_rows(local):
@@ -307,13 +338,18 @@ class ParallelExperts(nn.Module):
         views: autograd runs the backward passes of views one after the other, the last one first on every rank.
         Parameters that get their gradients from one function are ready at once, and their order is arbitrary.
         """
-        dtype = self.expert_layer.compute_dtype
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters(recurse=False)]
         if has_hooks:
             parameters = [parameter.view_as(parameter) for parameter in parameters]
         if rows is not None:
             parameters = [parameter[:rows] for parameter in parameters]
-        return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in parameters]
+        return self._whole(parameters)
+
+    def _whole(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's parts of DTensors, and all in the dtype to compute in."""
+        dtype = self.expert_layer.compute_dtype
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+        return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in local]
 
     def _original_with(self, weights: Sequence[Tensor], experts: Sequence[int]) -> nn.Module:
         """Return a module of the original class that computes ``experts`` with ``weights``."""

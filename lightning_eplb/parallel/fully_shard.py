@@ -21,6 +21,7 @@ def fully_shard_moe(
     num_redundant_experts: int = 0,
     mp_policy: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool = True,
+    fused_experts: bool | None = None,
 ) -> nn.Module:
     """Shard experts over ``mesh["ep"]`` and ``mesh["efsdp"]``, and all else over all ranks. Every rank must call it.
 
@@ -53,6 +54,7 @@ def fully_shard_moe(
         num_redundant_experts: Redundant slots of a layer over all EP ranks. Defaults to 0.
         mp_policy: Mixed-precision policy for all modules, as in ``fully_shard``.
         reshard_after_forward: Reshard all modules but the root after the forward pass. Defaults to ``True``.
+        fused_experts: As in :func:`~lightning_eplb.parallelize_experts`. Defaults to ``None``.
 
     Returns:
         ``model``.
@@ -72,7 +74,7 @@ def fully_shard_moe(
     size = mesh[EFSDP].size()
     for name, module in find_experts(model):
         _check_shapes(name, module, size)
-    parallelize_experts(model, mesh, num_redundant_experts=num_redundant_experts)
+    parallelize_experts(model, mesh, num_redundant_experts=num_redundant_experts, fused_experts=fused_experts)
     policy = mp_policy if mp_policy is not None else MixedPrecisionPolicy()
     sharded = [] if _are_whole(mesh, policy) else [module for _, module in expert_layers(model)]
     for experts in sharded:

@@ -9,7 +9,7 @@ takes the host longer to create than the device to copy.
 Shape suffixes: ``T`` tokens, ``K`` top-k, ``N`` rows, ``D`` model width.
 """
 
-# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
 
 import torch
 import triton

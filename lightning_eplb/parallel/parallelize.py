@@ -9,12 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_eplb._validation import check_switches
 from lightning_eplb.parallel.discovery import check_experts, find_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.dtensor import EP, check_mesh, distribute_rows
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerContext
 from lightning_eplb.parallel.forward import ParallelExperts
+from lightning_eplb.parallel.fused_choice import choose
 from lightning_eplb.parallel.gradient_hooks import NOT_UNDER_FSDP, check_unhooked
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert_state import PerExpertState
@@ -30,6 +32,7 @@ def parallelize_experts(
     *,
     num_redundant_experts: int = 0,
     dispatcher: type[TokenDispatcher] = TokenDispatcher,
+    fused_experts: bool | None = None,
 ) -> nn.Module:
     """Distribute the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
@@ -110,16 +113,22 @@ def parallelize_experts(
             to 0.
         dispatcher: Class of the layers' token dispatchers: a subclass of
             :class:`~lightning_eplb.parallel.dispatch.TokenDispatcher` for another transport.
+        fused_experts: Compute experts by fused kernels, where a module has a form that they know. ``None``: over
+            several ranks, on a GPU, in bfloat16 or float16, in place of transformers' ``grouped_mm``. ``True``: also
+            on one rank, in any dtype, and in place of ``eager`` and ``batched_mm``. ``False``: never.
+            Defaults to ``None``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: No MoE layer was found, its experts can't be divided equally, layers differ, or a module is not
-            supported: its forward was replaced or breaks the protocol, its parameters are pruned, parametrized or
-            quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All ranks raise it, before
-            any communication.
+        ValueError: An argument is not valid, no MoE layer was found, its experts can't be divided equally, layers
+            differ, or a module is not supported: its forward was replaced or breaks the protocol, its parameters are
+            pruned, parametrized or quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All
+            ranks raise it, before any communication.
     """
+    if fused_experts is not None:
+        check_switches(fused_experts=fused_experts)
     if any(expert_layers(model)):
         return model
     mesh = None
@@ -140,12 +149,23 @@ def parallelize_experts(
     placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
     gradient_sync = ExpertGradientSync(groups) if groups.edp_group is not None and mesh is None else None
     context = LayerContext(groups, dispatcher, gradient_sync)
+    choices = choose(found.values(), fused_experts, size)
     for index, (name, module) in enumerate(found.items()):
         state = per_expert.get(name, PerExpertState())
-        _convert(module, ExpertLayer(index, name, module, context, state, name in first_choice_only), placement)
+        layer = ExpertLayer(index, name, module, context, state, name in first_choice_only)
+        layer.set_fused_choice(choices[index])
+        _convert(module, layer, placement)
         if mesh is not None and size > 1:
             distribute_rows(module, mesh)
     return model
+
+
+def set_fused_experts(model: nn.Module, setting: bool | None) -> None:
+    """Change the argument ``fused_experts`` of a model that is converted already. The same on all ranks."""
+    layers = list(expert_layers(model))
+    for layer, module in layers:
+        if layer.fused_choice.setting is not setting:
+            layer.set_fused_choice(*choose([module], setting, layer.groups.size))
 
 
 class ConvertedExperts(NamedTuple):

@@ -1,4 +1,4 @@
-"""The Triton kernels against tensor operations: on a GPU, or with ``TRITON_INTERPRET=1`` on the CPU."""
+"""The Triton kernels against tensor operations: on a GPU, or in Triton's interpreter on the CPU."""
 
 import os
 
@@ -6,15 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the kernels are Triton's, which CPU builds of torch come without")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not IS_INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("without a GPU set TRITON_INTERPRET=1", allow_module_level=True)
+from lightning_eplb.parallel.kernels import copy_segments, scatter_rows, sum_pairs, sum_pairs_backward
+from lightning_eplb.parallel.packing import AddressTablePacker
 
-from lightning_eplb.parallel.kernels import copy_segments, scatter_rows, sum_pairs, sum_pairs_backward  # noqa: E402
-from lightning_eplb.parallel.packing import AddressTablePacker  # noqa: E402
-
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
