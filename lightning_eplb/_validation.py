@@ -12,6 +12,22 @@ def check_whole_numbers(**arguments: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a whole number, an int")
 
 
+def check_positive(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is not an integer of at least 1."""
+    check_whole_numbers(**arguments)
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_not_negative(**arguments: Any) -> None:
+    """Raise ``ValueError`` for the first argument that is not an integer of at least 0."""
+    check_whole_numbers(**arguments)
+    for name, value in arguments.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} must not be negative")
+
+
 def check_switches(**arguments: Any) -> None:
     """Raise ``ValueError`` for the first argument that is neither ``True`` nor ``False``."""
     for name, value in arguments.items():
@@ -62,6 +78,24 @@ def check_divides(value: int, number: int, named: str, of: str) -> None:
     """
     if number % value:
         raise ValueError(f"{named} must divide {of}. Use {one_of(divisors(number))}.")
+
+
+def check_num_redundant(value: int, num_experts: int, num_ranks: int, named: str, of: str) -> None:
+    """Raise ``ValueError`` if ranks can't hold so many redundant experts, since none holds an expert twice.
+
+    Args:
+        value: Redundant experts of a layer.
+        num_experts: Logical experts of the layer, a multiple of ``num_ranks``.
+        num_ranks: Ranks that share them.
+        named: Value in the message, such as ``num_redundant_experts=10``.
+        of: Ranks in the message, such as ``ep_size=2``.
+    """
+    most = (num_experts - num_experts // num_ranks) * num_ranks
+    if value > most:
+        raise ValueError(
+            f"{named} is more than {of} can use. Use at most {most}, with which each rank holds a replica of every"
+            " expert that is not its own."
+        )
 
 
 def divisors(number: int) -> list[int]:

@@ -35,10 +35,10 @@ from lightning_eplb.integrations.requirements import (
     check_world_size,
     resolve_ep_size,
 )
-from lightning_eplb.logging.fit import FitLogger
+from lightning_eplb.logging.fit_logger import FitLogger
 from lightning_eplb.parallel.clipping import check_scaled_optimizer, share_overflow
 from lightning_eplb.parallel.discovery import check_experts, find_experts
-from lightning_eplb.parallel.fsdp1 import check_not_flattened
+from lightning_eplb.parallel.fsdp1_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts, set_fused_experts
 from lightning_eplb.policies import Policy

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
+from lightning_eplb._validation import check_positive
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 
@@ -101,10 +102,7 @@ class ExpertLoad(Metric):
     ) -> None:
         # A cached value would be stale after `placement` was set or a state was loaded.
         super().__init__(**{"compute_with_cache": False, **kwargs})
-        sizes = {"num_layers": num_layers, "num_logical_experts": num_logical_experts, "window_size": window_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        check_positive(num_layers=num_layers, num_logical_experts=num_logical_experts, window_size=window_size)
         self.num_layers = num_layers
         self.num_logical_experts = num_logical_experts
         self.window_size = window_size

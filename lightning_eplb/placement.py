@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_eplb._compiled import compiled
-from lightning_eplb._validation import check_whole_numbers
+from lightning_eplb._validation import check_multiple, check_not_negative, check_whole_numbers
 
 EMPTY = -1
 """Entry of an empty redundant slot in ``physical_to_logical``."""
@@ -48,10 +48,7 @@ class ExpertPlacement:
         check_whole_numbers(num_logical_experts=num_logical_experts, num_ranks=num_ranks)
         num_logical_experts, num_ranks = index(num_logical_experts), index(num_ranks)
         p2l_YP = _checked_slots(physical_to_logical)
-        if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
-            raise ValueError(
-                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
-            )
+        _check_experts(num_logical_experts, num_ranks)
         if p2l_YP.ndim != 2 or p2l_YP.shape[1] < num_logical_experts or p2l_YP.shape[1] % num_ranks:
             raise ValueError(
                 f"physical_to_logical has shape {list(p2l_YP.shape)}; it must be [layers, slots] with at least"
@@ -78,23 +75,11 @@ class ExpertPlacement:
         Rank ``r`` holds primaries ``r*n ... r*n + n-1``. Redundant slot ``i``, counted over all ranks, gets expert
         ``i mod L``, or the next one that its rank does not hold. It stays empty if the rank holds all experts.
         """
-        numbers = {
-            "num_layers": num_layers,
-            "num_logical_experts": num_logical_experts,
-            "num_ranks": num_ranks,
-            "num_redundant_experts": num_redundant_experts,
-        }
-        check_whole_numbers(**numbers)
-        if num_layers < 0:
-            raise ValueError(f"num_layers={num_layers} must not be negative")
-        if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
-            raise ValueError(
-                f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
-            )
-        if num_redundant_experts < 0 or num_redundant_experts % num_ranks:
-            raise ValueError(
-                f"num_redundant_experts={num_redundant_experts} must be zero or a multiple of num_ranks={num_ranks}"
-            )
+        check_whole_numbers(num_logical_experts=num_logical_experts, num_ranks=num_ranks)
+        check_not_negative(num_layers=num_layers, num_redundant_experts=num_redundant_experts)
+        _check_experts(num_logical_experts, num_ranks)
+        named = f"num_redundant_experts={num_redundant_experts}"
+        check_multiple(num_redundant_experts, num_ranks, named, f"num_ranks={num_ranks}")
         n, e = num_logical_experts // num_ranks, num_redundant_experts // num_ranks
         slots_RS = np.full((num_ranks, n + e), EMPTY)
         for rank, slots_S in enumerate(slots_RS):
@@ -229,6 +214,13 @@ class ExpertPlacement:
         return ValueError(
             f"layer {layer}: rank {rank} holds expert {held_YRS[layer, rank, slot]} twice, but a second"
             " replica on one rank has no use. Leave the slot empty (-1)."
+        )
+
+
+def _check_experts(num_logical_experts: int, num_ranks: int) -> None:
+    if num_ranks < 1 or num_logical_experts < 1 or num_logical_experts % num_ranks:
+        raise ValueError(
+            f"num_logical_experts={num_logical_experts} must be a positive multiple of num_ranks={num_ranks}"
         )
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_eplb import _compat
 from lightning_eplb._validation import check_switches, check_whole_numbers
 from lightning_eplb.checkpoint.consolidate import WEIGHTS
-from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
+from lightning_eplb.checkpoint.distributed import load_distributed_checkpoint, save_folder
 from lightning_eplb.parallel.dtensor import EFSDP, EP, REPLICATE
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize

@@ -68,7 +68,7 @@ class Case:
 
 
 class ShufflePolicy(Policy):
-    """Any placement at all: primaries and copies at random, some slots empty."""
+    """Any placement at all: primaries and redundant experts at random, some slots empty."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
@@ -80,9 +80,9 @@ class ShufflePolicy(Policy):
             slots_YRS[layer, :, :n] = self._random.permutation(experts).reshape(-1, n)
             for rank in range(placement.num_ranks):
                 others = np.setdiff1d(np.arange(experts), slots_YRS[layer, rank, :n])
-                copies = self._random.permutation(others)[: placement.redundant_per_rank]
-                slots_YRS[layer, rank, n : n + len(copies)] = np.where(
-                    self._random.random(len(copies)) < 0.9, copies, -1
+                redundant = self._random.permutation(others)[: placement.redundant_per_rank]
+                slots_YRS[layer, rank, n : n + len(redundant)] = np.where(
+                    self._random.random(len(redundant)) < 0.9, redundant, -1
                 )
         return ExpertPlacement(slots_YRS.reshape(placement.physical_to_logical.shape), experts, placement.num_ranks)
 

@@ -115,7 +115,7 @@ def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("use_async", [False, True])
 @pytest.mark.parametrize("kind", [StepsOnEverySecondBatch, WithNewOptimizers])
-def test_gradients_that_are_kept_and_optimizers_that_are_not(
+def test_callback_with_kept_gradients_or_new_optimizers_trains_as_unmodified(
     kind: type[Model], use_async: bool, workers: Workers
 ) -> None:
     """Against one process without us."""
@@ -126,14 +126,14 @@ def test_gradients_that_are_kept_and_optimizers_that_are_not(
         assert difference(weights, alone.model.state_dict()) < TOLERANCE
 
 
-def test_an_optimizer_without_experts_leaves_rows_on_their_way(workers: Workers) -> None:
+def test_callback_async_with_optimizer_without_experts_trains_as_sync(workers: Workers) -> None:
     between, behind = (workers.run(RANKS, train, WithCritic, use_async) for use_async in (False, True))
     for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
         assert rearrangements
         assert difference(ours, theirs) < TOLERANCE
 
 
-def test_frozen_experts_move_too(workers: Workers) -> None:
+def test_callback_async_with_frozen_experts_trains_as_sync(workers: Workers) -> None:
     between, behind = (workers.run(RANKS, train, FrozenExperts, use_async) for use_async in (False, True))
     for (ours, rearrangements), (theirs, _) in zip(behind, between, strict=True):
         assert rearrangements
@@ -155,7 +155,7 @@ def fail_and_resume(use_async: bool, folder: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 
 
-def test_what_was_under_way_is_forgotten_when_weights_are_loaded(workers: Workers, tmp_path: Path) -> None:
+def test_callback_async_after_loading_weights_cancels_transfer(workers: Workers, tmp_path: Path) -> None:
     between, behind = (
         workers.run(RANKS, fail_and_resume, use_async, str(tmp_path / str(use_async))) for use_async in (False, True)
     )
@@ -184,7 +184,7 @@ def save_under_way(path: str) -> tuple[int, int]:
     return save.told, second.balancer.num_rearrangements
 
 
-def test_a_run_that_was_saved_under_way_is_leveled_when_it_goes_on(workers: Workers, tmp_path: Path) -> None:
+def test_callback_async_resumed_in_flight_rearranges(workers: Workers, tmp_path: Path) -> None:
     assert workers.run(RANKS, save_under_way, str(tmp_path / "x.ckpt")) == [(0, 1)] * RANKS
 
 
@@ -204,5 +204,5 @@ def save_when_due(path: str) -> tuple[int, int]:
     return first.balancer.num_rearrangements, second.balancer.num_rearrangements
 
 
-def test_a_decision_that_was_due_when_a_run_was_saved_is_made_when_it_goes_on(workers: Workers, tmp_path: Path) -> None:
+def test_callback_async_resumed_when_due_rearranges(workers: Workers, tmp_path: Path) -> None:
     assert workers.run(RANKS, save_when_due, str(tmp_path / "x.ckpt")) == [(0, 1)] * RANKS

@@ -52,12 +52,12 @@ from tests.workers import Workers
         ({"policy": "balanced"}, "policy='balanced' must be a lightning_eplb.Policy"),
     ],
 )
-def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
+def test_callback_with_invalid_argument_raises(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EPLBCallback(**arguments)
 
 
-def test_arguments_that_fit_no_strategy() -> None:
+def test_strategy_with_invalid_type_raises() -> None:
     with pytest.raises(ValueError, match="ep_size='2' must be a whole number"):
         ExpertParallelStrategy(ep_size="2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="save_distributed_checkpoint='no' must be True or False"):
@@ -82,25 +82,25 @@ def tokens() -> Any:
     return loader(token_batches(8 * SEQUENCES), SEQUENCES)
 
 
-def test_experts_that_do_not_divide(workers: Workers) -> None:
+def test_callback_with_indivisible_experts_raises(workers: Workers) -> None:
     (message,) = set(workers.run(3, fails_in_setup, {}))
     assert message == "ep_size=3 must divide the 8 experts of model.model.layers.0.mlp.experts. Use 1, 2, 4 or 8."
 
 
-def test_redundant_experts_that_do_not_divide(workers: Workers) -> None:
+def test_callback_with_indivisible_redundant_experts_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 3}))
     assert message == "num_redundant_experts=3 must be a multiple of ep_size=2. Use 2 or 4."
 
 
-def test_more_redundant_experts_than_ranks_can_use(workers: Workers) -> None:
+def test_callback_with_too_many_redundant_experts_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, fails_in_setup, {"num_redundant_experts": 10}))
     assert message == (
-        "num_redundant_experts=10 is more than 2 ranks can use. Each has 4 of the 8 experts, and holds a replica of"
-        " every other with 8."
+        "num_redundant_experts=10 is more than ep_size=2 can use. Use at most 8, with which each rank holds a replica"
+        " of every expert that is not its own."
     )
 
 
-def test_ranks_that_do_not_divide(workers: Workers) -> None:
+def test_callback_with_indivisible_ranks_raises(workers: Workers) -> None:
     (message,) = set(workers.run(4, fails_in_setup, {"ep_size": 3}))
     assert message == "ep_size=3 must divide the 4 data-parallel ranks. Use 1, 2 or 4."
 
@@ -109,7 +109,7 @@ def no_moe_layer() -> str:
     return fails_in_setup({}, model=nn.ModuleDict({"feed_forward_experts": nn.Linear(4, 4)}))
 
 
-def test_no_moe_layer(workers: Workers) -> None:
+def test_callback_without_moe_layer_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, no_moe_layer))
     assert message.startswith("no MoE layer found in LanguageModel: looked for a module with an int attribute num_exp")
 
@@ -128,7 +128,7 @@ def averaging(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["MyAverage", "EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_weight_averaging(name: str, workers: Workers) -> None:
+def test_callback_with_weight_averaging_raises(name: str, workers: Workers) -> None:
     (message,) = set(workers.run(2, averaging, name))
     assert message.startswith(
         f"{name} is not supported with EPLBCallback: it averages the rows of experts by their position"
@@ -141,7 +141,7 @@ def local_sgd() -> str:
     return fails_in_setup({}, strategy=strategy)
 
 
-def test_local_sgd(workers: Workers) -> None:
+def test_callback_with_local_sgd_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, local_sgd))
     assert message.startswith("DDPStrategy(ddp_comm_state=PostLocalSGDState(...)) is not supported by EPLBCallback")
 
@@ -159,7 +159,7 @@ def hooked(hook: Any, wrapper: Any = None) -> str:
     return fails_in_setup({}, strategy=strategy)
 
 
-def test_a_communication_hook_that_may_sum_is_refused(workers: Workers) -> None:
+def test_callback_with_hook_that_may_sum_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, hooked, summing_hook))
     assert message.startswith("DDPStrategy(ddp_comm_hook=summing_hook) is not supported with expert parallelism")
     assert "Use one of torch's hooks that average, allreduce_hook, fp16_compress_hook" in message
@@ -187,7 +187,7 @@ def trained_with(hook: Any, wrapper: Any, ep_size: int | None) -> int:
         (summing_hook, None, 1),
     ],
 )
-def test_a_communication_hook_that_averages_and_any_without_spread_experts_is_left_alone(
+def test_callback_with_hook_that_averages_trains(
     hook: Any, wrapper: Any, ep_size: int | None, workers: Workers
 ) -> None:
     assert workers.run(2, trained_with, hook, wrapper, ep_size) == [1, 1]
@@ -198,7 +198,7 @@ def averaged_by_hand() -> str:
     return fails_in_setup({}, model=nn.ModuleDict({"model": model, "average": AveragedModel(model)}))
 
 
-def test_an_average_by_hand(workers: Workers) -> None:
+def test_callback_with_averaged_model_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, averaged_by_hand))
     assert message.startswith("model.average is an AveragedModel: it averages the rows of experts by their position")
 
@@ -218,7 +218,7 @@ def adapted() -> str:
     return fails_in_setup({}, model=model)
 
 
-def test_adapters_for_experts(workers: Workers) -> None:
+def test_callback_with_adapters_on_experts_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, adapted))
     assert message.startswith("model.model.layers.1.mlp.experts.base_layer is wrapped in a ParamWrapper, an adapter")
 
@@ -239,7 +239,7 @@ def warnings_of(module: type[LanguageModel]) -> list[str]:
     return [str(each.message) for each in caught if "MoE layers" in str(each.message)]
 
 
-def test_a_copy_of_the_model_that_is_never_called_is_told(workers: Workers) -> None:
+def test_callback_with_uncalled_moe_layers_warns(workers: Workers) -> None:
     (message,), nothing = workers.run(2, warnings_of, WithCopy)  # rank 0 warns
     assert message.startswith("2 of 4 MoE layers got no token in the window, average.model.layers.0.mlp.experts first")
     assert nothing == []
@@ -254,7 +254,7 @@ def validated_alone() -> str:
     return str(raised.value)
 
 
-def test_a_converted_model_on_fewer_ranks(workers: Workers) -> None:
+def test_callback_on_fewer_ranks_than_converted_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, validated_alone))
     assert message.startswith("the experts of LanguageModel are spread over 2 ranks, and this trainer has 1; run it on")
 
@@ -266,12 +266,12 @@ def only_experts_trained() -> str:
     return fails_in_setup({}, model=model)
 
 
-def test_a_model_that_trains_only_experts(workers: Workers) -> None:
+def test_callback_without_dense_parameters_raises(workers: Workers) -> None:
     (message,) = set(workers.run(2, only_experts_trained))
     assert message.startswith("LanguageModel trains no parameter outside of experts, and DDP does not support such")
 
 
-def test_another_strategy() -> None:
+def test_callback_with_other_strategy_raises() -> None:
     trainer = mock.Mock(world_size=2)
     trainer.strategy = object()
     with pytest.raises(ValueError, match="strategy=object is not supported by EPLBCallback; 'ddp', 'fsdp'"):
@@ -298,16 +298,16 @@ def built_later(redundant: int | None) -> str:
     return ""
 
 
-def test_a_model_of_configure_model_is_adopted(workers: Workers) -> None:
+def test_callback_with_model_of_configure_model_adopts_it(workers: Workers) -> None:
     assert workers.run(2, built_later, 2) == ["", ""]
 
 
-def test_a_model_of_configure_model_that_is_not_converted(workers: Workers) -> None:
+def test_callback_with_unconverted_configure_model_raises(workers: Workers) -> None:
     for message in workers.run(2, built_later, None):
         assert "call parallelize_experts(self, num_redundant_experts=2) at its end" in message
 
 
-def test_a_model_of_configure_model_that_is_converted_otherwise(workers: Workers) -> None:
+def test_callback_with_otherwise_converted_configure_model_raises(workers: Workers) -> None:
     for message in workers.run(2, built_later, 4):
         assert "num_redundant_experts=2; parallelize_experts was called for 2 ranks with num_redundant_exp" in message
 
@@ -359,7 +359,7 @@ def rearranged_by(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_policy_that_returns_what_is_no_placement(name: str, workers: Workers) -> None:
+def test_callback_with_policy_of_invalid_placement_raises(name: str, workers: Workers) -> None:
     for message in workers.run(2, rearranged_by, name):
         assert WRONG[name][1] in message
 
@@ -381,7 +381,7 @@ def trained_by(optimizer: str) -> tuple[str, int]:
     return "", -1
 
 
-def test_an_optimizer_that_mixes_experts_is_refused_before_the_first_step(workers: Workers) -> None:
+def test_callback_with_mixing_optimizer_raises_before_first_step(workers: Workers) -> None:
     for message, step in workers.run(2, trained_by, "lbfgs"):
         assert message.startswith("LBFGS updates each row of a parameter by what is in the others")
         assert "model.model.layers.0.mlp.experts.gate_up_proj" in message
@@ -389,7 +389,7 @@ def test_an_optimizer_that_mixes_experts_is_refused_before_the_first_step(worker
         assert step == 0
 
 
-def test_an_optimizer_that_shares_parameters_out(workers: Workers) -> None:
+def test_callback_with_zero_redundancy_optimizer_raises(workers: Workers) -> None:
     for message, step in workers.run(2, trained_by, "zero"):
         assert message.startswith("ZeroRedundancyOptimizer gives every rank other parameters to update")
         assert step == 0
@@ -409,7 +409,7 @@ def ranks_disagree() -> tuple[str, bool]:
     return str(raised.value), all(torch.equal(before[key], tensor) for key, tensor in model.named_parameters())
 
 
-def test_ranks_that_would_move_other_rows(workers: Workers) -> None:
+def test_rearrange_with_unequal_state_raises_and_moves_nothing(workers: Workers) -> None:
     for message, untouched in workers.run(2, ranks_disagree):
         assert message.startswith("ranks [1] would move other rows than rank 0")
         assert untouched

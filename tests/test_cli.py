@@ -20,7 +20,7 @@ def callback_from(folder: Path, arguments: dict[str, Any]) -> EPLBCallback:
     return callback
 
 
-def test_all_arguments(tmp_path: Path) -> None:
+def test_lightning_cli_with_all_arguments_passes_them_on(tmp_path: Path) -> None:
     numbers = {"num_redundant_experts": 8, "ep_size": 4, "window_size": 50, "step_interval": 30}
     policy = {"class_path": "lightning_eplb.DeepSeekPolicy", "init_args": {"num_groups": 2}}
     callback = callback_from(tmp_path, {**numbers, "policy": policy})
@@ -30,12 +30,12 @@ def test_all_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", [BalancedPolicy, StaticPolicy])
-def test_each_policy(policy: type[Policy], tmp_path: Path) -> None:
+def test_lightning_cli_with_policy_class_builds_it(policy: type[Policy], tmp_path: Path) -> None:
     callback = callback_from(tmp_path, {"policy": {"class_path": f"lightning_eplb.{policy.__name__}"}})
     assert type(callback.policy) is policy
 
 
-def test_a_placement_for_static_policy(tmp_path: Path) -> None:
+def test_lightning_cli_with_placement_builds_static_policy(tmp_path: Path) -> None:
     policy = {"class_path": "lightning_eplb.StaticPolicy", "init_args": {"physical_to_logical": [[1, 0], [0, 1]]}}
     assert isinstance(callback_from(tmp_path, {"policy": policy}).policy, StaticPolicy)
 
@@ -52,7 +52,7 @@ def test_a_placement_for_static_policy(tmp_path: Path) -> None:
         ({"policy": {"class_path": "lightning_eplb.DeepSeekPolicy", "init_args": {"groups": 2}}}, "groups"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_lightning_cli_with_invalid_argument_names_it(
     arguments: dict[str, Any], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises((SystemExit, ValueError)) as raised:

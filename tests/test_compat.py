@@ -83,7 +83,7 @@ def private_uses(source: str) -> list[str]:
     return found
 
 
-def test_only_compat_uses_private_names_of_others() -> None:
+def test_scan_of_package_finds_private_names_in_compat_alone() -> None:
     uses = {
         str(path.relative_to(PACKAGE)): found
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -105,14 +105,14 @@ def test_only_compat_uses_private_names_of_others() -> None:
         "from torch.utils.checkpoint import _CachingTorchDispatchMode",
     ],
 )
-def test_scan_finds_private_names(source: str) -> None:
+def test_scan_of_private_name_finds_it(source: str) -> None:
     assert len(private_uses(source)) == 1
 
 
 @pytest.mark.parametrize(
     "source", ["self._groups", "load._replace(x=1)", "from lightning_eplb import _compat", "x.__dict__"]
 )
-def test_scan_leaves_own_and_public_names(source: str) -> None:
+def test_scan_of_own_or_public_name_finds_nothing(source: str) -> None:
     assert private_uses(source) == []
 
 
@@ -127,7 +127,7 @@ def package_classes() -> list[type]:
     return found
 
 
-def test_private_names_that_subclasses_inherit_are_listed() -> None:
+def test_scan_of_subclasses_finds_listed_names_alone() -> None:
     """``self._y`` in a subclass of another library's class, where that class knows ``_y``, too."""
     found: dict[str, set[str]] = {}
     for each in package_classes():
@@ -143,20 +143,20 @@ def test_private_names_that_subclasses_inherit_are_listed() -> None:
 # What becomes of a missing name
 
 
-def test_missing_name_is_an_error_with_the_supported_releases() -> None:
+def test_missing_name_raises_with_supported_releases() -> None:
     with pytest.raises(
         NotImplementedError, match=r"torch \S+ lacks DistributedDataParallel._comm_hooks, .* 2.10 to 2.13"
     ):
         _compat.ddp_comm_hooks(SimpleNamespace())  # type: ignore[arg-type]
 
 
-def test_missing_module_is_an_error_with_the_supported_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_module_raises_with_supported_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed.algorithms._comm_hooks", None)
     with pytest.raises(NotImplementedError, match=r"lacks distributed.algorithms._comm_hooks"):
         _compat.fsdp1_averaging_hooks()
 
 
-def test_other_attribute_errors_pass() -> None:
+def test_other_attribute_error_is_raised_unchanged() -> None:
     def fails(_: Tensor) -> Tensor:
         raise AttributeError("of the function", name="other")
 
@@ -164,7 +164,7 @@ def test_other_attribute_errors_pass() -> None:
         _compat.apply_to_tensors(nn.Linear(1, 1), fails)
 
 
-def test_package_imports_without_private_modules() -> None:
+def test_import_without_private_modules_succeeds() -> None:
     """A private module that a release renames breaks no import."""
     script = """
 import sys
@@ -183,7 +183,7 @@ import lightning_eplb
 # torch.nn.Module
 
 
-def test_registered() -> None:
+def test_registered_of_module_are_its_own_dictionaries() -> None:
     module = nn.BatchNorm1d(3)
     module.child = nn.Linear(1, 1)
     parameters, buffers, children = _compat.registered(module)
@@ -194,14 +194,14 @@ def test_registered() -> None:
     assert not hasattr(module, "bias")
 
 
-def test_replace_registered() -> None:
+def test_replace_registered_of_module_replaces_all() -> None:
     module, weight = nn.Linear(2, 2), torch.zeros(2, 2)
     _compat.replace_registered(module, {"weight": weight, "bias": None}, buffers={"extra": weight})
     assert module.weight is weight
     assert [name for name, _ in module.named_buffers()] == ["extra"]
 
 
-def test_forward_pre_hooks() -> None:
+def test_forward_pre_hooks_of_module_are_found() -> None:
     def hook(*_: Any) -> None: ...
 
     module = nn.Linear(1, 1)
@@ -230,13 +230,13 @@ def test_non_persistent_buffers() -> None:
     assert _compat.non_persistent_buffers(module) == {"left_out"}
 
 
-def test_apply_to_tensors() -> None:
+def test_apply_to_tensors_of_module_replaces_them() -> None:
     module = nn.Sequential(nn.Linear(1, 1, device="meta"))
     _compat.apply_to_tensors(module, lambda tensor: torch.ones_like(tensor, device="cpu"))
     assert torch.equal(module[0].weight, torch.ones(1, 1))
 
 
-def test_call_without_hooks() -> None:
+def test_call_without_hooks_of_module_calls_none() -> None:
     module, calls = nn.Linear(1, 1), []
     module.register_forward_hook(lambda *_: calls.append(1))
     _compat.call_without_hooks(module)
@@ -244,7 +244,7 @@ def test_call_without_hooks() -> None:
     assert calls == []
 
 
-def test_pruned_tensor() -> None:
+def test_pruned_tensor_of_hook_is_its_name() -> None:
     weight = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     prune.l1_unstructured(weight[0], "bias", 1)
     spectral_norm(weight[1], "weight")
@@ -254,7 +254,7 @@ def test_pruned_tensor() -> None:
     assert found == ["bias", "weight", "weight"]
 
 
-def test_wrapper_names() -> None:
+def test_wrapper_names_are_those_of_torch() -> None:
     assert all(name.endswith(".") for name in _compat.WRAPPER_NAMES)
     compiled = torch.compile(nn.Linear(1, 1), backend="eager")
     assert [name for name, _ in compiled.named_parameters()] == ["_orig_mod.weight", "_orig_mod.bias"]
@@ -269,14 +269,14 @@ def test_wrapper_names() -> None:
 # torch.Tensor and autograd
 
 
-def test_version_of() -> None:
+def test_version_of_written_tensor_is_one_higher() -> None:
     tensor = torch.zeros(1)
     before = _compat.version_of(tensor)
     tensor.add_(1)
     assert _compat.version_of(tensor) == before + 1
 
 
-def test_gradient_hooks() -> None:
+def test_gradient_hooks_of_tensor_are_found() -> None:
     tensor = torch.zeros(1, requires_grad=True)
     assert _compat.gradient_hooks(tensor) == (None, None)
     tensor.register_hook(on_gradient := lambda grad: None)
@@ -287,7 +287,7 @@ def test_gradient_hooks() -> None:
     assert (list(first.values()), list(second.values())) == ([on_gradient], [after])
 
 
-def test_backward_id_and_call_after_backward() -> None:
+def test_backward_id_in_backward_is_set_and_call_comes_after() -> None:
     events: list[Any] = []
     tensor = torch.ones(1, requires_grad=True)
 
@@ -306,7 +306,7 @@ def test_backward_id_and_call_after_backward() -> None:
 
 
 @pytest.mark.parametrize("has_foreach", [True, False])
-def test_copy_all(has_foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_all_with_or_without_foreach_copies(has_foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hasattr(torch.ops.aten, "_foreach_copy_")
     if not has_foreach:
         monkeypatch.setattr(torch, "ops", SimpleNamespace(aten=SimpleNamespace()))
@@ -316,7 +316,7 @@ def test_copy_all(has_foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_renamed", [False, True])
-def test_is_tensor_wrapper(is_renamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_tensor_wrapper_of_subclass_is_true(is_renamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     two = TwoTensor(torch.zeros(1), torch.zeros(1))
     importlib.import_module("torch.utils._python_dispatch")
     if is_renamed:
@@ -325,7 +325,7 @@ def test_is_tensor_wrapper(is_renamed: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert not _compat.is_tensor_wrapper(torch.zeros(1))
 
 
-def test_keeps_outputs() -> None:
+def test_keeps_outputs_under_selective_checkpointing_is_true() -> None:
     seen = []
 
     def forward(x: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ def test_keeps_outputs() -> None:
     assert seen == [False, True]
 
 
-def test_keeps_outputs_where_it_can_not_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_outputs_without_private_module_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
     assert _compat.keeps_outputs()
 
@@ -349,7 +349,7 @@ def test_keeps_outputs_where_it_can_not_be_told(monkeypatch: pytest.MonkeyPatch)
 # torch.optim and torch.amp
 
 
-def test_is_hook_attribute() -> None:
+def test_is_hook_attribute_of_optimizer_is_true() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     before = {key: len(value) for key, value in vars(optimizer).items() if _compat.is_hook_attribute(key)}
     optimizer.register_step_post_hook(lambda *_: None)
@@ -358,7 +358,7 @@ def test_is_hook_attribute() -> None:
     assert sum(after.values()) == sum(before.values()) + 2
 
 
-def test_found_overflow() -> None:
+def test_found_overflow_after_unscale_is_what_step_reads() -> None:
     parameter = torch.ones(1, requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -371,7 +371,7 @@ def test_found_overflow() -> None:
     assert parameter.item() == -torch.inf
 
 
-def test_unscales_in_step() -> None:
+def test_unscales_in_step_of_fused_optimizer_is_true() -> None:
     parameter = torch.zeros(1, requires_grad=True)
     assert _compat.unscales_in_step(torch.optim.AdamW([parameter], fused=True))
     assert not _compat.unscales_in_step(torch.optim.AdamW([parameter]))
@@ -430,18 +430,18 @@ def mesh_answers() -> dict[str, Any]:
     }
 
 
-def test_ddp_names(workers: Workers) -> None:
+def test_ddp_functions_under_ddp_find_its_parts(workers: Workers) -> None:
     (answers,) = workers.run(1, ddp_answers)
     assert answers == {"active_ddp": (True, None), "ddp_parameters": [True], "ddp_comm_hooks": [True]}
 
 
-def test_fsdp1_names(workers: Workers) -> None:
+def test_fsdp1_functions_under_fsdp1_find_its_parts(workers: Workers) -> None:
     (answers,) = workers.run(1, fsdp1_answers)
     assert list(answers["flattened"].values()) == [True, True, False, False]
     assert answers["hooks"] == (None, True)
 
 
-def test_fsdp2_and_mesh_names(workers: Workers) -> None:
+def test_fsdp2_functions_under_fsdp2_find_its_parts(workers: Workers) -> None:
     (answers,) = workers.run(1, mesh_answers)
     assert answers == {
         "sharded": [True, True],
@@ -458,18 +458,18 @@ def local_boxes() -> tuple[slice, ...]:
     return _compat.local_box(tensor.shape, mesh, tensor.placements)
 
 
-def test_local_box(workers: Workers) -> None:
+def test_local_box_of_sharded_tensor_is_that_of_rank(workers: Workers) -> None:
     assert workers.run(2, local_boxes) == [(slice(0, 2), slice(0, 3)), (slice(2, 4), slice(0, 3))]
 
 
-def test_ddp_mixed_precision_hook() -> None:
+def test_ddp_mixed_precision_hook_is_callable() -> None:
     assert callable(_compat.ddp_mixed_precision_hook())
 
 
 # torch.distributed.checkpoint
 
 
-def test_symmetric_memory() -> None:
+def test_symmetric_memory_names_are_as_used() -> None:
     """Direct dispatch allocates, maps and waits by these names, on GPUs."""
     from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -484,7 +484,7 @@ def test_symmetric_memory() -> None:
         _compat.symmetric_rendezvous(torch.zeros(16, dtype=torch.uint8), None)
 
 
-def test_pickled_names_are_those_of_an_index(tmp_path: Path) -> None:
+def test_pickled_classes_of_index_are_all_listed(tmp_path: Path) -> None:
     found: set[tuple[str, str]] = set()
 
     class Recording(pickle.Unpickler):
@@ -504,23 +504,23 @@ def test_pickled_names_are_those_of_an_index(tmp_path: Path) -> None:
 # Lightning
 
 
-def test_comm_hook_of() -> None:
+def test_comm_hook_of_ddp_strategy_is_its_hook() -> None:
     strategy = DDPStrategy(ddp_comm_hook=default_hooks.allreduce_hook, ddp_comm_state="state")  # type: ignore[arg-type]
     assert _compat.comm_hook_of(strategy) == ("state", default_hooks.allreduce_hook, None)
 
 
-def test_saves_shards() -> None:
+def test_saves_shards_of_fsdp1_strategy_is_its_setting() -> None:
     assert _compat.saves_shards(FSDPStrategy(state_dict_type="sharded"))
     assert not _compat.saves_shards(FSDPStrategy())
 
 
-def test_set_device_mesh() -> None:
+def test_set_device_mesh_of_module_sets_it() -> None:
     module, mesh = pl.LightningModule(), object()
     _compat.set_device_mesh(module, mesh)
     assert module.device_mesh is mesh
 
 
-def test_pruned_by() -> None:
+def test_pruned_by_callback_is_its_parameters() -> None:
     module = nn.Linear(2, 2)
     found = list(_compat.pruned_by(ModelPruning("l1_unstructured", [(module, "weight")]), module))
     assert found == [(module, "weight")]
@@ -528,7 +528,7 @@ def test_pruned_by() -> None:
     assert everything == [(module, "bias")]
 
 
-def test_end_of_dataloader() -> None:
+def test_end_of_dataloader_of_evaluation_loops_is_found() -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, barebones=False, enable_checkpointing=False)
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.fit_loop.epoch_loop.val_loop):
         assert hasattr(loop, str(_compat.end_of_dataloader(loop)))
@@ -536,7 +536,7 @@ def test_end_of_dataloader() -> None:
     assert _compat.end_of_dataloader(trainer.predict_loop) is None
 
 
-def test_fabric_strategy() -> None:
+def test_fabric_strategy_of_wrapped_object_is_that_of_fabric() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     module = nn.Linear(1, 1)
     wrapped, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters()))
@@ -552,7 +552,7 @@ def mixtral_experts() -> Any:
     return next(module for module in model.modules() if hasattr(module, "num_experts") and hasattr(module, "act_fn"))
 
 
-def test_experts_implementation() -> None:
+def test_experts_implementation_of_copied_config_is_replaced() -> None:
     experts = mixtral_experts()
     assert _compat.experts_implementation(experts) == "eager"
     assert _compat.experts_implementation(nn.Linear(1, 1)) is None
@@ -561,7 +561,7 @@ def test_experts_implementation() -> None:
     assert _compat.experts_implementation(experts) == "eager"
 
 
-def test_with_experts_implementation_chooses_what_computes() -> None:
+def test_with_experts_implementation_of_canary_computes_with_it() -> None:
     from transformers.integrations import moe
 
     experts, calls = mixtral_experts(), []
@@ -591,7 +591,7 @@ def test_apply_gate() -> None:
     torch.testing.assert_close(_compat.apply_gate(mixtral_experts(), gate_up), nn.functional.silu(gate) * up)
 
 
-def test_grouped_linear() -> None:
+def test_grouped_linear_of_transformers_has_known_arguments() -> None:
     from transformers.integrations import moe
 
     linear = _compat.grouped_linear(moe)
@@ -600,7 +600,7 @@ def test_grouped_linear() -> None:
     assert _compat.grouped_linear(SimpleNamespace()) is None
 
 
-def test_mark_initialized() -> None:
+def test_mark_initialized_of_parameter_keeps_it() -> None:
     model = hugging_face_model("mixtral", layers=1)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -612,7 +612,7 @@ def test_mark_initialized() -> None:
     assert changed == ["lm_head.weight"]
 
 
-def test_without_ignored_keys() -> None:
+def test_without_ignored_keys_of_model_leaves_them_out() -> None:
     model: Any = hugging_face_model("mixtral", layers=1)
     model._keys_to_ignore_on_load_missing, model._keys_to_ignore_on_load_unexpected = {"head"}, {"extra"}
     found = _compat.without_ignored_keys(model, {"lm_head.weight", "norm"}, {"extra.bias", "other"})
@@ -622,7 +622,7 @@ def test_without_ignored_keys() -> None:
 # All of them
 
 
-def test_every_function_has_a_canary() -> None:
+def test_functions_of_compat_have_canaries() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     tree = ast.parse(COMPAT.read_text(encoding="utf-8"))
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not is_private(node.name)]

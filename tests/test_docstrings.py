@@ -21,7 +21,7 @@ def docstrings(source: str) -> list[tuple[int, str]]:
     ]
 
 
-def test_no_docstring_opens_with_a_question_word() -> None:
+def test_docstrings_of_package_open_with_no_question_word() -> None:
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {text.strip().splitlines()[0]}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -32,6 +32,6 @@ def test_no_docstring_opens_with_a_question_word() -> None:
 
 
 @pytest.mark.parametrize("text", ["What a step brought.", "Whether it is.", "\n    Who moves."])
-def test_question_words_are_found(text: str) -> None:
+def test_scan_of_question_word_finds_it(text: str) -> None:
     ((_, found),) = docstrings(f"'''{text}'''" if "\n" not in text else f'"""{text}"""')
     assert QUESTION.match(found)

@@ -52,17 +52,17 @@ FSDP1 = [
 
 
 @pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC + FSDP1, ids=str)
-def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
+def test_training_with_moving_experts_equals_one_process(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case, seconds=240)) < TOLERANCE
 
 
-def test_pairs_cover_every_two_settings() -> None:
+def test_cases_cover_every_pair_of_settings() -> None:
     for first, second in [("model", "redundant"), ("ranks", "clip"), ("accumulation", "optimizer")]:
         met = {(getattr(case, first), getattr(case, second)) for case in CASES}
         assert met == {(a, b) for a in SETTINGS[first] for b in SETTINGS[second]}
 
 
-def test_a_wrong_reference_is_noticed(workers: Workers) -> None:
+def test_comparison_with_wrong_reference_differs(workers: Workers) -> None:
     """The comparison can fail: one step's clipping is enough to see."""
     case = Case(ranks=2, clip="norm")
     assert largest_difference(reference(Case(ranks=2, clip="off")), workers.run(2, distributed, case)) > 1e-3

@@ -61,7 +61,7 @@ def train() -> tuple[list[float], dict[str, Tensor], int]:
     return module.losses, module.model.state_dict(), callback.balancer.num_rearrangements
 
 
-def test_same_as_one_process(workers: Workers) -> None:
+def test_manual_optimization_with_two_optimizers_trains_as_one_process(workers: Workers) -> None:
     model = hugging_face_model("mixtral")
     experts, dense = optimizers_of(model)
     losses = []

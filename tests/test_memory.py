@@ -40,13 +40,13 @@ class BytesHeld(pl.Callback):
         return sum({piece.data_ptr(): piece.nbytes() for piece in real}.values())
 
 
-def bytes_held(kind: str, copies: int) -> tuple[int, int]:
+def bytes_held(kind: str, redundant: int) -> tuple[int, int]:
     """On every worker: the most after a step, and the weights of one slot in each layer."""
-    held, eplb, model, plugins = BytesHeld(), callback(RANKS, copies), hugging_face_model("mixtral"), []
+    held, eplb, model, plugins = BytesHeld(), callback(RANKS, redundant), hugging_face_model("mixtral"), []
     module, strategy = LanguageModel(model, "adamw"), None
     if kind == "sharded":
-        eplb.num_redundant_experts = 2 * copies
-        module, strategy = ShardedLanguageModel(model, "adamw", 2 * copies), ExpertParallelStrategy(ep_size=2)
+        eplb.num_redundant_experts = 2 * redundant
+        module, strategy = ShardedLanguageModel(model, "adamw", 2 * redundant), ExpertParallelStrategy(ep_size=2)
     if kind == "fsdp1":
         strategy, plugins = fsdp1(), [DoublePrecision()]
     trainer_for(RANKS, strategy, plugins=plugins, max_steps=STEPS, callbacks=[eplb, held]).fit(module, batches(RANKS))
@@ -54,13 +54,13 @@ def bytes_held(kind: str, copies: int) -> tuple[int, int]:
     assert eplb.balancer is not None
     assert eplb.balancer.num_rearrangements == STEPS
     filled = int((eplb.balancer.placement.by_rank[:, :, eplb.balancer.placement.primaries_per_rank :] >= 0).sum())
-    assert bool(filled) == bool(copies)
+    assert bool(filled) == bool(redundant)
     experts = [local_shard(p) for name, p in module.named_parameters() if ".experts." in name]
     return max(held.after_steps), sum(tensor.nbytes // len(tensor) for tensor in experts)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1"])
-def test_redundant_experts_hold_nothing_between_steps(kind: str, workers: Workers) -> None:
-    without, with_copies = (workers.run(RANKS, bytes_held, kind, copies) for copies in (0, 1))
-    for (bytes_without, slot), (bytes_with, _) in zip(without, with_copies, strict=True):
-        assert bytes_with - bytes_without < 0.02 * slot  # which rows they are copies of, some 8-byte indices
+def test_redundant_experts_between_steps_hold_no_memory(kind: str, workers: Workers) -> None:
+    without, with_redundant = (workers.run(RANKS, bytes_held, kind, redundant) for redundant in (0, 1))
+    for (bytes_without, slot), (bytes_with, _) in zip(without, with_redundant, strict=True):
+        assert bytes_with - bytes_without < 0.02 * slot  # which rows they hold, some 8-byte indices

@@ -31,7 +31,7 @@ def numbered_step(step: int) -> torch.Tensor:
 # -- the window
 
 
-def test_window_slides():
+def test_window_after_more_steps_keeps_the_latest():
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=3)
     for step in range(8):
         assert metric.num_steps == min(step, 3)
@@ -42,7 +42,7 @@ def test_window_slides():
     assert metric.steps().dtype == metric.compute()["load"].dtype == torch.int64
 
 
-def test_steps_is_a_copy():
+def test_steps_when_written_leave_window_unchanged():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=2)
     metric.update(load([1, 2]))
     metric.steps().zero_()
@@ -50,7 +50,7 @@ def test_steps_is_a_copy():
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric ExpertLoad was called before:UserWarning")
-def test_empty_window_and_steps_without_a_token():
+def test_compute_without_tokens_is_balanced():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=2)
     assert metric.steps().shape == (0, 1, 2)
     assert float(metric.compute()["balancedness"]) == 1.0
@@ -60,7 +60,7 @@ def test_empty_window_and_steps_without_a_token():
     assert [float(values[k]) for k in ("avg_tokens", "max_tokens", "balancedness")] == [0.0, 0.0, 1.0]
 
 
-def test_reset_empties():
+def test_reset_of_window_empties_it():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=2)
     for _ in range(3):
         metric.update(load([1, 2]))
@@ -71,7 +71,7 @@ def test_reset_empties():
     assert metric.compute()["load"].tolist() == [[5, 6]]
 
 
-def test_forward_updates_once_and_returns_that_step():
+def test_forward_of_step_updates_once_and_returns_it():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=3)
     assert metric(load([3, 1]))["load"].tolist() == [[3, 1]]
     values = metric(load([1, 9]))
@@ -85,7 +85,7 @@ def test_forward_updates_once_and_returns_that_step():
     assert [float(window[k]) for k in ("avg_tokens", "max_tokens")] == [3.5, 5.0]
 
 
-def test_counts_do_not_overflow():
+def test_compute_of_int32_loads_does_not_overflow():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=4)
     for _ in range(4):
         metric.update(torch.full((1, 2), 2**31 - 1, dtype=torch.int32))
@@ -93,7 +93,7 @@ def test_counts_do_not_overflow():
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
-def test_takes_numpy_arrays(dtype: type):
+def test_update_with_numpy_array_counts_it(dtype: type):
     metric = ExpertLoad(num_layers=1, num_logical_experts=3, window_size=2)
     counts = np.array([[200, 0, 56]], dtype=dtype)
     counts.setflags(write=False)
@@ -105,7 +105,7 @@ def test_takes_numpy_arrays(dtype: type):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_follows_the_device(device: str):
+def test_metric_on_other_device_keeps_counting(device: str):
     placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2)
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2, placement=placement)
     metric.update(load([1, 2, 3, 4]))
@@ -121,7 +121,7 @@ def test_follows_the_device(device: str):
     assert metric.steps().dtype == torch.int64
 
 
-def test_inference_mode_leaves_the_window_writable():
+def test_update_after_inference_mode_counts():
     metric = ExpertLoad(num_layers=1, num_logical_experts=2, window_size=2)
     with torch.inference_mode():
         metric.reset()
@@ -134,7 +134,7 @@ def test_inference_mode_leaves_the_window_writable():
 # -- what the ranks serve
 
 
-def test_balancedness_by_hand():
+def test_compute_of_two_layers_matches_hand_calculation():
     """Rank 0 serves 30 and 5 tokens in the two layers, rank 1 serves 10 and 15; a step is half of that."""
     placement = ExpertPlacement([[0, 1, 2, 3], [3, 0, 1, 2]], num_logical_experts=4, num_ranks=2)
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=5, placement=placement)
@@ -147,7 +147,7 @@ def test_balancedness_by_hand():
     assert values["balancedness"].dtype == torch.float64
 
 
-def test_copies_share_an_experts_tokens():
+def test_compute_with_replica_splits_tokens_evenly():
     """Expert 0 is on both ranks: each serves 6 of its 12 tokens."""
     placement = ExpertPlacement([[0, 1, -1, 2, 3, 0]], num_logical_experts=4, num_ranks=2)
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=1, placement=placement)
@@ -155,7 +155,7 @@ def test_copies_share_an_experts_tokens():
     assert [float(values[k]) for k in ("avg_tokens", "max_tokens", "balancedness")] == [8.0, 8.0, 1.0]
 
 
-def test_twofold_skew_is_not_balanced():
+def test_compute_of_twofold_skew_is_one_half():
     """The fullest of 4 ranks has twice the mean in every layer: 0.5, where a mean over the wrong dimension says 1.
 
     The layers are skewed to different ranks, so that the sum over layers is even on every rank.
@@ -169,13 +169,13 @@ def test_twofold_skew_is_not_balanced():
     assert float(values["max_tokens"]) == 4 * 72
 
 
-def test_without_placement_each_expert_is_its_own_rank():
+def test_compute_without_placement_takes_each_expert_as_rank():
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=1)
     values = metric(load([4, 2, 1, 1]))
     assert [float(values[k]) for k in ("avg_tokens", "max_tokens", "balancedness")] == [2.0, 4.0, 0.5]
 
 
-def test_new_placement_reads_the_old_window():
+def test_placement_when_replaced_reads_old_window():
     """The window is by logical id: what came before a rearrangement counts for the same experts after it."""
     hot = load([8, 8, 0, 0])
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=4)
@@ -194,7 +194,7 @@ def test_new_placement_reads_the_old_window():
 
 
 @pytest.mark.parametrize("updates", [1, 3, 7])
-def test_state_survives_a_file(tmp_path: Path, updates: int):
+def test_state_dict_through_file_restores_window(tmp_path: Path, updates: int):
     saved, restored = (ExpertLoad(num_layers=2, num_logical_experts=4, window_size=3) for _ in range(2))
     for step in range(updates):
         saved.update(numbered_step(step))
@@ -214,7 +214,7 @@ def test_state_survives_a_file(tmp_path: Path, updates: int):
 
 @pytest.mark.parametrize("updates", [0, 2, 3, 7, 11])
 @pytest.mark.parametrize("window_size", [1, 2, 4, 6])
-def test_state_fits_another_window(window_size: int, updates: int):
+def test_state_dict_into_other_window_keeps_latest_steps(window_size: int, updates: int):
     saved = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=4)
     restored = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=window_size)
     for step in range(updates):
@@ -230,7 +230,7 @@ def test_state_fits_another_window(window_size: int, updates: int):
         assert all(torch.equal(newest_first[i], numbered_step(step - i)) for i in range(restored.num_steps))
 
 
-def test_state_of_another_model_is_refused():
+def test_state_dict_of_other_model_raises():
     saved = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=4)
     with pytest.raises(ValueError, match=r"saved window has shape \[4, 2, 4\].*\[steps, 2, 8\]"):
         ExpertLoad(num_layers=2, num_logical_experts=8, window_size=4).load_state_dict(saved.state_dict())
@@ -240,7 +240,7 @@ def test_state_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_logical_experts", "window_size"])
-def test_sizes_below_one(name: str):
+def test_metric_with_size_below_one_raises(name: str):
     sizes = {"num_layers": 2, "num_logical_experts": 4, "window_size": 3, name: 0}
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         ExpertLoad(**sizes)
@@ -257,7 +257,7 @@ def test_sizes_below_one(name: str):
         (load([1, 2, 3, 4], [1, 2, -3, 4]), r"load_YL\[1, 2\]=-3 is negative"),
     ],
 )
-def test_loads_that_are_none(wrong: torch.Tensor, sentence: str):
+def test_update_with_invalid_load_raises(wrong: torch.Tensor, sentence: str):
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=3)
     for call in (metric.update, metric):
         with pytest.raises(ValueError, match=sentence):
@@ -265,13 +265,13 @@ def test_loads_that_are_none(wrong: torch.Tensor, sentence: str):
     assert metric.num_steps == 0
 
 
-def test_placement_of_another_model():
+def test_placement_of_other_model_raises():
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=3)
     with pytest.raises(ValueError, match=r"placement has 1 layers of 4 .* num_layers=2"):
         metric.placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2)
 
 
-def test_import_is_light():
+def test_import_of_metrics_is_light():
     """The room imports nothing heavy by itself: torchmetrics has matplotlib, and the package's top has Lightning."""
     program = (
         "import sys, torchmetrics, types; before = set(sys.modules);"
@@ -327,14 +327,14 @@ def counts_of_two() -> None:
     assert torch.equal(local.compute()["load"], both[1])
 
 
-def test_counts_of_two_processes_add_up(workers: Workers):
+def test_compute_on_two_ranks_adds_up(workers: Workers):
     workers.run(2, counts_of_two)
 
 
 # -- pictures
 
 
-def test_plot_shows_the_window_or_a_step():
+def test_plot_without_value_shows_window():
     metric = ExpertLoad(num_layers=2, num_logical_experts=4, window_size=2)
     step = metric(load([4, 0, 0, 0], [1, 1, 1, 1]))
     metric.update(load([0, 4, 0, 0], [1, 1, 1, 1]))
@@ -346,7 +346,7 @@ def test_plot_shows_the_window_or_a_step():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("logical expert", "MoE layer")
 
 
-def test_plot_of_several_steps_is_a_line():
+def test_plot_of_several_values_is_a_line():
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2)
     values = [metric(load(step)) for step in ([4, 0, 0, 0], [2, 2, 0, 0], [1, 1, 1, 1])]
     _, axes = metric.plot(values)
@@ -354,7 +354,7 @@ def test_plot_of_several_steps_is_a_line():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_plot_on_given_axes(several: bool):
+def test_plot_on_given_axes_draws_there(several: bool):
     from matplotlib.figure import Figure
 
     metric = ExpertLoad(num_layers=1, num_logical_experts=4, window_size=2)

@@ -32,7 +32,7 @@ from lightning_eplb import (
 )
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm
 from lightning_eplb.parallel import barrier
-from lightning_eplb.parallel.fsdp1 import spread_parameters
+from lightning_eplb.parallel.fsdp1_parameters import spread_parameters
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import TOLERANCE, ShufflePolicy, named_state
 from tests.models import hugging_face_model, language_loss, optimizer_of, token_batches
@@ -109,7 +109,7 @@ def go_back(use_async: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("use_async", [False, True])
-def test_a_loop_that_loads_what_it_saved_goes_on_as_one_process(use_async: bool, workers: Workers) -> None:
+def test_own_loop_that_loads_its_state_trains_as_one_process(use_async: bool, workers: Workers) -> None:
     expected = reference(clip=True)
     for ours in workers.run(2, go_back, use_async):
         assert largest_difference(ours, expected) < TOLERANCE
@@ -142,7 +142,7 @@ def fabric_run(ranks: int, start: int, stop: int, source: str | None, target: st
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (2, 4)], ids=str)
-def test_fabric_saves_and_loads_on_other_numbers_of_ranks(
+def test_fabric_resumed_on_other_ranks_trains_as_one_process(
     sizes: tuple[int, ...], workers: Workers, tmp_path: Path
 ) -> None:
     expected, source, start = reference(clip=True), None, 0
@@ -156,7 +156,7 @@ def test_fabric_saves_and_loads_on_other_numbers_of_ranks(
     hugging_face_model("mixtral").load_state_dict(checkpoint["model"])
 
 
-def test_fabric_clips_other_models_as_before() -> None:
+def test_fabric_clip_gradients_of_other_model_is_unchanged() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     linear = nn.Linear(2, 2)
     model, optimizer = fabric.setup(linear, torch.optim.SGD(linear.parameters(), lr=1.0))
@@ -204,7 +204,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize("call", ALONE)
-def test_a_rank_that_is_alone_is_told_and_may_try_again(call: str, workers: Workers) -> None:
+def test_collective_call_on_one_rank_alone_raises_and_can_be_repeated(call: str, workers: Workers) -> None:
     words = f"{ALONE[call]}, so every rank must call it: rank 1 did not come within"
     (told, failure), nothing = workers.run(2, alone_in, call, None)
     assert told == [f"{words} 0.2 s; it raises after 1.5 s"]
@@ -212,7 +212,7 @@ def test_a_rank_that_is_alone_is_told_and_may_try_again(call: str, workers: Work
     assert nothing == ([], "")
 
 
-def test_a_rank_that_is_late_is_waited_for(workers: Workers) -> None:
+def test_collective_call_with_late_rank_waits(workers: Workers) -> None:
     (told, failure), nothing = workers.run(2, alone_in, "model", 0.6)
     assert len(told) == 1
     assert failure == ""
@@ -229,7 +229,7 @@ def other_optimizer_state() -> str:
     return str(raised.value)
 
 
-def test_optimizer_state_that_some_ranks_lack_is_told_by_its_state_dict(workers: Workers) -> None:
+def test_optimizer_state_dict_unequal_on_ranks_raises_on_all(workers: Workers) -> None:
     for message in workers.run(2, other_optimizer_state):
         assert message.startswith("state=AdamW with 8 tensors")
         assert "is not the same on rank 1 (AdamW with 0 tensors" in message
@@ -268,14 +268,14 @@ def parameters_under(kind: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", RANKS)
-def test_logical_parameters_are_the_unmodified_models(kind: str, workers: Workers) -> None:
+def test_logical_parameters_under_each_strategy_equal_unmodified(kind: str, workers: Workers) -> None:
     expected = {name: parameter.detach() for name, parameter in hugging_face_model("mixtral").named_parameters()}
     for ours in workers.run(RANKS[kind], parameters_under, kind):
         assert largest_difference(ours, expected) == 0
         assert not any(tensor.requires_grad or type(tensor) is not Tensor for tensor in ours.values())
 
 
-def test_logical_parameters_of_one_process_are_copies() -> None:
+def test_logical_parameters_of_one_process_share_no_memory() -> None:
     model = hugging_face_model("mixtral")
     expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     ours = logical_parameters(model)
@@ -300,7 +300,7 @@ def norm_under(kind: str, max_norm: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("kind", RANKS)
-def test_clipping_in_a_loop_is_by_the_norm_of_the_whole_model(kind: str, workers: Workers) -> None:
+def test_clip_grad_norm_under_each_strategy_uses_norm_of_whole_model(kind: str, workers: Workers) -> None:
     model = hugging_face_model("mixtral")
     language_loss(model, batches()[0]).backward()
     expected = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
@@ -309,12 +309,12 @@ def test_clipping_in_a_loop_is_by_the_norm_of_the_whole_model(kind: str, workers
         assert after == pytest.approx(0.1, abs=1e-6)
 
 
-def test_another_norm_is_refused_in_words() -> None:
+def test_clip_grad_norm_with_other_norm_type_raises() -> None:
     with pytest.raises(ValueError, match=r"norm_type=inf is not supported .* Use 2\.0\."):
         clip_grad_norm_(hugging_face_model("mixtral"), 1.0, math.inf)
 
 
-def test_a_norm_that_is_not_finite_is_told() -> None:
+def test_clip_grad_norm_of_nonfinite_gradient_raises() -> None:
     model = nn.Linear(2, 2)
     model.weight.grad = torch.full((2, 2), math.inf)
     with pytest.raises(RuntimeError, match="the norm of all gradients is inf"):
@@ -328,7 +328,7 @@ def left_out() -> tuple[list[str], list[str]]:
     return ignored, [name for name, parameter in loop.model.named_parameters() if id(parameter) not in ours]
 
 
-def test_experts_are_left_out_of_ddp_by_name(workers: Workers) -> None:
+def test_leave_experts_out_of_ddp_returns_their_names(workers: Workers) -> None:
     names = [
         f"model.layers.{layer}.mlp.experts.{weight}" for layer in range(2) for weight in ("gate_up_proj", "down_proj")
     ]
@@ -343,6 +343,6 @@ def not_left_out() -> str:
     return str(raised.value)
 
 
-def test_experts_that_ddp_has_are_refused_with_the_remedy(workers: Workers) -> None:
+def test_ddp_with_experts_raises_and_names_remedy(workers: Workers) -> None:
     for message in workers.run(2, not_left_out):
         assert "call lightning_eplb.leave_experts_out_of_ddp(model) before you wrap the model" in message

@@ -65,11 +65,11 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("path", DOCUMENTED)
-def test_documented_path_is_imported(path: str) -> None:
+def test_documented_path_of_moved_module_resolves(path: str) -> None:
     assert resolve_name(path) is not None
 
 
-def test_every_path_in_words_and_code_leads_somewhere() -> None:
+def test_paths_in_text_resolve() -> None:
     files = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
     for folder in ("examples", "lightning_eplb"):
         files += [path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".yaml", ".md")]

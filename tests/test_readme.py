@@ -32,7 +32,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_hand_written_experts_follow_the_protocol() -> None:
+def test_readme_experts_class_follows_protocol() -> None:
     (source,) = [block for block in blocks("python") if "class Experts" in block]
     names: dict = {}
     exec(source, names)
@@ -43,7 +43,7 @@ def test_the_hand_written_experts_follow_the_protocol() -> None:
 
 
 @pytest.mark.parametrize("source", blocks("python"))
-def test_python_compiles(source: str) -> None:
+def test_readme_python_block_compiles(source: str) -> None:
     compile(source, "README.md", "exec")
 
 
@@ -54,7 +54,7 @@ class WithData(LanguageModel):
         return loader(token_batches(8), SEQUENCES)
 
 
-def test_the_first_lines_train() -> None:
+def test_readme_quickstart_trains() -> None:
     (source,) = [block for block in blocks("python") if 'strategy="ddp"' in block]
     eight_gpus = 'strategy="ddp", devices=8'
     assert eight_gpus in source
@@ -65,7 +65,7 @@ def test_the_first_lines_train() -> None:
     assert len(model.losses) == 4
 
 
-def test_a_model_that_is_built_in_configure_model() -> None:
+def test_readme_configure_model_builds_once() -> None:
     (source,) = [block for block in blocks("python") if "class MyModel" in block]
     names: dict = {"build_my_model": lambda: hugging_face_model("mixtral")}
     exec(source, names)
@@ -107,7 +107,7 @@ def train_sharded() -> tuple[int, int, bool]:
     )
 
 
-def test_a_model_that_is_sharded_trains(workers: Workers) -> None:
+def test_readme_fsdp2_model_trains(workers: Workers) -> None:
     assert workers.run(2, train_sharded) == [(2, 2, True)] * 2
 
 
@@ -136,7 +136,7 @@ def train_under_fsdp1(folder: str) -> tuple[int, int, int]:
     return len(model.losses), size, len(list(Path(folder).glob("*.distcp")))
 
 
-def test_a_model_under_lightnings_fsdp_trains(workers: Workers, tmp_path: Path) -> None:
+def test_readme_fsdp1_model_trains(workers: Workers, tmp_path: Path) -> None:
     assert workers.run(2, train_under_fsdp1, str(tmp_path / "last.ckpt")) == [(2, 2, 2)] * 2
 
 
@@ -162,7 +162,7 @@ def train_pretrained(path: str, ddp: bool) -> list[float]:
     return model.losses
 
 
-def test_a_model_that_is_read_from_a_folder_trains(workers: Workers, tmp_path: Path) -> None:
+def test_readme_pretrained_model_trains(workers: Workers, tmp_path: Path) -> None:
     hugging_face_model("qwen3_moe").float().save_pretrained(tmp_path)
     sharded = workers.run(2, train_pretrained, str(tmp_path), False)
     replicated = workers.run(2, train_pretrained, str(tmp_path), True)
@@ -190,7 +190,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run(command: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_command_succeeds(command: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     if command.startswith("dashboard"):  # needs an account
         workspaces = pytest.importorskip("wandb_workspaces.workspaces")
@@ -199,28 +199,28 @@ def test_commands_run(command: str, trained: Path, monkeypatch: pytest.MonkeyPat
     assert main(command.split()) == 0
 
 
-def test_every_command_is_shown() -> None:
+def test_readme_commands_are_complete() -> None:
     assert {command.split()[0] for command in commands()} == set(COMMANDS)
 
 
-def test_the_yaml_is_taken(tmp_path: Path) -> None:
+def test_readme_yaml_builds_callback(tmp_path: Path) -> None:
     (source,) = blocks("yaml")
     (callback,) = yaml.safe_load(source)["trainer"]["callbacks"]
     assert callback_from(tmp_path, callback["init_args"]).step_interval == 200
 
 
-def test_every_argument_is_in_the_table() -> None:
+def test_readme_table_of_arguments_is_complete() -> None:
     for name, parameter in inspect.signature(EPLBCallback).parameters.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
         default = "all ranks" if name == "ep_size" else parameter.default
         assert str(default if name != "policy" else "`BalancedPolicy()`") in row
 
 
-def test_files_that_commands_name_exist() -> None:
+def test_readme_files_exist() -> None:
     for path in re.findall(r"\b(?:examples|tests)/[\w/.]+\.(?:py|yaml)", README):
         assert (Path(__file__).parents[1] / path).exists(), path
 
 
-def test_every_scalar_is_in_the_table() -> None:
+def test_readme_table_of_scalars_is_complete() -> None:
     for name, (unit, meaning) in SCALARS.items():
         assert f"| `{name}` | {unit} | {meaning} |" in README.splitlines()

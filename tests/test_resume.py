@@ -103,7 +103,9 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
 
 
 @pytest.mark.parametrize(("half", "kind", "ranks", "redundant"), table(), indirect=["half"])
-def test_same_training_as_uninterrupted(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
+def test_resume_under_other_settings_trains_as_uninterrupted(
+    half: Path, kind: str, ranks: int, redundant: int, workers: Workers
+) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(ranks, resume, kind, ranks, redundant, str(half), seconds=SECONDS)
     assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
@@ -135,7 +137,7 @@ def resume_on_meta(path: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 @ON_META
-def test_a_model_built_on_the_meta_device(half: Path, workers: Workers) -> None:
+def test_resume_on_meta_device_trains_as_uninterrupted(half: Path, workers: Workers) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(4, resume_on_meta, str(half), seconds=SECONDS)
     assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
@@ -167,7 +169,9 @@ def resume_on_meta_under_ddp(path: str, in_configure_model: bool) -> tuple[list[
 
 @ON_META
 @pytest.mark.parametrize("in_configure_model", [True, False])
-def test_a_model_built_on_the_meta_device_under_ddp(half: Path, in_configure_model: bool, workers: Workers) -> None:
+def test_resume_on_meta_device_under_ddp_trains_as_uninterrupted(
+    half: Path, in_configure_model: bool, workers: Workers
+) -> None:
     losses, weights = uninterrupted()
     resumed = workers.run(2, resume_on_meta_under_ddp, str(half), in_configure_model, seconds=SECONDS)
     assert mean_difference([losses_of_rank for losses_of_rank, _ in resumed], losses[HALF:]) < TOLERANCE
@@ -175,7 +179,7 @@ def test_a_model_built_on_the_meta_device_under_ddp(half: Path, in_configure_mod
         assert largest_difference(weights_of_rank, weights) < TOLERANCE
 
 
-def test_saving_holds_its_own_shard_twice_at_most(workers: Workers, tmp_path: Path) -> None:
+def test_saving_of_sharded_model_holds_shard_twice_at_most(workers: Workers, tmp_path: Path) -> None:
     for held, live, total in workers.run(4, bytes_while_saving, str(tmp_path / "saved"), seconds=SECONDS):
         assert live < held <= 2 * live
         assert live < 0.3 * total  # a quarter, beside counters and buffers
@@ -206,7 +210,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
-def test_a_file_is_loaded_into_a_model_whose_experts_have_moved(workers: Workers, tmp_path: Path) -> None:
+def test_resume_into_model_with_moved_experts_trains_as_uninterrupted(workers: Workers, tmp_path: Path) -> None:
     workers.run(2, save_halfway, "ddp", 2, 0, str(tmp_path), seconds=SECONDS)
     for difference in workers.run(2, load_twice, str(tmp_path / "half.ckpt"), seconds=SECONDS):
         assert difference < TOLERANCE

@@ -69,7 +69,7 @@ def train(folder: str) -> None:
     trainer.fit(Skewed(), loader(token_batches(STEPS * 2), 1), loader(token_batches(4), 1))
 
 
-def test_logged_balancedness_is_the_count_by_hand(workers: Workers, tmp_path: Path) -> None:
+def test_training_with_skew_logs_balancedness_of_hand_calculation(workers: Workers, tmp_path: Path) -> None:
     workers.run(2, train, str(tmp_path))
     with open(tmp_path / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["eplb/balancedness"]]
@@ -86,7 +86,7 @@ def test_logged_balancedness_is_the_count_by_hand(workers: Workers, tmp_path: Pa
     assert float(rows[-1]["eplb/rearranged_bytes"]) in [expert_bytes * experts for experts in range(2, 9, 2)]
 
 
-def test_one_process_only_watches(tmp_path: Path) -> None:
+def test_training_on_one_process_only_logs(tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path), name="", version="")
     callback = EPLBCallback(step_interval=4)
     trainer = trainer_for(1, max_steps=STEPS, logger=logger, log_every_n_steps=1, callbacks=[callback])
@@ -116,7 +116,7 @@ def reports(costs: Costs | None) -> tuple[list[str], list[int]]:
     return told, [callback.balancer.num_rearrangements, latest.num_rows if latest is not None else 0]
 
 
-def test_a_decision_to_stay_is_told(workers: Workers) -> None:
+def test_rearrangement_that_moves_nothing_is_reported(workers: Workers) -> None:
     """After one step and after five."""
     stays = "no expert moved, in no layer would it pay"
     for told, moved in workers.run(2, reports, Costs(1.0, row_within_node=1e9, row_between_nodes=1e9)):
@@ -124,7 +124,7 @@ def test_a_decision_to_stay_is_told(workers: Workers) -> None:
         assert moved == [0, 0]
 
 
-def test_a_decision_to_move_is_told(workers: Workers) -> None:
+def test_rearrangement_that_moves_experts_is_reported(workers: Workers) -> None:
     for told, (rearrangements, rows) in workers.run(2, reports, Costs(1.0)):
         assert rearrangements == 1
         assert told[0].startswith(f"step 1: {rows} experts in 1 layer changed ranks, ")
@@ -148,7 +148,7 @@ def logged_errors(folder: str) -> list[dict[str, float]]:
     return logged
 
 
-def test_the_forecast_error_is_logged_once_there_is_one(workers: Workers, tmp_path: Path) -> None:
+def test_forecast_error_after_first_interval_is_logged(workers: Workers, tmp_path: Path) -> None:
     """Decisions come after 1 and after 5 steps; the load is the same in each step, so the forecast was right."""
     for logged in workers.run(2, logged_errors, str(tmp_path)):
         assert [values.get("eplb/forecast_error") for values in logged] == [None] * 4 + [0.0] * 4

@@ -50,7 +50,7 @@ class Configured(ShardedLanguageModel):
         return loader(token_batches(16 * SEQUENCES), SEQUENCES)
 
 
-def test_yaml(workers: Workers, tmp_path: Path) -> None:
+def test_strategy_from_yaml_trains_on_mesh(workers: Workers, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG)
     for rearrangements, sizes, sampler in workers.run(4, from_yaml, str(path), seconds=200):
@@ -83,7 +83,7 @@ def from_yaml(path: str) -> tuple[int, dict[str, int], int]:
         ({"replicate_size": 0}, "replicate_size=0 must be at least 1, which is no replica"),
     ],
 )
-def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
+def test_strategy_with_size_below_one_raises(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertParallelStrategy(**arguments)
 
@@ -105,21 +105,21 @@ def refused(ep_size: int, replicate_size: int, callback: dict[str, Any]) -> str:
         return fit(ExpertParallelStrategy(ep_size, replicate_size), module, EPLBCallback(**callback))
 
 
-def test_sizes_that_do_not_divide_the_ranks(workers: Workers) -> None:
+def test_strategy_with_indivisible_sizes_raises(workers: Workers) -> None:
     (message,) = set(workers.run(4, refused, 3, 1, {}))
     assert message.startswith("ep_size=3 times replicate_size=1 must divide the 4 ranks (num_nodes=1, devices=4)")
     (message,) = set(workers.run(4, refused, 4, 2, {}))
     assert message.startswith("ep_size=4 times replicate_size=2 must divide the 4 ranks")
 
 
-def test_an_ep_group_of_unequal_parts_of_nodes() -> None:
+def test_check_nodes_with_unequal_parts_raises() -> None:
     with pytest.raises(ValueError, match=r"as a node has 6 ranks\. Use one of \[1, 2, 3, 6\], or a multiple of 6"):
         check_nodes(4, 6)
     for ep_size, ranks_a_node in [(4, 8), (8, 4), (16, 8), (3, 6), (4, 1), (1, 8)]:
         check_nodes(ep_size, ranks_a_node)
 
 
-def test_another_ep_size_in_the_callback(workers: Workers) -> None:
+def test_strategy_with_other_ep_size_in_callback_raises(workers: Workers) -> None:
     for message in workers.run(2, callback_disagrees):
         assert message == "ep_size=1 must be that of ExpertParallelStrategy, which is 2; leave it out here"
 
@@ -137,7 +137,7 @@ class Unsharded(ShardedLanguageModel):
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
-def test_a_model_whose_experts_were_not_spread(workers: Workers) -> None:
+def test_strategy_with_unconverted_model_raises(workers: Workers) -> None:
     for message in workers.run(2, not_spread):
         assert "call fully_shard_moe(self.model, self.device_mesh, num_redundant_experts=0) at its end" in message
 
@@ -155,7 +155,7 @@ class OnlySpread(ShardedLanguageModel):
         fully_shard(self.model.lm_head, mesh=self.device_mesh["data_parallel"])
 
 
-def test_experts_whose_gradients_nobody_averages(workers: Workers) -> None:
+def test_strategy_with_unsharded_experts_raises(workers: Workers) -> None:
     for message in workers.run(4, only_spread):
         assert "model.layers.0.mlp.experts was spread over a mesh and not sharded" in message
 
@@ -169,7 +169,7 @@ class AsUnderDDP(ShardedLanguageModel):
         parallelize_experts(self.model)
 
 
-def test_dense_parameters_whose_gradients_nobody_averages(workers: Workers) -> None:
+def test_strategy_with_unsharded_dense_parameters_raises(workers: Workers) -> None:
     for message in workers.run(2, as_under_ddp):
         assert message.startswith(
             "model.model.embed_tokens.weight was not sharded, so that nobody averages its gradient"

@@ -129,7 +129,7 @@ def two_column_loader(tokens: Tensor, marked: Tensor) -> Any:
         ("fsdp2", {"checkpointing": True}),
     ],
 )
-def test_experts_without_a_token_on_any_rank_train_as_in_one_process(
+def test_experts_without_tokens_on_any_rank_train_as_one_process(
     strategy: Any, options: dict[str, Any], workers: Workers
 ) -> None:
     assert max(workers.run(2, trained_in_steps, strategy, options)) < 1e-10
@@ -179,7 +179,7 @@ def shared_norm(find_unused_parameters: bool) -> list[tuple[bool, bool, bool]]:
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])
-def test_ddp_that_waits_for_all_gradients_gets_zeros_where_no_rank_has_a_token(
+def test_shared_parameter_without_tokens_on_any_rank_gets_zeros_under_ddp(
     find_unused_parameters: bool, workers: Workers
 ) -> None:
     """Plain DDP raises an error there; where it looks for unused parameters, it leaves them without a gradient."""
@@ -199,5 +199,5 @@ def gradients_without_tokens(ids: int) -> tuple[list[bool], bool]:
 
 
 @pytest.mark.parametrize("ids", [0, 3])
-def test_ids_of_no_expert_on_any_rank_leave_no_gradient(ids: int, workers: Workers) -> None:
+def test_experts_with_invalid_ids_on_all_ranks_get_no_gradient(ids: int, workers: Workers) -> None:
     assert workers.run(2, gradients_without_tokens, ids) == [([False, False], False)] * 2

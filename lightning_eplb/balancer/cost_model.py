@@ -14,6 +14,7 @@ from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.packing import bytes_of_row
 from lightning_eplb.policies import Costs
 from lightning_eplb.relocation.async_transfer import MAX_BYTES_IN_FLIGHT
 from lightning_eplb.relocation.mover import ExpertMover
@@ -98,10 +99,10 @@ class CostModel:
         """
         if self.profile is None:
             return None
-        row_bytes = sum(tensor[0].numel() * tensor.element_size() for tensor in self._mover.tensors(0, with_gradients))
+        row_bytes = bytes_of_row(self._mover.tensors(0, with_gradients))
         _, first_module = self._modules[0]
-        weights = [math.prod(p.shape[1:]) * p.element_size() for p in first_module.parameters(recurse=False)]
-        return self.profile.costs(row_bytes, sum(weights), self._groups.node_of_rank)
+        weight_bytes = bytes_of_row(first_module.parameters(recurse=False))
+        return self.profile.costs(row_bytes, weight_bytes, self._groups.node_of_rank)
 
     def min_tokens_per_copy(self) -> int:
         """Return the tokens whose compute time equals a redundant expert's transfer time; 1 before it is measured."""

@@ -7,14 +7,14 @@ from torch.optim import Optimizer
 
 from lightning_eplb.checkpoint import install_optimizer_hooks
 from lightning_eplb.integrations.fabric import clip_fabric_by_global_norm, optimizer_within
-from lightning_eplb.parallel.expert_layer import ExpertLayer
+from lightning_eplb.parallel.parallelize import ConvertedExperts
 from lightning_eplb.relocation.optimizer_check import check_optimizers
 
 
 def prepare_optimizers(
     optimizers: Iterable[Optimizer],
     model: nn.Module,
-    modules: Sequence[tuple[ExpertLayer, nn.Module]],
+    modules: Sequence[ConvertedExperts],
     use_async: bool,
 ) -> list[Optimizer]:
     """Make state dicts those of the unmodified model, and Fabric's clipping that of all experts.
@@ -42,18 +42,12 @@ def prepare_optimizers(
     return unwrapped
 
 
-def expert_parameters(modules: Sequence[tuple[ExpertLayer, nn.Module]]) -> dict[str, Tensor]:
+def expert_parameters(modules: Sequence[ConvertedExperts]) -> dict[str, Tensor]:
     """Return this rank's expert parameters by name."""
-    return {
-        f"{layer.name}.{name}": parameter
-        for layer, module in modules
-        for name, parameter in module.named_parameters(recurse=False)
-    }
+    return {name: parameter for experts in modules for name, parameter in experts.parameters.items()}
 
 
-def updates_experts(
-    optimizer: Optimizer, optimizers: Iterable[Optimizer], modules: Sequence[tuple[ExpertLayer, nn.Module]]
-) -> bool:
+def updates_experts(optimizer: Optimizer, optimizers: Iterable[Optimizer], modules: Sequence[ConvertedExperts]) -> bool:
     """Return whether rows in flight must be committed before a step of ``optimizer``.
 
     That is the case if it holds experts, or if no optimizer does, as when all experts are frozen.

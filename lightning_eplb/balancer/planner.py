@@ -1,15 +1,17 @@
 """The planner: asks the policy on rank 0 and broadcasts its plan, with a forecast of what the plan will achieve."""
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_eplb._compiled import will_be_kept
+from lightning_eplb._compiled import is_on_disk
 from lightning_eplb.balancer.step_stats import RearrangementResult
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.metrics import ExpertLoad
@@ -18,6 +20,7 @@ from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Outlook, Policy, Topology
 from lightning_eplb.policies.balanced import plan_layer
+from lightning_eplb.policies.base import check_groups
 from lightning_eplb.policies.batch_redundancy import choose_copies
 from lightning_eplb.policies.forecast import Forecast, forecast, sub_windows
 from lightning_eplb.policies.token_split import level_tokens, rank_weights
@@ -91,27 +94,42 @@ class RearrangementPlanner:
         self.policy = policy
         self._layers = layers
         self._groups = layers[0].groups
-        self._copies_by_batch = layers[0].chooses_by_batch
+        self._chooses_by_batch = layers[0].chooses_by_batch
         self._step_interval = step_interval
         self._forecast: Forecast | None = None
+        self._compilation: threading.Thread | None = None
         self._load_since_forecast = torch.zeros(len(layers), layers[0].num_logical_experts, dtype=torch.int64)
         self.forecast_error: float | None = None
         """Relative error of the forecast of the last complete interval; 0 is exact."""
 
     def warm_up(self, placement: ExpertPlacement) -> None:
-        """Compile everything that the first plan would compile. Every rank calls it; no rank waits for another.
+        """Compile what every step needs, and start to compile what the first plan needs. Every rank calls it.
+
+        The loops of :class:`~lightning_eplb.policies.BalancedPolicy` take a processor about 20 seconds the first time.
+        Rank 0, which plans, compiles them in a thread behind the first steps.
 
         Args:
             placement: Current placement.
         """
-        choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
+        if self._chooses_by_batch:
+            choose_copies(np.ones(2, dtype=np.int64), np.array([[0, -1], [1, -1]]), 1, np.ones(2), 1)
         load_YL = np.ones((placement.num_layers, placement.num_logical_experts), dtype=np.int64)
         rank_tokens(load_YL, placement)
         balancedness(level_tokens(load_YL, placement.by_rank))
-        if self._groups.size > 1:
-            if isinstance(self.policy, BalancedPolicy) and will_be_kept(plan_layer):
-                rank_zero_info("compiling the planner, which takes about half a minute; later runs find it compiled")
+        if self._groups.size == 1:
+            return
+        if not isinstance(self.policy, BalancedPolicy):
             self.policy.warm_up(placement)
+            return
+        check_groups(self.policy.num_groups, placement)
+        if dist.get_rank() > 0:
+            return
+        if is_on_disk(plan_layer):
+            self.policy.warm_up(placement)
+            return
+        rank_zero_info("compiling the planner behind the first steps; a decision that comes before waits for it")
+        self._compilation = threading.Thread(target=self.policy.warm_up, args=(placement,), name="compile the planner")
+        self._compilation.start()
 
     def observe(self, load_YL: Tensor) -> None:
         """Add the load of a step to the load that the latest forecast is compared with."""
@@ -149,10 +167,13 @@ class RearrangementPlanner:
             outlook = self._look_ahead(steps_WYL, context.costs)
 
         def plan_on_rank_zero() -> tuple[np.ndarray, tuple[float, ...] | None, int]:
+            if self._compilation is not None:
+                self._compilation.join()
+                self._compilation = None
             topology = Topology(self._groups.node_of_rank, context.capacity)
             chosen = target if outlook is None else self.policy.look_ahead(outlook, before, topology)
             after = check_successor(chosen, before)
-            if self._copies_by_batch:
+            if self._chooses_by_batch:
                 after = after.without_copies()  # redundant experts are chosen for each batch
             return after.physical_to_logical, topology.capacity, context.overlap_bytes
 
@@ -176,7 +197,7 @@ class RearrangementPlanner:
         """Return the balancedness of a step that gets the forecast load."""
         load_YL, slots_YRS = outlook.forecast.first // outlook.num_steps, after.by_rank
         weight_R = rank_weights(np.ones(after.num_ranks) if capacity is None else np.array(capacity))
-        if self._copies_by_batch:
+        if self._chooses_by_batch:
             slots_YRS = np.stack(
                 [
                     choose_copies(load_L, slots_RS, after.primaries_per_rank, weight_R, layer.min_tokens_per_copy)

@@ -3,6 +3,8 @@
 from collections import deque
 from enum import Enum, auto
 
+from lightning_eplb._validation import check_steps
+
 
 class RearrangementState(Enum):
     """State of the next or current rearrangement, the same on all ranks whenever a method of the balancer returns.
@@ -54,8 +56,7 @@ class Schedule:
     """Drop in balancedness that counts as drift of the load."""
 
     def __init__(self, step_interval: int) -> None:
-        if step_interval < 1:
-            raise ValueError(f"step_interval={step_interval} must be at least 1 step")
+        check_steps(step_interval=step_interval)
         self.step_interval = step_interval
         self.steps_to_go = max(1, step_interval // 4)
         self._few = step_interval // 10

@@ -169,11 +169,11 @@ def collect_step_stats(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> S
     if groups.num_ep_groups > 1:
         dist.all_reduce(summed, group=groups.cpu_group)
         summed //= groups.size  # each rank of an EP group contributed that group's counts
-    load_YL, (max_Y, copies_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
+    load_YL, (max_Y, redundant_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
     if groups.size == 1:
         max_Y = load_YL.max(dim=1).values
     avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
     seconds = sum(part.plan_seconds for part in taken)
     direct = sum(layer.dispatcher.is_direct for layer in layers) / len(layers)
-    copies = int(copies_Y.sum()), int(bytes_Y.sum())
-    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), *copies, seconds, direct_layers=direct)
+    redundant = int(redundant_Y.sum()), int(bytes_Y.sum())
+    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), *redundant, seconds, direct_layers=direct)

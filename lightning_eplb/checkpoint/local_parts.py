@@ -11,7 +11,7 @@ from lightning_eplb import _compat
 from lightning_eplb.checkpoint.conversion import Recipe
 from lightning_eplb.checkpoint.sources import Box, Source, whole_box
 from lightning_eplb.parallel.dtensor import local_shard
-from lightning_eplb.parallel.parallelize import expert_layers
+from lightning_eplb.parallel.parallelize import layers_by_parameter
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class LocalPart:
 
 def local_parts(model: nn.Module) -> dict[str, LocalPart]:
     """Return this rank's part of the unmodified model's state dict, by name. Shared tensors appear under each name."""
-    row_of_experts = {
-        id(parameter): layer for layer, module in expert_layers(model) for parameter in module.parameters(recurse=False)
-    }
+    row_of_experts = layers_by_parameter(model)
     found = {}
     for name, tensor in _state(model):
         shape, box = tensor.shape, whole_box(tensor.shape)

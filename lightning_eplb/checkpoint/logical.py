@@ -19,7 +19,7 @@ from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.parallelize import expert_layers
+from lightning_eplb.parallel.parallelize import layers_by_parameter
 from lightning_eplb.parallel.state_dict import to_local, to_logical
 from lightning_eplb.relocation.optimizer_state import (
     has_rows,
@@ -58,7 +58,7 @@ def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         RuntimeError: Some ranks did not call it within ten minutes. A warning names them after ten seconds.
     """
-    layer_of = _layers_by_parameter(model)
+    layer_of = layers_by_parameter(model)
     for layer in list(layer_of.values())[:1]:
         monitored_barrier(layer.groups, "logical_parameters() gathers experts from all ranks")
     is_flattened = bool(FullyShardedDataParallel.fsdp_modules(model))
@@ -94,10 +94,6 @@ def _without_wrappers(name: str) -> str:
     return name
 
 
-def _layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
-    return {id(p): layer for layer, module in expert_layers(model) for p in module.parameters(recurse=False)}
-
-
 def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
     """Make ``optimizer.state_dict()`` gather all experts' rows, and ``load_state_dict()`` keep this rank's.
 
@@ -107,7 +103,7 @@ def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
         optimizer: Optimizer of parameters of ``model``.
         model: Model converted by ``parallelize_experts``.
     """
-    layer_of = _layers_by_parameter(model)
+    layer_of = layers_by_parameter(model)
     if not any(layer.groups.size > 1 for layer in layer_of.values()):
         return
     for each in nested_optimizers([optimizer]):

@@ -156,7 +156,7 @@ def _layer_by_layer(load_YL: np.ndarray, placement: ExpertPlacement | None) -> l
     head = ["layer", "hottest expert", "times even", "without a token", "entropy"]
     initial = None
     if placement is not None:
-        head += ["balancedness", "at first", "moved", "copies"]
+        head += ["balancedness", "at first", "moved", "redundant"]
         initial = ExpertPlacement.initial(
             placement.num_layers, placement.num_logical_experts, placement.num_ranks, placement.num_redundant_experts
         )
@@ -184,17 +184,17 @@ def _balancedness(load_L: np.ndarray, slots_RS: np.ndarray) -> str:
 
 def _rank_by_rank(load_L: np.ndarray, placement: ExpertPlacement, layer: int) -> list[list[str]]:
     tokens_R = level_tokens(load_L[None], placement.by_rank[layer][None])[0]
-    rows = [["rank", "tokens", "times even", "primaries", "copies of"]]
+    rows = [["rank", "tokens", "times even", "primaries", "redundant"]]
     for rank, slots_S in enumerate(placement.by_rank[layer]):
         primaries = slots_S[: placement.primaries_per_rank]
-        copies = [expert for expert in slots_S[placement.primaries_per_rank :] if expert != EMPTY]
+        redundant = [expert for expert in slots_S[placement.primaries_per_rank :] if expert != EMPTY]
         rows.append(
             [
                 str(rank),
                 f"{tokens_R[rank]:,.0f}",
                 f"{tokens_R[rank] / tokens_R.mean():.3f}" if tokens_R.any() else "-",
                 " ".join(map(str, primaries)),
-                " ".join(map(str, copies)) or "-",
+                " ".join(map(str, redundant)) or "-",
             ]
         )
     return rows

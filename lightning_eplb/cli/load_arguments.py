@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lightning_eplb._validation import check_divides, check_multiple
+from lightning_eplb._validation import check_divides, check_multiple, check_num_redundant
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
 from lightning_eplb.simulation.replay import DEFAULT_COSTS, Replay, Setting, replay
 from lightning_eplb.simulation.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
@@ -165,18 +165,10 @@ def _check_sizes(arguments: argparse.Namespace, steps: int, experts: int) -> Non
     for name in ("ep_size", "num_groups"):
         value = getattr(arguments, name)
         check_divides(value, experts, f"{_flag(name)} {value}", f"the {experts} experts")
-    check_multiple(
-        arguments.num_redundant_experts,
-        arguments.ep_size,
-        f"--num-redundant-experts {arguments.num_redundant_experts}",
-        f"--ep-size {arguments.ep_size}",
-    )
-    usable = (experts - experts // arguments.ep_size) * arguments.ep_size
-    if arguments.num_redundant_experts > usable:
-        raise ValueError(
-            f"--num-redundant-experts {arguments.num_redundant_experts} is more than {arguments.ep_size} ranks can use:"
-            f" with {usable} each could hold a copy of every expert that is not its own"
-        )
+    redundant, ranks = arguments.num_redundant_experts, arguments.ep_size
+    words = f"--num-redundant-experts {redundant}", f"--ep-size {ranks}"
+    check_multiple(redundant, ranks, *words)
+    check_num_redundant(redundant, experts, ranks, *words)
     if max(1, arguments.step_interval // 4) >= steps:
         raise ValueError(
             f"--step-interval {arguments.step_interval} is too long: the first decision comes after a quarter of it,"

@@ -7,7 +7,7 @@ import numpy as np
 
 from lightning_eplb.cli.load_arguments import POLICIES, add_load_arguments, read_load, replay_policies, setting_of
 from lightning_eplb.cli.terminal import aligned, progress
-from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
+from lightning_eplb.simulation.baselines import best_of_each_batch, perfect_level, replay_published
 from lightning_eplb.simulation.replay import Replay, describe, draw_over_time
 from lightning_eplb.simulation.trace_formats import FORMATS
 

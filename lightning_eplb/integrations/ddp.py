@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eplb import _compat
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.parallelize import expert_layers
+from lightning_eplb.parallel.parallelize import expert_layers, layers_by_parameter
 
 PIECE = 2**24
 """Elements summed at a time. Summing widens integers to 8 bytes, so this bounds memory."""
@@ -119,10 +119,9 @@ class _IgnoredByDDP:
         yield from self.names_of_experts()
 
     def names_of_experts(self) -> list[str]:
-        experts = {
-            id(parameter)
-            for layer, module in expert_layers(self._module)
-            if layer.groups.size > 1
-            for parameter in module.parameters(recurse=False)
-        }
-        return [name for name, parameter in self._module.named_parameters() if id(parameter) in experts]
+        layer_of = layers_by_parameter(self._module)
+        return [
+            name
+            for name, parameter in self._module.named_parameters()
+            if (layer := layer_of.get(id(parameter))) is not None and layer.groups.size > 1
+        ]

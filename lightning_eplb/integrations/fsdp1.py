@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
 
 from lightning_eplb import _compat
 from lightning_eplb.checkpoint.consolidate import INDEX, WEIGHTS_FSDP1
-from lightning_eplb.checkpoint.resharding import load_distributed_checkpoint, save_folder
+from lightning_eplb.checkpoint.distributed import load_distributed_checkpoint, save_folder
 from lightning_eplb.integrations.patches import replace, restore
-from lightning_eplb.parallel.fsdp1 import prepare_for_flattening, spread_parameters
+from lightning_eplb.parallel.fsdp1_parameters import prepare_for_flattening, spread_parameters
 from lightning_eplb.parallel.parallelize import expert_layers
 
 

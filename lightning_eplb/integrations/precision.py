@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_eplb.integrations.patches import replace, restore
 from lightning_eplb.parallel.clipping import clip_by_norm_of_all_, clip_grad_value_
-from lightning_eplb.parallel.fsdp1 import shard_groups
+from lightning_eplb.parallel.fsdp1_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.strategies import ExpertParallelStrategy

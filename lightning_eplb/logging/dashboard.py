@@ -47,7 +47,7 @@ def build_dashboard(entity: str, project: str, name: str = "Expert load") -> ws.
         _lines("Bytes moved by it", "rearranged_bytes"),
         _lines("Seconds that it took", "rearrange_seconds", "rearrange_plan_seconds", "rearrange_exchange_seconds"),
         _lines("Redundant slots in use", "copies"),
-        _lines("Bytes of copies in a step", "copy_bytes"),
+        _lines("Bytes of redundant experts in a step", "copy_bytes"),
         _lines("Seconds of planning in a step", "plan_seconds"),
         _lines("Layers with direct dispatch", "direct_dispatch", range_y=(0, 1)),
     ]

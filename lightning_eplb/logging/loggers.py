@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EXPERT_LOAD, SLOT_LOAD, RANK_LOAD = PICTURES = ("eplb/expert_load", "eplb/slot_load", "eplb/rank_load")
 HISTOGRAM = "eplb/load_histogram"
 TABLE = "eplb/placement"
-COLUMNS = ("layer", "expert", "rank", "ranks of copies", "tokens", "times even")
+COLUMNS = ("layer", "expert", "rank", "ranks of redundant experts", "tokens", "times even")
 """Columns of the table."""
 
 
@@ -112,9 +112,9 @@ def placement_rows(placement: ExpertPlacement, load_YL: np.ndarray) -> list[list
     rank_YLC = placement.logical_to_physical // placement.slots_per_rank
     rows = []
     for layer, expert in np.ndindex(load_YL.shape):
-        primary, *copies = rank_YLC[layer, expert][placement.logical_to_physical[layer, expert] != EMPTY].tolist()
+        primary, *redundant = rank_YLC[layer, expert][placement.logical_to_physical[layer, expert] != EMPTY].tolist()
         tokens = int(load_YL[layer, expert])
-        rows.append([layer, expert, primary, " ".join(map(str, copies)), tokens, round(tokens / mean_Y[layer], 3)])
+        rows.append([layer, expert, primary, " ".join(map(str, redundant)), tokens, round(tokens / mean_Y[layer], 3)])
     return rows
 
 

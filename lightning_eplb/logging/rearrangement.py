@@ -50,13 +50,15 @@ def _in_words(done: RearrangementResult) -> str:
     moved = "no expert changed ranks"
     if done.num_rows:
         moved = f"{_count(done.num_rows, 'expert')} in {_count(done.num_layers, 'layer')} changed ranks"
-    copies = ""
+    redundant = ""
     if done.num_copies:  # balancedness may fall: replicas that cost more than they save are dropped
         redundant_YRE = done.after.by_rank[:, :, done.after.primaries_per_rank :]
         filled = int((redundant_YRE >= 0).sum())
-        copies = f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
+        redundant = (
+            f", {_count(done.num_copies, 'redundant slot')} changed ({filled} of {redundant_YRE.size} filled now)"
+        )
     return (
-        f"{moved}{copies}, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
+        f"{moved}{redundant}, {done.num_bytes / 2**20:.1f} MiB in {done.seconds:.2f} s; balancedness of the window"
         f" {done.balancedness_before:.3f} -> {done.balancedness_after:.3f}"
     )
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_eplb import _compat
 from lightning_eplb.parallel.dtensor import local_shard
-from lightning_eplb.parallel.fsdp1 import shard_groups
+from lightning_eplb.parallel.fsdp1_parameters import shard_groups
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.parallelize import expert_layers
 

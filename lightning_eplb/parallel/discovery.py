@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_eplb import _compat
-from lightning_eplb._validation import check_divides, check_multiple, check_whole_numbers
+from lightning_eplb._validation import check_divides, check_multiple, check_num_redundant, check_whole_numbers
 from lightning_eplb.parallel.per_expert_state import make_part
 
 PROTOCOL = (
@@ -61,13 +61,9 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
     check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {next(iter(found))}")
     check_whole_numbers(num_redundant_experts=num_redundant_experts)
     check_multiple(num_redundant_experts, size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={size}")
-    others = num_experts - num_experts // size
-    if size > 1 and num_redundant_experts > others * size:
-        raise ValueError(
-            f"num_redundant_experts={num_redundant_experts} is more than {size} ranks can use. Each has"
-            f" {num_experts // size} of the {num_experts} experts, and holds a replica of every other with"
-            f" {others * size}."
-        )
+    if size > 1:
+        named = f"num_redundant_experts={num_redundant_experts}"
+        check_num_redundant(num_redundant_experts, num_experts, size, named, f"ep_size={size}")
     owners: dict[int, str] = {}
     for name, module in found.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -20,12 +20,13 @@ from lightning_eplb import _compat
 from lightning_eplb.parallel import gradient_hooks, grouped_mm
 from lightning_eplb.parallel.dispatch import TokenBatch, TokenCounts, empty_index
 from lightning_eplb.parallel.dispatch_plan import Routing, count_tokens, route
+from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
 from lightning_eplb.parallel.fused_experts import FusedForm, compute_tokens, fused_experts
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
-from lightning_eplb.parallel.protocol_trial import FIRST_CHOICE, PROTOCOL_OF_FORWARD
+from lightning_eplb.parallel.protocol_check import FIRST_CHOICE, PROTOCOL_OF_FORWARD
 from lightning_eplb.parallel.redundant_experts import RedundantExperts
 
 
@@ -260,7 +261,8 @@ class ParallelExperts(nn.Module):
 
     def _versions(self) -> list[int]:
         """Return the parameters' version counters. Inference tensors have none, and never train."""
-        return [_compat.version_of(p) for p in self.parameters(recurse=False) if not p.is_inference()]
+        shards = [local_shard(parameter) for parameter in self.parameters(recurse=False)]
+        return [_compat.version_of(shard) for shard in shards if not shard.is_inference()]
 
     def _compute_rows(self, rows: "_ExpertRows", call: "_CallState") -> Tensor:
         """Run the original forward on rows in the order of their experts.

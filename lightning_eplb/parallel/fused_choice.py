@@ -16,6 +16,9 @@ FAST_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which experts are fused unless the user says otherwise. In others products take most of the time, and
 ``grouped_mm`` of torch is a loop over experts."""
 
+KNOWN_DTYPES = (*FAST_DTYPES, torch.float32, torch.float64)
+"""Dtypes in which ``fused_experts=True`` fuses. Others, such as float8, are storage that a forward knows to scale."""
+
 REPLACED = (None, "grouped_mm")
 """Implementations of transformers that are replaced by default: its own default, and that of modules without a choice.
 ``eager`` and the others were chosen by the user."""
@@ -67,7 +70,7 @@ class FusedChoice:
         weight, asked = weights[0], self.setting is True
         if not runs_on(weight.device) or not (asked or weight.is_cuda):
             return f"the kernels need a GPU and Triton, and weights are on {weight.device}"
-        if not asked and weight.dtype not in FAST_DTYPES:
+        if weight.dtype not in (KNOWN_DTYPES if asked else FAST_DTYPES):
             return f"weights are {weight.dtype}"
         if any(other.dtype != weight.dtype for other in weights):
             return "weights have several dtypes"

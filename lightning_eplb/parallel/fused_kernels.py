@@ -349,15 +349,16 @@ def _sum_by_expert(
 ):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
     total = tl.zeros((ROWS, COLUMNS), DTYPE)
-    for start in range(first, end, ROWS):
+    while start < end:  # Triton 3.6 can't interpret a range of loaded numbers
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         is_inside = (rows < end)[:, None] & (columns < WIDTH)[None, :]
         row = tl.load(inputs + rows[:, None] * WIDTH + columns[None, :], mask=is_inside, other=0.0).to(DTYPE)
         if IS_WEIGHTED:
             row *= tl.load(weights + rows, mask=rows < end, other=0.0).to(DTYPE)[:, None]
         total += row
+        start += ROWS
     summed = tl.sum(total, axis=0)
     tl.store(output + expert * WIDTH + columns, summed.to(output.dtype.element_ty), mask=columns < WIDTH)

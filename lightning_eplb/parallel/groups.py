@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from lightning_eplb._validation import divisors
+
 CPU_GROUP_TIMEOUT = timedelta(minutes=10)
 
 
@@ -167,10 +169,9 @@ _REGISTRIES: WeakKeyDictionary[dist.ProcessGroup, _GroupRegistry] = WeakKeyDicti
 def check_nodes(ep_size: int, ranks_a_node: int) -> None:
     """Raise ``ValueError`` unless every EP group of successive ranks lies within a node or covers whole nodes."""
     if ep_size % ranks_a_node and ranks_a_node % ep_size:
-        sizes = [size for size in range(1, ranks_a_node + 1) if ranks_a_node % size == 0]
         raise ValueError(
             f"ep_size={ep_size} would make EP groups of unequal parts of nodes, as a node has {ranks_a_node} ranks."
-            f" Use one of {sizes}, or a multiple of {ranks_a_node}."
+            f" Use one of {divisors(ranks_a_node)}, or a multiple of {ranks_a_node}."
         )
 
 

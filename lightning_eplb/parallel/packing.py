@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +26,11 @@ Stack: TypeAlias = "Sequence[Tensor]"
 
 Chunk: TypeAlias = "list[tuple[int, int, int]]"
 """Columns that share a buffer: the index of each stack, its first column and its last column + 1, in words."""
+
+
+def bytes_of_row(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of one row, such as one expert, over all ``tensors``, ``[n, ...]`` each."""
+    return sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors)
 
 
 def max_rows_together(tensor: Tensor) -> int:
@@ -134,7 +139,7 @@ class AddressTablePacker(RowPacker):
         chosen_N = rows.numpy()
         tensor_N, row_N = np.divmod(chosen_N, len(stacks[0][0]))
         start_KY = np.array([[words.data_ptr() for words in of_stack] for of_stack in self._words.values()])
-        row_bytes_K = np.array([_row_bytes(stack[0]) for stack in stacks])
+        row_bytes_K = np.array([bytes_of_row(stack[:1]) for stack in stacks])
         address_KN = start_KY[:, tensor_N] + row_N * row_bytes_K[:, None]
         table_3QN = np.empty((3, len(columns), len(chosen_N)), dtype=np.int64)
         table_3QN[0] = address_KN[stack_Q] + start_Q[:, None] * word
@@ -183,10 +188,6 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def _aligned(tensor: Tensor, word: int) -> Tensor:
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.storage_offset() * tensor.element_size() % word else tensor
-
-
-def _row_bytes(tensor: Tensor) -> int:
-    return math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
 def _copy_views(targets: list[Tensor], sources: list[Tensor]) -> None:

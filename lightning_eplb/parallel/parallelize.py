@@ -21,7 +21,7 @@ from lightning_eplb.parallel.gradient_hooks import NOT_UNDER_FSDP, check_unhooke
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.per_expert_trial import find_per_expert_state
-from lightning_eplb.parallel.protocol_trial import check_protocol
+from lightning_eplb.parallel.protocol_check import check_protocol
 from lightning_eplb.parallel.state_dict import install_state_dict_hooks
 from lightning_eplb.placement import ExpertPlacement
 
@@ -190,6 +190,13 @@ def expert_layers(model: nn.Module) -> Iterator[ConvertedExperts]:
     for module in model.modules():
         if isinstance(module, ParallelExperts):
             yield ConvertedExperts(module.expert_layer, module)
+
+
+def layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
+    """Return the expert layer of each expert parameter in ``model``, by the parameter's ``id``."""
+    return {
+        id(parameter): layer for layer, module in expert_layers(model) for parameter in module.parameters(recurse=False)
+    }
 
 
 def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:

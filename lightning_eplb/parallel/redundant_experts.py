@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.packing import to_device
+from lightning_eplb.parallel.packing import bytes_of_row, to_device
 from lightning_eplb.parallel.row_exchange import Route, RowExchange
 from lightning_eplb.placement import EMPTY
 
@@ -109,9 +109,8 @@ class RedundantExperts:
         """Bytes that cross ranks in this forward pass and its backward pass, over all ranks."""
         if not self.routes.num_redundant:
             return 0
-        returned = [i for i in self.trained if torch.is_grad_enabled()]
-        weights = sum(parameter[0].nbytes for parameter in self.parameters)
-        return self.routes.num_redundant * (weights + sum(self.parameters[i][0].nbytes for i in returned))
+        returned = [self.parameters[i] for i in self.trained if torch.is_grad_enabled()]
+        return self.routes.num_redundant * (bytes_of_row(self.parameters) + bytes_of_row(returned))
 
     def attach_anchor(self, parts: Sequence[slice]) -> tuple[list[list[Tensor]], Tensor]:
         """Return the weights of the primaries, views of the parameters, and the anchor for :meth:`receive_weights`.

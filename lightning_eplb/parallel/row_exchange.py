@@ -11,7 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_eplb.parallel.packing import WORD_DTYPES, Chunk, Stack, as_words, buffer_columns, make_packer, to_device
+from lightning_eplb.parallel.packing import (
+    WORD_DTYPES,
+    Chunk,
+    Stack,
+    as_words,
+    buffer_columns,
+    bytes_of_row,
+    make_packer,
+    to_device,
+)
 
 MAX_STAGING_BYTES = 256 * 2**20
 """Upper bound of the send buffers, and of the receive buffers, of a rank. A single row may need more."""
@@ -119,7 +128,7 @@ class RowExchange:
     ) -> None:
         self._sources = [[_detached(tensor) for tensor in stack] for stack in sources]
         self._route, self._group, self._overlaps_training = route, group, overlaps_training
-        row_bytes = [math.prod(stack[0].shape[1:]) * stack[0].element_size() for stack in self._sources]
+        row_bytes = [bytes_of_row(stack[:1]) for stack in self._sources]
         self._word = next(size for size in WORD_DTYPES if all(width % size == 0 for width in row_bytes))
         self._widths = [width // self._word for width in row_bytes]
         self._chunks: list[Chunk] = []

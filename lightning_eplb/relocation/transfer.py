@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.packing import Stack, max_rows_together
+from lightning_eplb.parallel.packing import Stack, bytes_of_row, max_rows_together
 from lightning_eplb.parallel.row_exchange import Route, RowExchange
 from lightning_eplb.relocation.optimizer_state import state_rows
 from lightning_eplb.relocation.plan import LayerMoves
@@ -89,7 +89,7 @@ class LayerTransfer:
             num_rows += plan[0].max_rows * len(tensors)
             if not self.moves:
                 first_layout = layout
-                row_bytes = sum(math.prod(shape[1:]) * dtype.itemsize for shape, dtype, _ in layout)
+                row_bytes = bytes_of_row(tensors)
             elif self.max_rank_bytes >= max_bytes or num_rows > max_rows_together(tensors[0]) or layout != first_layout:
                 break
             self.moves.append(plan.popleft())

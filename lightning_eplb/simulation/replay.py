@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lightning_eplb._validation import check_num_redundant, check_steps
 from lightning_eplb.balancer.schedule import Schedule
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import EMPTY, ExpertPlacement
@@ -54,9 +55,7 @@ class Setting:
     costs: Costs = DEFAULT_COSTS
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "step_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 step")
+        check_steps(window_size=self.window_size, step_interval=self.step_interval)
         if self.split not in ("even", "level"):
             raise ValueError(f"split={self.split!r} must be 'even' or 'level'")
 
@@ -71,12 +70,9 @@ class Setting:
             ValueError: There are more redundant slots than experts to put in.
         """
         _, layers, experts = load_WYL.shape
-        usable = (experts - experts // self.num_ranks) * self.num_ranks
-        if self.num_redundant_experts > usable:
-            raise ValueError(
-                f"num_redundant_experts={self.num_redundant_experts} is more than num_ranks={self.num_ranks} can use:"
-                f" with {usable} each could hold a copy of every expert that is not its own"
-            )
+        redundant, ranks = self.num_redundant_experts, self.num_ranks
+        named = f"num_redundant_experts={redundant}"
+        check_num_redundant(redundant, experts, ranks, named, f"num_ranks={ranks}")
         return ExpertPlacement.initial(layers, experts, self.num_ranks, self.num_redundant_experts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_eplb._validation import one_of
+from lightning_eplb._validation import check_not_negative, check_positive, one_of
 from lightning_eplb.simulation.trace import read_trace
 
 RECORDED_LOADS = {path.stem: path for path in sorted((Path(__file__).parent / "data").glob("*.npy"))}
@@ -82,19 +82,14 @@ def synthetic_load(
     """
     if name not in SYNTHETIC_LOADS:
         raise ValueError(f"synthetic load {name!r} is unknown. Use {one_of(SYNTHETIC_LOADS)}.")
-    sizes = {
-        "num_steps": num_steps,
-        "num_layers": num_layers,
-        "num_logical_experts": num_logical_experts,
-        "num_ranks": num_ranks,
-        "interval": interval,
-    }
-    for argument, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{argument}={value} must be at least 1")
-    for argument, value in {"tokens_per_step": tokens_per_step, "seed": seed}.items():
-        if value < 0:
-            raise ValueError(f"{argument}={value} must not be negative")
+    check_positive(
+        num_steps=num_steps,
+        num_layers=num_layers,
+        num_logical_experts=num_logical_experts,
+        num_ranks=num_ranks,
+        interval=interval,
+    )
+    check_not_negative(tokens_per_step=tokens_per_step, seed=seed)
     random = np.random.default_rng(seed)
     load_WYL = np.zeros((num_steps, num_layers, num_logical_experts), dtype=np.int64)
     for layer in range(num_layers):
@@ -131,9 +126,7 @@ def resample(
     steps, layers, _ = load_WYL.shape
     if num_steps < steps:
         raise ValueError(f"num_steps={num_steps} must be at least the {steps} steps of the load")
-    for argument, value in {"tokens_per_step": tokens_per_step, "seed": seed}.items():
-        if value < 0:
-            raise ValueError(f"{argument}={value} must not be negative")
+    check_not_negative(tokens_per_step=tokens_per_step, seed=seed)
     random = np.random.default_rng(seed)
     drawn_WYL = np.zeros((num_steps, *load_WYL.shape[1:]), dtype=np.int64)
     for step in range(num_steps):

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -44,8 +45,36 @@ def rearrange_before_the_first_step() -> list[str]:
     return [str(each.message) for each in caught]
 
 
-def test_rearrange_before_the_first_step_warns_of_nothing(workers: Workers) -> None:
+def test_rearrange_before_first_step_warns_nothing(workers: Workers) -> None:
     assert workers.run(2, rearrange_before_the_first_step) == [[], []]
+
+
+class SlowToCompile(BalancedPolicy):
+    """Takes a second to compile, and knows in which thread it did and that it was compiled before it planned."""
+
+    compiled_in = planned_after = ""
+
+    def warm_up(self, placement: ExpertPlacement) -> None:
+        time.sleep(1)
+        self.compiled_in = threading.current_thread().name
+
+    def look_ahead(self, *args: Any) -> ExpertPlacement:
+        self.planned_after = self.compiled_in
+        return super().look_ahead(*args)
+
+
+def decide_while_the_planner_compiles() -> tuple[bool, str, str]:
+    policy = SlowToCompile()
+    with patch("lightning_eplb.balancer.planner.is_on_disk", return_value=False):
+        balancer = ExpertLoadBalancer(parallelize_experts(Model()), step_interval=10, policy=policy)
+    is_behind = policy.compiled_in == ""
+    balancer.rearrange()
+    return is_behind, policy.compiled_in, policy.planned_after
+
+
+def test_planner_not_compiled_yet_compiles_behind_and_first_decision_waits(workers: Workers) -> None:
+    name = "compile the planner"
+    assert workers.run(2, decide_while_the_planner_compiles) == [(True, name, name), (True, "", "")]
 
 
 class Experts(nn.Module):
@@ -115,7 +144,7 @@ def shuffled_weights() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def test_same_weights_as_one_process(workers: Workers) -> None:
+def test_balancer_with_random_policy_trains_as_one_process(workers: Workers) -> None:
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     for step in range(8):
@@ -133,7 +162,7 @@ def when(step_interval: int) -> list[int]:
     return loop(20, {"policy": ShufflePolicy(), "step_interval": step_interval})[2]
 
 
-def test_the_first_rearrangement_comes_after_a_quarter(workers: Workers) -> None:
+def test_balancer_in_first_interval_rearranges_after_a_quarter(workers: Workers) -> None:
     assert workers.run(2, when, 8) == [[2, 10, 18]] * 2
     assert workers.run(2, when, 3) == [[1, 4, 7, 10, 13, 16, 19]] * 2
 
@@ -155,7 +184,7 @@ def resume_into(window_size: int) -> None:
 
 
 @pytest.mark.parametrize("window_size", [2, 4, 9])
-def test_state_is_saved_and_restored(window_size: int, workers: Workers) -> None:
+def test_state_dict_loaded_into_new_balancer_restores_window(window_size: int, workers: Workers) -> None:
     workers.run(2, resume_into, window_size)
 
 
@@ -169,7 +198,7 @@ def saved_by_seconds() -> list[float]:
     return [balancer.seconds_saved(each) for each in (step, levelled)]  # type: ignore[misc]
 
 
-def test_seconds_saved_are_those_of_the_tokens_that_the_fullest_rank_served_less(workers: Workers) -> None:
+def test_seconds_saved_after_rearrangement_are_those_of_fewer_max_tokens(workers: Workers) -> None:
     assert workers.run(2, saved_by_seconds) == [[0.0, 7.0]] * 2
 
 
@@ -178,7 +207,7 @@ def resume_another_model() -> None:
     balancer.load_state_dict(balancer.state_dict() | {"window": torch.zeros(2, 3, 4)})
 
 
-def test_the_window_of_another_model_is_refused(workers: Workers) -> None:
+def test_load_state_dict_of_other_model_raises(workers: Workers) -> None:
     with pytest.raises(WorkerError, match=r"has \[3, 4\] layers and experts, the model has \[1, 4\]"):
         workers.run(2, resume_another_model)
 
@@ -199,7 +228,7 @@ def without_tokens() -> None:
     assert (balancer.num_steps, balancer.num_rearrangements) == (1, 1)
 
 
-def test_a_step_without_tokens_is_none(workers: Workers) -> None:
+def test_step_without_tokens_returns_none(workers: Workers) -> None:
     workers.run(2, without_tokens)
 
 
@@ -212,7 +241,7 @@ def with_a_policy_that_stays() -> None:
     assert (done.before == done.after, done.num_rows, done.num_bytes) == (True, 0, 0)
 
 
-def test_a_decision_that_changes_nothing_is_no_rearrangement(workers: Workers) -> None:
+def test_step_when_policy_keeps_placement_counts_no_rearrangement(workers: Workers) -> None:
     workers.run(2, with_a_policy_that_stays)
 
 
@@ -231,17 +260,17 @@ def to_a_given_placement() -> None:
     assert torch.equal(model.experts.up, before["experts.up"][rows])
 
 
-def test_rearranged_as_told(workers: Workers) -> None:
+def test_rearrange_with_placement_moves_to_it(workers: Workers) -> None:
     workers.run(2, to_a_given_placement)
 
 
 @pytest.mark.parametrize("argument", ["window_size", "step_interval"])
-def test_numbers_below_one(argument: str) -> None:
+def test_balancer_with_number_below_one_raises(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}=0 must be at least 1"):
         ExpertLoadBalancer(Model(), **{argument: 0})
 
 
-def test_a_model_that_was_not_converted() -> None:
+def test_balancer_of_unconverted_model_raises() -> None:
     with pytest.raises(ValueError, match=r"call parallelize_experts\(model\) before"):
         ExpertLoadBalancer(Model())
 
@@ -291,7 +320,7 @@ def errors_after_each_step() -> list[float | None]:
     return errors
 
 
-def test_the_forecast_is_judged_by_the_interval_that_followed(workers: Workers) -> None:
+def test_forecast_error_after_interval_compares_with_its_load(workers: Workers) -> None:
     """Decisions after 1, 5 and 9 steps: the first interval was as expected, the second was not."""
     off = (2 * 10**2 / (20**2 + 2 * 10**2)) ** 0.5
     for errors in workers.run(2, errors_after_each_step):
@@ -313,10 +342,10 @@ def served_with_capacity(capacity: tuple[float, ...] | None) -> tuple[StepStats 
 @pytest.mark.parametrize(
     ("capacity", "expected"), [(None, [40, 40]), ((2, 1), [53, 27]), ((1, 3), [20, 60]), ((0, 1), [8, 72])]
 )
-def test_capacity_is_read_from_rank_zero(
+def test_capacity_of_rank_zero_levels_tokens_on_all_ranks(
     capacity: tuple[float, ...] | None, expected: list[int], workers: Workers
 ) -> None:
-    """Rank 0 tells the others, and the tokens go by it. One copy a rank: a drained rank keeps its other expert's."""
+    """With one redundant slot a rank, a drained rank keeps its other expert."""
     for step, tokens in workers.run(2, served_with_capacity, capacity):
         assert tokens == pytest.approx(expected, abs=1)
         assert step.max_tokens == max(tokens)
@@ -325,25 +354,25 @@ def test_capacity_is_read_from_rank_zero(
 
 
 def decided_with_costs(costs: Costs) -> list[tuple[int, int]]:
-    """Primaries that moved and copies that were kept, in each decision."""
+    """Primaries that moved and redundant experts that were kept, in each decision."""
     _, decisions = steered([SKEWED] * 6, {"step_interval": 4}, costs=costs if dist.get_rank() == 0 else None)
     return [(done.num_rows, int((done.after.replica_count - 1).sum())) for _, done in decisions]
 
 
-def test_costs_are_read_from_rank_zero(workers: Workers) -> None:
-    """Two primaries change ranks where moves are free and copies are not; where it is the other way round, none."""
-    dear = 1e9
-    for costs, moved, copies in (
-        (Costs(1.0, 0.0, 0.0, dear), 2, 0),
-        (Costs(1.0, dear, dear, 0.0), 0, 2),
-        (Costs(1.0, dear, dear, dear), 0, 0),
+def test_costs_of_rank_zero_decide_on_all_ranks(workers: Workers) -> None:
+    """Two primaries change ranks where moves are free and replicas are not; where it is the other way round, none."""
+    costly = 1e9
+    for costs, moved, redundant in (
+        (Costs(1.0, 0.0, 0.0, costly), 2, 0),
+        (Costs(1.0, costly, costly, 0.0), 0, 2),
+        (Costs(1.0, costly, costly, costly), 0, 0),
     ):
         for first, second in workers.run(2, decided_with_costs, costs):
-            assert first == (moved, copies)
-            assert second == (0, copies)
+            assert first == (moved, redundant)
+            assert second == (0, redundant)
 
 
-def copies_of_an_even_router() -> list[tuple[int, int]]:
+def redundant_of_even_router() -> list[tuple[int, int]]:
     balancer, decisions = steered([LEVEL] * 6, {"step_interval": 4}, costs=Costs(1.0, copy=5.0))
     assert balancer.last_step is not None
     assert balancer.last_step.num_copies == balancer.last_step.copy_bytes == 0
@@ -352,8 +381,8 @@ def copies_of_an_even_router() -> list[tuple[int, int]]:
     ]
 
 
-def test_an_even_router_pays_for_no_copies_after_the_first_decision(workers: Workers) -> None:
-    assert workers.run(2, copies_of_an_even_router) == [[(2, 0), (0, 0)]] * 2
+def test_redundant_experts_of_even_router_are_empty_after_first_decision(workers: Workers) -> None:
+    assert workers.run(2, redundant_of_even_router) == [[(2, 0), (0, 0)]] * 2
 
 
 def when_the_load_drifts() -> tuple[list[int], list[int]]:
@@ -362,7 +391,7 @@ def when_the_load_drifts() -> tuple[list[int], list[int]]:
     return [step for step, _ in decisions], [int(done.load.sum()) for _, done in decisions]
 
 
-def test_a_drift_brings_the_decision_forward(workers: Workers) -> None:
+def test_balancer_after_drift_rearranges_early(workers: Workers) -> None:
     """Two of twenty steps tell, a quarter of the interval is over, and all ranks say so at once."""
     for steps, _ in workers.run(2, when_the_load_drifts):
         assert steps == [5, 14, 34]
@@ -385,7 +414,7 @@ def steps_to_go_through_a_checkpoint() -> tuple[int, list[int]]:
     return state["steps_to_go"], decided_after
 
 
-def test_a_resumed_run_decides_when_the_saved_one_would_have(workers: Workers) -> None:
+def test_resumed_balancer_rearranges_at_same_steps(workers: Workers) -> None:
     """Decisions after 2 and 10 steps: three are left after seven."""
     assert workers.run(2, steps_to_go_through_a_checkpoint) == [(3, [3, 11])] * 2
 
@@ -399,7 +428,7 @@ def shorter_interval() -> int:
     return resumed.state_dict()["steps_to_go"]
 
 
-def test_a_resumed_run_does_not_wait_longer_than_its_interval(workers: Workers) -> None:
+def test_resumed_balancer_with_shorter_interval_waits_no_longer_than_it(workers: Workers) -> None:
     assert workers.run(2, shorter_interval) == [5, 5]
 
 
@@ -417,11 +446,11 @@ def due_when_loaded() -> tuple[bool, bool]:
     return was_due, balancer.state_dict()["is_rearranging"]
 
 
-def test_a_decision_that_was_due_is_not_when_an_earlier_state_is_loaded(workers: Workers) -> None:
+def test_load_state_dict_when_due_clears_due(workers: Workers) -> None:
     assert workers.run(2, due_when_loaded) == [(True, False)] * 2
 
 
-def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
+def redundant_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, float]]:
     """The hot expert changes its rank with every step."""
     loads = [[24, 4, 4, 4], [4, 4, 4, 24], [8, 8, 8, 8]] * 2
     seen: list[tuple[int, float]] = []
@@ -439,17 +468,17 @@ def copies_of_steps(redundancy: str, min_tokens: int | None) -> list[tuple[int, 
     return seen
 
 
-def test_the_batch_itself_decides_on_copies(workers: Workers) -> None:
-    """A copy in each step that needs one, none where the ranks are level or too few tokens would change ranks."""
-    for seen in workers.run(2, copies_of_steps, "batch", 1):
+def test_redundancy_batch_with_skewed_batch_sends_replica(workers: Workers) -> None:
+    """A replica in each step that needs one, none where the ranks are level or too few tokens would change ranks."""
+    for seen in workers.run(2, redundant_of_steps, "batch", 1):
         assert seen == [(1, 1.0), (1, 1.0), (0, 1.0)] * 2
-    for seen in workers.run(2, copies_of_steps, "batch", 21):  # 20 of the hot rank's 56 tokens are too many
+    for seen in workers.run(2, redundant_of_steps, "batch", 21):  # 20 of the hot rank's 56 tokens are too many
         assert seen == [(0, 36 / 56), (0, 36 / 56), (0, 1.0)] * 2
 
 
-def test_the_floor_of_copies_is_measured_after_the_first_step(workers: Workers) -> None:
-    """All ranks have the same floor, and until it is known any copy will do."""
-    first, second = workers.run(2, copies_of_steps, "batch", None)
+def test_redundancy_batch_after_first_step_has_same_floor_on_all_ranks(workers: Workers) -> None:
+    """All ranks have the same floor, and until it is known any redundant expert will do."""
+    first, second = workers.run(2, redundant_of_steps, "batch", None)
     assert first == second
     assert first[0] == (1, 1.0)
 
@@ -476,8 +505,8 @@ def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
 
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
-def test_a_load_that_stays_is_predicted_exactly(redundancy: str, workers: Workers) -> None:
-    """Copies of the placement, and copies that the batch will choose."""
+def test_predicted_balancedness_of_steady_load_is_exact(redundancy: str, workers: Workers) -> None:
+    """Redundant experts of the placement, and those that the batch will choose."""
     for found in workers.run(2, predictions, redundancy):
         assert len(found) == 3
         for predicted, achieved in found:
@@ -492,7 +521,7 @@ def placements_by_batch() -> list[ExpertPlacement]:
     return [balancer.placement, *(done.after for _, done in decisions)]
 
 
-def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Workers) -> None:
+def test_placement_with_redundancy_batch_has_no_redundant_experts(workers: Workers) -> None:
     for placements in workers.run(2, placements_by_batch):
         assert len(placements) == 3
         for placement in placements:
@@ -507,7 +536,7 @@ def test_a_placement_keeps_no_copies_where_the_batch_chooses_them(workers: Worke
         ({"use_async": 1}, "use_async=1 must be True or False"),
     ],
 )
-def test_arguments_that_fit_nobody(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_of_balancer_when_invalid_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertLoadBalancer(Model(), **arguments)
     with pytest.raises(ValueError, match=message):
@@ -523,7 +552,7 @@ IDLE = {
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_arguments_that_have_no_effect_are_told(name: str) -> None:
+def test_arguments_without_effect_warn(name: str) -> None:
     arguments, redundant, message = IDLE[name]
     model = parallelize_experts(Model(), num_redundant_experts=redundant)
     with warnings.catch_warnings(record=True) as caught:
@@ -547,7 +576,7 @@ def seconds_with_a_slow_window() -> float | None:
     return done.plan_seconds if done is not None else None
 
 
-def test_reading_the_window_is_part_of_what_a_decision_takes(workers: Workers) -> None:
+def test_rearrange_seconds_with_slow_window_include_it(workers: Workers) -> None:
     for seconds in workers.run(2, seconds_with_a_slow_window):
         assert seconds is not None
         assert seconds > 0.3
@@ -578,7 +607,7 @@ def compiled_after_set_up(redundancy: Any) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
-def test_nothing_is_compiled_after_set_up(redundancy: str) -> None:
+def test_training_after_setup_compiles_nothing(redundancy: str) -> None:
     """Where the first decision compiles, all ranks wait for it in the middle of training."""
     fresh = Workers(2)  # in the shared ones other tests have compiled
     try:

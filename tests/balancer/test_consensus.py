@@ -85,7 +85,7 @@ def a_list() -> list[list[int]]:
         ([a_list, a_list], r"placement=a list must be an ExpertPlacement"),
     ],
 )
-def test_rearrange_with_other_placements_on_ranks_is_refused_on_all(
+def test_rearrange_with_unequal_placements_raises_on_all_ranks(
     makers: list[Callable[[], Any]], words: str, workers: Workers
 ) -> None:
     first, second = workers.run(2, told_to_go, makers)
@@ -159,7 +159,7 @@ FAILURES: dict[str, tuple[Callable[[], BaseException], tuple[str, str], tuple[st
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_what_a_policy_raises_is_itself_on_rank_zero_and_told_to_the_others(name: str, workers: Workers) -> None:
+def test_decision_when_policy_raises_raises_on_all_ranks(name: str, workers: Workers) -> None:
     make, on_rank_zero, on_others = FAILURES[name]
     (*first, traceback_of_first), (*second, _) = workers.run(2, failed_by, make)
     assert tuple(first) == on_rank_zero
@@ -193,9 +193,7 @@ def optimizers_of(classes: list[type[torch.optim.Optimizer]]) -> str:
 
 
 @pytest.mark.parametrize("other", [Renamed, Other])
-def test_optimizers_of_other_kinds_or_names_are_refused_on_all_ranks(
-    other: type[torch.optim.Optimizer], workers: Workers
-) -> None:
+def test_optimizers_unequal_on_ranks_raise_on_all_ranks(other: type[torch.optim.Optimizer], workers: Workers) -> None:
     for message in workers.run(2, optimizers_of, [torch.optim.AdamW, other]):
         assert message.startswith("ranks [1] would move other rows than rank 0")
         assert "names or shapes of their state" in message
@@ -213,7 +211,7 @@ def other_arguments(name: str, values: list[Any]) -> str:
     ("name", "values"),
     [("step_interval", [100, 50]), ("use_async", [False, True]), ("min_tokens_per_copy", [None, 3])],
 )
-def test_other_arguments_on_ranks_are_refused_on_all(name: str, values: list[Any], workers: Workers) -> None:
+def test_arguments_unequal_on_ranks_raise_on_all_ranks(name: str, values: list[Any], workers: Workers) -> None:
     (message,) = set(workers.run(2, other_arguments, name, values))
     assert message == (
         f"{name}={values[0]} on rank 0 is not the same on rank 1 ({values[1]} on rank 1). Give all ranks the same."
@@ -228,7 +226,7 @@ def other_states() -> tuple[str, int]:
     return str(error), balancer.num_steps
 
 
-def test_other_states_on_ranks_are_refused_on_all(workers: Workers) -> None:
+def test_load_state_dict_unequal_on_ranks_raises_on_all_ranks(workers: Workers) -> None:
     for message, num_steps in workers.run(2, other_states):
         assert message.startswith("num_steps=7 on rank 0 is not the same on rank 1 (8 on rank 1)")
         assert num_steps == 0
@@ -252,13 +250,13 @@ def decided_alone() -> list[str]:
     return [str(each.message) for each in caught if "every rank must" in str(each.message)]
 
 
-def test_a_decision_that_some_ranks_leave_out_is_told(workers: Workers) -> None:
+def test_step_without_other_ranks_warns_and_names_them(workers: Workers) -> None:
     (message,), nothing_told = workers.run(2, decided_alone)
     assert message.startswith("step() has a decision to make for all ranks, so every rank must call it: rank 1 did not")
     assert nothing_told == []
 
 
-def test_nothing_is_compared_without_process_groups() -> None:
+def test_check_same_on_all_ranks_without_groups_compares_nothing() -> None:
     check_same_on_all_ranks({"name": 1}, "nothing", ExpertGroups())
 
 
@@ -266,5 +264,5 @@ def test_nothing_is_compared_without_process_groups() -> None:
     ("ranks", "words"),
     [([1], "rank 1"), ([1, 3], "ranks 1, 3"), (list(range(500)), "ranks 0, 1, 2, 3, ... (500 in all)")],
 )
-def test_ranks_in_words_names_the_first(ranks: list[int], words: str) -> None:
+def test_format_ranks_of_many_names_the_first(ranks: list[int], words: str) -> None:
     assert format_ranks(ranks, most=4) == words

@@ -44,7 +44,7 @@ def measured() -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_powers_of_two_and_the_same_on_all_ranks(ranks: int, workers: Workers) -> None:
+def test_profile_hardware_on_all_ranks_returns_same_powers_of_two(ranks: int, workers: Workers) -> None:
     first, *others = workers.run(ranks, measured)
     assert others == [first] * (ranks - 1)
     for number in first:
@@ -63,7 +63,7 @@ def with_a_slow_rank() -> HardwareProfile:
         return profile_hardware(*converted())
 
 
-def test_the_slowest_rank_counts(workers: Workers) -> None:
+def test_profile_hardware_with_slow_rank_takes_its_speed(workers: Workers) -> None:
     found = workers.run(3, with_a_slow_rank)
     assert found == [found[0]] * 3
     # 6 x 256 parameters of 1.5 s / (2 x 512 tokens x 128 numbers) is 0.0176 s; 4 MiB in 3 s are 1.33 MiB/s.
@@ -80,7 +80,7 @@ def seconds_of_small_and_large_experts() -> list[float]:
     return found
 
 
-def test_a_token_costs_by_its_experts_parameters(workers: Workers) -> None:
+def test_seconds_per_token_scale_with_expert_parameters(workers: Workers) -> None:
     """Six operations for each of two matrices: 1,536 of a small expert, 6,144 of a large one, to a power of two."""
     for found in workers.run(2, seconds_of_small_and_large_experts):
         assert found == [2.0**-9, 2.0**-7]
@@ -101,7 +101,9 @@ def test_a_token_costs_by_its_experts_parameters(workers: Workers) -> None:
         ((0, 0, 0, 0, 1, 1, 1, 1), (1, 4)),
     ],
 )
-def test_each_rank_sends_to_one_and_receives_from_one(nodes: tuple[int, ...], shifts: tuple[int, int]) -> None:
+def test_profile_hardware_on_any_nodes_gives_each_rank_one_partner(
+    nodes: tuple[int, ...], shifts: tuple[int, int]
+) -> None:
     """Through the shift that crosses nodes for the fewest ranks, and then for the most, whatever the nodes' sizes."""
     size, partners = len(nodes), []
     for rank in range(size):
@@ -140,7 +142,7 @@ def across_unequal_nodes() -> tuple[HardwareProfile, list[int]]:
         return profile_hardware(experts, groups), received
 
 
-def test_unequal_nodes_exchange_in_a_ring(workers: Workers) -> None:
+def test_profile_hardware_on_unequal_nodes_exchanges_in_a_ring(workers: Workers) -> None:
     answers = workers.run(3, across_unequal_nodes)
     assert [found for found, _ in answers] == [answers[0][0]] * 3
     for rank, (_, received) in enumerate(answers):
@@ -173,8 +175,8 @@ def told_after_a_step() -> list[Costs | None]:
     return policy.told
 
 
-def test_rank_zeros_policy_is_told_bytes_over_speed(workers: Workers) -> None:
-    """A row moves with two moments; a copy's weights go out, and its gradient comes home as large."""
+def test_costs_after_a_step_are_bytes_over_bandwidth(workers: Workers) -> None:
+    """A row moves with two moments; a redundant expert receives weights and returns a gradient as large."""
     weights = 2 * 8 * 16 * 4
     costs = Costs(2.0**-10, 3 * weights / 2**20, 3 * weights / 2**10, 2 * weights / 2**20)
     assert workers.run(2, told_after_a_step) == [[costs], []]

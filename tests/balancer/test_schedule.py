@@ -29,61 +29,63 @@ def level_but(steps: range, value: float, count: int = 400) -> Iterator[float]:
         (300, [75, 375]),
     ],
 )
-def test_after_a_quarter_and_then_every_interval(step_interval: int, expected: list[int]) -> None:
+def test_schedule_of_steady_load_decides_after_a_quarter_and_then_every_interval(
+    step_interval: int, expected: list[int]
+) -> None:
     assert decisions(step_interval, repeat(0.9, 400)) == expected
 
 
-def test_an_interval_of_one_asks_after_every_step() -> None:
+def test_schedule_of_short_interval_starts_at_step_one() -> None:
     assert decisions(1, [1.0, 0.1, 1.0, 0.1]) == [1, 2, 3, 4]
     assert decisions(3, repeat(1.0, 8)) == [1, 4, 7]
 
 
-def test_early_when_balancedness_has_dropped_for_good() -> None:
+def test_schedule_after_lasting_drop_decides_early() -> None:
     """Ten steps, a tenth of the interval, must be below the ten after the decision; then all intervals move."""
     assert decisions(100, level_but(range(171, 401), 0.8)) == [25, 125, 180, 280, 380]
 
 
-def test_a_drop_must_be_deep_enough() -> None:
+def test_schedule_after_shallow_drop_does_not_decide_early() -> None:
     assert decisions(100, level_but(range(171, 401), 0.86)) == [25, 125, 225, 325]
     assert decisions(100, level_but(range(171, 401), 0.84)) == [25, 125, 180, 280, 380]
 
 
 @pytest.mark.parametrize("length", [1, 5, 9])
-def test_a_burst_is_no_drift(length: int) -> None:
+def test_schedule_after_burst_does_not_decide_early(length: int) -> None:
     assert decisions(100, level_but(range(171, 171 + length), 0.2)) == [25, 125, 225, 325]
 
 
-def test_one_good_step_among_bad_ones_is_enough_to_wait() -> None:
+def test_schedule_with_one_good_step_in_ten_does_not_decide_early() -> None:
     bad_but_every_tenth = [0.5 if step >= 140 and step % 10 else 0.95 for step in range(1, 401)]
     assert decisions(100, bad_but_every_tenth) == [25, 125, 225, 325]
 
 
-def test_not_before_a_quarter_of_the_interval() -> None:
+def test_schedule_after_drop_in_first_quarter_waits_for_its_end() -> None:
     assert decisions(100, level_but(range(136, 401), 0.8))[:3] == [25, 125, 150]
 
 
-def test_not_before_the_first_decision() -> None:
+def test_schedule_after_drop_before_first_decision_is_on_time() -> None:
     assert decisions(100, level_but(range(12, 25), 0.1))[:2] == [25, 125]
 
 
-def test_what_is_low_from_the_start_has_not_dropped() -> None:
+def test_schedule_of_low_balancedness_from_start_does_not_decide_early() -> None:
     assert decisions(100, level_but(range(26, 401), 0.3)) == [25, 125, 225, 325]
 
 
-def test_after_an_early_decision_the_new_level_is_what_drops() -> None:
+def test_schedule_after_early_decision_compares_with_new_level() -> None:
     falling = [0.95] * 160 + [0.8] * 100 + [0.6] * 140
     assert decisions(100, falling) == [25, 125, 170, 270, 370]
     assert decisions(100, [0.95] * 160 + [0.8] * 70 + [0.6] * 170) == [25, 125, 170, 240, 340]
 
 
 @given(st.integers(1, 19), st.lists(st.floats(0.01, 1.0), min_size=1, max_size=200))
-def test_short_intervals_are_never_cut_short(step_interval: int, values: list[float]) -> None:
+def test_schedule_of_interval_below_twenty_never_decides_early(step_interval: int, values: list[float]) -> None:
     first = max(1, step_interval // 4)
     assert decisions(step_interval, values) == list(range(first, len(values) + 1, step_interval))
 
 
 @given(st.integers(20, 60), st.lists(st.floats(0.01, 1.0), min_size=60, max_size=300))
-def test_decisions_are_at_least_a_quarter_and_at_most_an_interval_apart(
+def test_schedule_of_any_load_keeps_a_quarter_to_an_interval_between_decisions(
     step_interval: int, values: list[float]
 ) -> None:
     found = decisions(step_interval, values)
@@ -94,7 +96,7 @@ def test_decisions_are_at_least_a_quarter_and_at_most_an_interval_apart(
         assert after - before >= step_interval // 4
 
 
-def test_an_early_decision_looks_back_on_the_drift_alone() -> None:
+def test_look_back_after_early_decision_covers_the_drift_alone() -> None:
     schedule = Schedule(100)
     seen = {}
     for step, value in enumerate(level_but(range(171, 401), 0.8), start=1):
@@ -103,7 +105,7 @@ def test_an_early_decision_looks_back_on_the_drift_alone() -> None:
     assert seen == {25: [3, 20, 100], 125: [3, 20, 100], 180: [3, 20, 20], 280: [3, 20, 100], 380: [3, 20, 100]}
 
 
-def test_steps_to_go_are_counted_down_and_may_be_set() -> None:
+def test_steps_to_go_count_down_and_can_be_set() -> None:
     schedule = Schedule(40)
     assert schedule.steps_to_go == 10
     assert [schedule.step(1.0) for _ in range(3)] == [False] * 3
@@ -126,7 +128,7 @@ IDLE, DUE, PLANNED, IN_FLIGHT, IN_FLIGHT_AND_DUE = RearrangementState
         (IN_FLIGHT_AND_DUE, IN_FLIGHT_AND_DUE, DUE),
     ],
 )
-def test_state_remembers_a_rearrangement_that_is_due(
+def test_state_without_plan_keeps_due_rearrangement(
     state: RearrangementState, when_due: RearrangementState, without_plan: RearrangementState
 ) -> None:
     assert state.when_due() is when_due

@@ -133,7 +133,8 @@ def wait_for_all(device: torch.device) -> None:
     """All ranks are here and have computed all that they began."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -141,5 +142,6 @@ def wait_for_all(device: torch.device) -> None:
 def slowest_rank(seconds: list[float], device: torch.device) -> list[float]:
     """Of each of the times that this rank and the others measured, the longest."""
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return slowest.tolist()

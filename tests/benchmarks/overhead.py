@@ -26,7 +26,6 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import defaultdict
@@ -41,13 +40,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_eplb import EPLBCallback, parallelize_experts
 from lightning_eplb.parallel.parallelize import expert_layers
+from tests.benchmarks.held_fit import HeldFit
 from tests.benchmarks.report import Bar, finish, parse_arguments, print_table
 from tests.fidelity import trainer_for
 from tests.workers import Workers
@@ -156,8 +155,8 @@ class Stopwatch:
         self._seconds.clear()
 
 
-class Lane(Callback):
-    """A fit that goes on by one step with each call of :meth:`advance`, and stands still in between."""
+class Lane(HeldFit):
+    """A fit that stands before each step. The last call of :meth:`advance` ends it."""
 
     def __init__(self, name: str, steps: int, folder: str) -> None:
         self.seconds: list[float] = []
@@ -165,19 +164,8 @@ class Lane(Callback):
         self.stopwatch = Stopwatch()
         self.eplb = EPLBCallback(step_interval=STEP_INTERVAL) if name == "callback" else None
         self._fit_arguments = name, steps, folder
-        self._may_go, self._stands = threading.Event(), threading.Event()
-        self._failure: BaseException | None = None
         self._started: tuple[float, float] | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def advance(self) -> None:
-        """Start the fit; or run the step that it stands before. After the last step, end it."""
-        self._stands.clear()
-        self._may_go.set()
-        self._stands.wait()
-        if self._failure is not None:
-            raise self._failure
+        super().__init__()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.eplb is None:
@@ -188,7 +176,7 @@ class Lane(Callback):
             self.stopwatch.watch(layer, "record", "counting, all layers")
         self.stopwatch.watch(balancer, "record", "balancer.record")
         self.stopwatch.watch(balancer, "step", "balancer.step")
-        self.stopwatch.watch(balancer, "_decide", "balancer.decide")
+        self.stopwatch.watch(balancer, "_plan", "balancer.plan")
         self.stopwatch.watch(self.eplb, "on_train_batch_start", "logging, and the callback's rest")
         self.stopwatch.watch(self.eplb, "on_train_batch_end", "logging, and the callback's rest")
 
@@ -200,26 +188,12 @@ class Lane(Callback):
             self.seconds.append(now[0] - self._started[0])
             self.cpu_seconds.append(now[1] - self._started[1])
             self.stopwatch.close_step()
-        self._stand()
+        self.stand()
         dist.barrier()
         self._started = time.perf_counter(), time.thread_time()
 
-    def _stand(self) -> None:
-        self._may_go.clear()
-        self._stands.set()
-        self._may_go.wait()
-
-    def _run(self) -> None:
-        self._may_go.wait()
-        try:
-            torch.set_num_threads(1)
-            self._fit(*self._fit_arguments)
-        except BaseException as failure:
-            self._failure = failure
-        finally:
-            self._stands.set()
-
-    def _fit(self, name: str, steps: int, folder: str) -> None:
+    def fit(self) -> None:
+        name, steps, folder = self._fit_arguments
         callbacks = [self] if self.eplb is None else [self, self.eplb]
         logger = CSVLogger(folder, name=name, version="")
         trainer = trainer_for(RANKS, max_steps=steps, logger=logger, callbacks=callbacks)
@@ -283,7 +257,7 @@ def summarize(fits: list[list[dict[str, Any]]]) -> dict[str, Any]:
     steps = [step for ranks in fits for rank in ranks for step in rank["parts"]]
     names = sorted({part for step in steps for part in step})
     parts = {name: np.array([step.get(name, 0.0) for step in steps]) for name in names}
-    decides = parts.pop("balancer.decide") > 0
+    decides = parts.pop("balancer.plan") > 0
     assert decides.sum() > RANKS, "too few decisions were due"
     in_callback = np.array([sum(step.values()) for step in steps])
     usual = float(np.median(in_callback[~decides]))

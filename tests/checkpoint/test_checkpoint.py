@@ -94,7 +94,9 @@ def check_file(path: Path, weights_only: bool) -> None:
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_file_is_the_unmodified_models(weights_only: bool, workers: Workers, tmp_path: Path) -> None:
+def test_checkpoint_of_two_ranks_is_file_of_unmodified_model(
+    weights_only: bool, workers: Workers, tmp_path: Path
+) -> None:
     workers.run(2, save_halfway, 2, 1, str(tmp_path), weights_only)
     check_file(tmp_path / "half.ckpt", weights_only)
 
@@ -102,7 +104,7 @@ def test_file_is_the_unmodified_models(weights_only: bool, workers: Workers, tmp
 @pytest.mark.parametrize(
     ("ranks", "redundant", "then_ranks", "then_redundant"), [(2, 0, 4, 0), (4, 1, 2, 0), (2, 1, 2, 0), (2, 0, 4, 1)]
 )
-def test_resumes_elsewhere(
+def test_checkpoint_resumed_at_other_sizes_trains_as_uninterrupted(
     ranks: int, redundant: int, then_ranks: int, then_redundant: int, workers: Workers, tmp_path: Path
 ) -> None:
     losses, weights = uninterrupted()
@@ -127,7 +129,7 @@ def weights_resume(ranks: int, redundant: int, path: str) -> dict[str, Tensor]:
     return module.model.state_dict()
 
 
-def test_weights_only_file_is_read_at_other_sizes(workers: Workers, tmp_path: Path) -> None:
+def test_weights_only_checkpoint_at_other_sizes_loads_same_weights(workers: Workers, tmp_path: Path) -> None:
     workers.run(2, save_halfway, 2, 1, str(tmp_path), True)
     for weights in workers.run(4, weights_resume, 4, 0, str(tmp_path / "half.ckpt")):
         assert largest_difference(weights, half_trained()) < TOLERANCE
@@ -144,7 +146,7 @@ def only_rank_zero_calls_state_dict() -> str:
     return ""
 
 
-def test_rank_that_is_alone_in_state_dict_is_told(workers: Workers) -> None:
+def test_state_dict_on_one_rank_alone_raises(workers: Workers) -> None:
     message, _ = workers.run(2, only_rank_zero_calls_state_dict)
     assert "every rank must call it" in message
 
@@ -154,6 +156,6 @@ def load_rows_of_one_rank() -> None:
     model.load_state_dict({name: parameter.detach() for name, parameter in model.named_parameters()})
 
 
-def test_loading_what_is_not_logical_is_refused(workers: Workers) -> None:
+def test_load_state_dict_of_one_ranks_rows_raises(workers: Workers) -> None:
     with pytest.raises(WorkerError, match=r"gate_up_proj has shape \[4, 48, 16\]; loading takes all 8 experts"):
         workers.run(2, load_rows_of_one_rank)

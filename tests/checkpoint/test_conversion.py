@@ -77,7 +77,9 @@ class Counted:
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 @given(half=st.integers(1, 6), width=st.integers(1, 4), seed=st.integers(0, 9), data=st.data())
-def test_a_part_of_an_expert(name: str, half: int, width: int, seed: int, data: st.DataObject) -> None:
+def test_convert_expert_of_part_reads_only_its_sources(
+    name: str, half: int, width: int, seed: int, data: st.DataObject
+) -> None:
     """What is made of one expert's tensors, of which only the parts are read that are needed, is what a rank holds."""
     tensors = checkpoint(CONVERSIONS[name][0], 2 * half, width, seed)
     sources = {key: Counted(tensor) for key, tensor in tensors.items()}
@@ -107,7 +109,7 @@ def test_a_part_of_an_expert(name: str, half: int, width: int, seed: int, data: 
     assert read <= whole[expert].numel()
 
 
-def test_what_transformers_cannot_convert_is_told() -> None:
+def test_conversion_that_fails_raises_with_shapes() -> None:
     tensors = checkpoint([GATE, UP], 3, 2, 0)
     tensors["layers.0.experts.1.up.weight"] = torch.zeros(3, 5)
     recipe = recipe_for("merged and fused", tensors)
@@ -117,7 +119,7 @@ def test_what_transformers_cannot_convert_is_told() -> None:
         conversion._foresee(recipe, nn.Identity(), {TARGET: torch.Size((3, 8, 2))}, tensors)  # type: ignore[arg-type]
 
 
-def test_every_family_of_experts_is_read_by_expert() -> None:
+def test_conversions_of_all_families_are_by_expert() -> None:
     """Conversions of transformers that make tensors of experts: all but those that are known to mix them."""
     from transformers import conversion_mapping
 

@@ -64,7 +64,7 @@ def refusals(folder: Path) -> list[str]:
     return [str(resumed.value), str(loaded.value)]
 
 
-def test_index_written_by_pytorch_is_read(folder: Path) -> None:
+def test_index_of_pytorch_is_read(folder: Path) -> None:
     assert read_index(folder).state_dict_metadata == pickled(folder).state_dict_metadata
     checkpoint = read_distributed_checkpoint(folder, weights_only=True)
     assert torch.equal(checkpoint["state_dict"]["a"], STATE["state_dict"]["a"])
@@ -72,14 +72,16 @@ def test_index_written_by_pytorch_is_read(folder: Path) -> None:
     assert checkpoint["global_step"] == 7
 
 
-def test_index_of_another_system_has_pure_paths(folder: Path) -> None:
+def test_index_with_pure_paths_is_read(folder: Path) -> None:
     index = pickled(folder)
     index.storage_meta.checkpoint_id = PurePosixPath("/elsewhere")
     put(folder, index)
     assert isinstance(read_index(folder).storage_meta, StorageMeta)
 
 
-def test_hostile_index_runs_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_index_raises_and_runs_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = pickled(folder)
     index.planner_data["x"] = Touches(tmp_path / "touched")
     put(folder, index)
@@ -93,13 +95,13 @@ def test_hostile_index_runs_nothing(folder: Path, tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("name", ["torch.distributed.checkpoint.metadata\nos.mkdir", "builtins\neval", "torch\nload"])
-def test_names_beside_the_known_ones_are_refused(name: str, folder: Path) -> None:
+def test_index_with_unknown_name_raises(name: str, folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"c" + name.encode() + b"\n.")
     with pytest.raises(ValueError, match=r"names .*, which no index of a distributed checkpoint needs"):
         read_index(folder)
 
 
-def test_hostile_index_leaves_classes_of_pytorch_as_they_are(folder: Path) -> None:
+def test_hostile_index_with_build_opcode_leaves_classes_unchanged(folder: Path) -> None:
     """The opcode BUILD, with a pair for state, sets attributes of whatever is there: of a class, too."""
     module, name = "torch.distributed.checkpoint.metadata", "Metadata"
     (folder / ".metadata").write_bytes(f"c{module}\n{name}\n".encode() + b"(N(dVplanner_data\nI1\nstb.")
@@ -108,7 +110,7 @@ def test_hostile_index_leaves_classes_of_pytorch_as_they_are(folder: Path) -> No
     assert Metadata.planner_data is None
 
 
-def test_hostile_value_that_is_no_tensor_runs_nothing(folder: Path, tmp_path: Path) -> None:
+def test_hostile_value_raises_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
     state = {**STATE, "optimizer_0": {**STATE["optimizer_0"], "more": Touches(tmp_path / "touched")}}
     save(state, checkpoint_id=folder, no_dist=True)
     with pytest.raises(ValueError, match=r"optimizer_0.more in the checkpoint is damaged, or can't be read"):
@@ -118,7 +120,7 @@ def test_hostile_value_that_is_no_tensor_runs_nothing(folder: Path, tmp_path: Pa
     assert (tmp_path / "touched").exists()
 
 
-def test_hostile_rest_runs_nothing(folder: Path, tmp_path: Path) -> None:
+def test_hostile_meta_file_raises_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
     torch.save({"callbacks": Touches(tmp_path / "touched")}, folder / "meta.pt")
     for weights_only in (None, True):
         with pytest.raises(pickle.UnpicklingError):
@@ -128,7 +130,7 @@ def test_hostile_rest_runs_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/hostname", "a/../../b", "C:\\x", "..\\x", "\\x"])
-def test_files_outside_of_the_folder_are_refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_with_file_outside_folder_raises(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = pickled(folder)
     next(iter(index.storage_data.values())).relative_path = name
     put(folder, index)
@@ -178,7 +180,7 @@ def lose_a_chunk(folder: Path) -> None:
         (lambda folder: (folder / ".metadata").write_bytes(b""), ".metadata is damaged"),
     ],
 )
-def test_damaged_folder_is_refused(
+def test_damaged_folder_raises(
     damage: Callable[[Path], Any], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(folder)
@@ -215,7 +217,7 @@ def fit_from(path: str) -> list[str]:
     return [*said, str(raised.value)]
 
 
-def test_fit_and_load_weights_from_a_hostile_folder_raise_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
+def test_fit_from_hostile_folder_raises_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
     path = hostile_folder(tmp_path / "hostile.ckpt")
     for said in workers.run(2, fit_from, str(path), seconds=200):
         assert len(said) == 4
@@ -223,7 +225,7 @@ def test_fit_and_load_weights_from_a_hostile_folder_raise_on_all_ranks(workers: 
     assert not (path / "touched").exists()
 
 
-def test_shard_that_is_damaged_inside_is_refused(folder: Path) -> None:
+def test_damaged_shard_raises(folder: Path) -> None:
     (folder / "__0_0.distcp").write_bytes(b"x" * (folder / "__0_0.distcp").stat().st_size)
     with pytest.raises(ValueError, match="damaged"):
         read_distributed_checkpoint(folder)

@@ -64,7 +64,7 @@ def read_with_lightning(folder: Path) -> tuple[float, float] | None:
         ("pathlib.Path.unlink", 1, 2.0, 2.0),
     ],
 )
-def test_writer_that_dies_leaves_one_checkpoint_whole(
+def test_writer_that_dies_leaves_one_whole_checkpoint(
     first: Any,
     dies_in: str,
     call: int,
@@ -101,7 +101,7 @@ def dies_at(call: int, name: str) -> Any:
 
 
 @WITHOUT_GROUP
-def test_lightning_that_dies_over_ours_is_found_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reader_after_lightning_died_over_ours_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It replaces the index before ``meta.pt``."""
     write(tmp_path, 1.0)
     save({"model": {"a": torch.full((4,), 2.0)}}, checkpoint_id=tmp_path, no_dist=True)
@@ -112,7 +112,9 @@ def test_lightning_that_dies_over_ours_is_found_out(tmp_path: Path, capsys: pyte
 
 
 @WITHOUT_GROUP
-def test_first_write_that_dies_leaves_nothing_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_that_dies_in_first_write_leaves_nothing_to_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", dies_at(1, "os.replace"))
         with pytest.raises(BaseException, match="killed"):
@@ -128,7 +130,7 @@ def write_from_ranks_that_are_all_first_on_their_node(folder: str) -> list[str]:
     return sorted(path.suffix for path in Path(folder).iterdir())
 
 
-def test_nodes_of_one_rank_each_remove_what_was_there_before(workers: Workers, tmp_path: Path) -> None:
+def test_writer_on_nodes_of_one_rank_removes_earlier_files(workers: Workers, tmp_path: Path) -> None:
     for suffixes in workers.run(2, write_from_ranks_that_are_all_first_on_their_node, str(tmp_path)):
         assert suffixes.count(".distcp") <= 2
     assert read(tmp_path) == (2.0, 2.0)
@@ -151,7 +153,7 @@ def save_twice(kind: str, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "fsdp1"])
-def test_killed_rank_leaves_the_checkpoint_before(
+def test_training_with_killed_rank_leaves_earlier_checkpoint(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(WorkerError):

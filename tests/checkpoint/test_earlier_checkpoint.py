@@ -59,7 +59,7 @@ def train(steps: int, resume: str | None = None, save: str | None = None) -> tup
     return module.losses, weights, callback.balancer.num_rearrangements
 
 
-def test_run_resumed_from_an_earlier_checkpoint_equals_the_uninterrupted_run(workers: Workers) -> None:
+def test_earlier_checkpoint_when_resumed_trains_as_uninterrupted(workers: Workers) -> None:
     expected = workers.run(RANKS, train, STEPS)
     resumed = workers.run(RANKS, train, STEPS, str(CHECKPOINT))
     for (losses, weights, _), (all_losses, all_weights, _) in zip(resumed, expected, strict=True):
@@ -69,7 +69,7 @@ def test_run_resumed_from_an_earlier_checkpoint_equals_the_uninterrupted_run(wor
             torch.testing.assert_close(tensor, all_weights[name], rtol=0, atol=TOLERANCE)
 
 
-def test_earlier_checkpoint_has_the_state_of_the_callback(workers: Workers) -> None:
+def test_earlier_checkpoint_when_resumed_restores_callback_state(workers: Workers) -> None:
     before = torch.load(CHECKPOINT, weights_only=True)["callbacks"]["EPLBCallback"]
     assert before["num_rearrangements"] == SAVED
     for _, _, rearrangements in workers.run(RANKS, train, STEPS, str(CHECKPOINT)):

@@ -48,7 +48,7 @@ def a_box(data: st.DataObject, tensor: Tensor) -> Box:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("kind", ["folder", "file", "lightning", "distributed"])
 @given(data=st.data())
-def test_parts(kind: str, paths: dict[str, Path], data: st.DataObject) -> None:
+def test_sources_of_any_format_read_any_part(kind: str, paths: dict[str, Path], data: st.DataObject) -> None:
     with open_checkpoint(paths[kind]) as sources:
         assert set(sources) == set(TENSORS)
         for name, tensor in TENSORS.items():
@@ -124,7 +124,7 @@ INDEX = "folder/model.safetensors.index.json"
         ("folder/config.json", b"[]", "config.json' must hold a JSON object; it holds a list"),
     ],
 )
-def test_odd_files_are_refused_and_the_model_is_as_it_was(
+def test_load_weights_of_invalid_file_raises_and_leaves_model_unchanged(
     name: str, content: Any, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / name

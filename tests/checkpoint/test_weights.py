@@ -93,7 +93,9 @@ def check_equal(model: nn.Module, path: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_as_from_pretrained(name: str, layout: str, folders: dict[str, str], workers: Workers) -> None:
+def test_load_weights_on_meta_equals_from_pretrained(
+    name: str, layout: str, folders: dict[str, str], workers: Workers
+) -> None:
     workers.run(LAYOUTS[layout][0], load_on_meta, name, layout, folders[name])
 
 
@@ -105,7 +107,9 @@ def load_on_meta(name: str, layout: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp of 2", "sharded 2 x 2"])
-def test_into_a_model_whose_experts_have_moved(layout: str, folders: dict[str, str], workers: Workers) -> None:
+def test_load_weights_after_moves_equals_from_pretrained(
+    layout: str, folders: dict[str, str], workers: Workers
+) -> None:
     for name in ("mixtral", "gpt_oss"):
         workers.run(LAYOUTS[layout][0], load_after_moves, name, layout, folders[name])
 
@@ -144,7 +148,9 @@ def count_bytes(load: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_bytes_that_a_rank_reads(name: str, layout: str, folders: dict[str, str], workers: Workers) -> None:
+def test_load_weights_on_each_rank_reads_its_own_bytes(
+    name: str, layout: str, folders: dict[str, str], workers: Workers
+) -> None:
     ranks, sizes = LAYOUTS[layout]
     tensors: dict[str, Tensor] = {}
     for file in Path(folders[name]).glob("*.safetensors"):
@@ -166,7 +172,7 @@ def bytes_read(name: str, layout: str, path: str) -> int:
     return count_bytes(lambda: load_weights(model, path))
 
 
-def test_tied_weights(workers: Workers, tmp_path: Path) -> None:
+def test_load_weights_of_tied_model_keeps_them_tied(workers: Workers, tmp_path: Path) -> None:
     tied_model().save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     workers.run(2, load_tied, str(tmp_path), "ddp of 2")
@@ -220,7 +226,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_trains_as_the_unmodified_model(case: Case, folders: dict[str, str], workers: Workers) -> None:
+def test_model_after_load_weights_trains_as_unmodified(case: Case, folders: dict[str, str], workers: Workers) -> None:
     expected = reference(case).losses[:4]
     losses = workers.run(case.ranks, train, case, folders[case.model])
     mean = torch.tensor(losses, dtype=torch.float64).mean(dim=0)
@@ -237,7 +243,7 @@ def train(case: Case, path: str) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "sharded into one file", "fsdp1"])
-def test_what_lightning_saved(kind: str, workers: Workers, tmp_path: Path) -> None:
+def test_load_weights_of_lightning_checkpoint_equals_its_weights(kind: str, workers: Workers, tmp_path: Path) -> None:
     """Whole modules and modules within, from a run whose experts had been shuffled."""
     from_kind, _, file = kind.partition(" ")
     workers.run(2, save_halfway, from_kind, 2, 1, str(tmp_path), not file, seconds=200)
@@ -269,7 +275,7 @@ def load_from_lightning(path: str, layout: str, inner: bool) -> dict[str, Tensor
     return {name: whole(tensor) for name, tensor in module.state_dict().items()}
 
 
-def test_several_modules_in_what_lightning_saved(tmp_path: Path) -> None:
+def test_load_weights_of_ambiguous_module_raises(tmp_path: Path) -> None:
     """Only the whole can be loaded: nobody knows which one is meant."""
     module = nn.ModuleDict({"teacher": Own(), "student": Own()})
     torch.save({"state_dict": module.state_dict()}, tmp_path / "last.ckpt")
@@ -285,7 +291,7 @@ def test_several_modules_in_what_lightning_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inner", [True, False])
-def test_other_shapes_than_lightning_saved(inner: bool, tmp_path: Path) -> None:
+def test_load_weights_of_other_shape_raises(inner: bool, tmp_path: Path) -> None:
     module = nn.ModuleDict({"model": Own()})
     torch.save({"state_dict": module.state_dict() | {"model.experts.up": torch.zeros(5, 3, 5)}}, tmp_path / "last.ckpt")
     name = "experts.up" if inner else "model.experts.up"
@@ -320,7 +326,7 @@ class OwnExperts(nn.Module):
         return hidden * weights.sum(dim=1, keepdim=True)
 
 
-def test_a_model_of_ones_own(workers: Workers, tmp_path: Path) -> None:
+def test_load_weights_of_own_model_equals_file(workers: Workers, tmp_path: Path) -> None:
     model = Own()
     model.get_buffer("experts.count").fill_(5)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -351,7 +357,9 @@ REFUSED: dict[Change, str] = {
 
 
 @pytest.mark.parametrize("change", REFUSED)
-def test_what_is_refused(change: Change, folders: dict[str, str], workers: Workers, tmp_path: Path) -> None:
+def test_load_weights_of_unfit_folder_raises_on_all_ranks(
+    change: Change, folders: dict[str, str], workers: Workers, tmp_path: Path
+) -> None:
     if change == "a file less":
         for file in Path(folders["mixtral"]).iterdir():
             if not file.name.startswith("model-00001"):
@@ -389,13 +397,13 @@ def refused(path: str) -> str:
     return str(raised.value)
 
 
-def test_a_module_that_has_the_model(folders: dict[str, str]) -> None:
+def test_load_weights_into_outer_module_raises_and_names_inner(folders: dict[str, str]) -> None:
     module = LanguageModel(on_meta("mixtral"), "adamw")
     with pytest.raises(ValueError, match=r"is to be loaded into the model of transformers that is model here"):
         load_weights(module, folders["mixtral"])
 
 
-def test_layers_that_a_model_leaves_out(folders: dict[str, str], tmp_path: Path) -> None:
+def test_load_weights_with_layers_to_ignore_ignores_them(folders: dict[str, str], tmp_path: Path) -> None:
     """DeepSeek's checkpoints have one more layer, which transformers knows to leave alone."""
     tensors = {}
     for file in Path(folders["deepseek_v3"]).glob("*.safetensors"):
@@ -407,7 +415,7 @@ def test_layers_that_a_model_leaves_out(folders: dict[str, str], tmp_path: Path)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_no_memory_on_the_meta_device(folders: dict[str, str]) -> None:
+def test_load_weights_under_meta_device_raises(folders: dict[str, str]) -> None:
     model = parallelize_experts(on_meta("mixtral"))
     with pytest.raises(ValueError, match=r"device='meta' has no memory"), torch.device("meta"):
         load_weights(model, folders["mixtral"])

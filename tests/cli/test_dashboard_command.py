@@ -19,13 +19,15 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list:
     return workspaces
 
 
-def test_saved_and_told_where(saved: list, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashboard_when_saved_prints_its_address(saved: list, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "--name", "MoE"]) == 0
     assert [(each.entity, each.project, each.name) for each in saved] == [("team", "model", "MoE")]
     assert capsys.readouterr().out == "https://address.of/the-workspace\n"
 
 
-def test_refused(saved: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashboard_without_access_prints_error(
+    saved: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from wandb_workspaces.workspaces import Workspace
 
     def refuse(workspace: Workspace) -> None:
@@ -45,13 +47,17 @@ def test_refused(saved: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (["--entity", "team", "--project", "model", "--name", " "], "--name ' ' must be a name"),
     ],
 )
-def test_what_is_no_name(saved: list, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashboard_with_invalid_name_prints_error(
+    saved: list, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["dashboard", *words]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert saved == []
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dashboard_without_extra_prints_install_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delitem(sys.modules, "lightning_eplb.logging.dashboard", raising=False)
     for name in ("wandb_workspaces", "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces"):
         monkeypatch.setitem(sys.modules, name, None)

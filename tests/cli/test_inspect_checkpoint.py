@@ -26,7 +26,9 @@ def train(folder: str) -> tuple[np.ndarray, np.ndarray]:
     return callback.balancer.load.steps().numpy(), callback.balancer.placement.physical_to_logical
 
 
-def test_a_run(workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_run_prints_window_and_placement(
+    workers: Workers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (window_WYL, slots_YP), _ = workers.run(2, train, str(tmp_path))
     load_YL = window_WYL.sum(axis=0)
     placement = ExpertPlacement(slots_YP, 8, 2)
@@ -63,7 +65,9 @@ STATE = {"window": torch.ones(2, 1, 4, dtype=torch.int64), "num_rearrangements":
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_sharded_checkpoint_and_one_without_a_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_sharded_checkpoint_without_placement_prints_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save({"state_dict": {"a": torch.ones(2)}}, checkpoint_id=tmp_path, no_dist=True)
     saved(tmp_path / "meta.pt", {"callbacks": {"EPLBCallback": STATE}, "global_step": 2})
     assert main(["inspect", str(tmp_path)]) == 0
@@ -116,7 +120,9 @@ class Code:
         ({"callbacks": Code()}, "without running code"),
     ],
 )
-def test_other_files(content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_other_file_prints_error(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(saved(tmp_path / "other.ckpt", content))]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -124,12 +130,14 @@ def test_other_files(content: Any, message: str, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b"."])
-def test_no_checkpoint_at_all(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_no_checkpoint_prints_error(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text.ckpt").write_bytes(content)
     assert main(["inspect", str(tmp_path / "text.ckpt")]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
 
 
-def test_folder_of_anything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_other_folder_prints_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert "is no checkpoint of Lightning: it has neither an index .metadata nor shards" in capsys.readouterr().err

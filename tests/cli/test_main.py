@@ -12,7 +12,7 @@ from lightning_eplb.cli import COMMANDS, main
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_without_command_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["--help"])
     assert raised.value.code == 0
@@ -24,7 +24,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_has_an_example_that_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_command_has_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main([name, "--help"])
     assert raised.value.code == 0
@@ -38,36 +38,36 @@ def test_help_of_a_command_has_an_example_that_is_understood(name: str, capsys: 
 
 
 @pytest.mark.parametrize("words", [[], ["nothing"], ["simulate", "--ep-size", "many"], ["dashboard"]])
-def test_what_is_no_command_line_has_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_with_invalid_arguments_has_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(words)
     assert raised.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_as_a_program(tmp_path: Path) -> None:
+def test_module_run_as_program_has_exit_status(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_eplb", "inspect", str(tmp_path / "nowhere.ckpt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .*nowhere.ckpt.*\n", done.stderr)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+def test_program_with_closed_pipe_is_silent(tmp_path: Path) -> None:
     program = f"{sys.executable} -m lightning_eplb simulate --synthetic zipf --steps 60 | true"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_it_is_installed_under_its_name() -> None:
+def test_project_scripts_have_the_program() -> None:
     assert '[project.scripts]\nlightning-eplb = "lightning_eplb.cli:main"\n' in PROJECT.read_text()
 
 
-def test_warnings_are_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_of_main_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--synthetic", "zipf", "--steps", "60", "--num-nodes", "2"]) == 0
     assert re.fullmatch(r"warning: DeepSeekPolicy .*\n", capsys.readouterr().err)
 
 
-def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_terminal_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_eplb.cli.terminal import progress
 
     with progress(10, "replaying") as bar:
@@ -75,7 +75,9 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_an_interruption_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_when_interrupted_prints_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 

@@ -32,7 +32,7 @@ def train(name: str, folder: Path, *others: str, ranks: int = 2) -> str:
     return run([*command, *SMALL.split(), *on_cpu, *others], folder).stdout
 
 
-def test_every_recipe_is_tested_and_told() -> None:
+def test_recipes_in_folder_are_in_readme() -> None:
     names = {path.name for path in CONFIGS.glob("*.yaml")}
     assert names == {"cpu.yaml", "one_node_ddp.yaml", "multi_node_fsdp2.yaml", "fine_tune.yaml", "monitor.yaml"}
     readme = (REPOSITORY / "README.md").read_text()
@@ -42,7 +42,7 @@ def test_every_recipe_is_tested_and_told() -> None:
 
 
 @pytest.mark.slow
-def test_one_node_and_a_fine_tuning_of_what_it_saved(tmp_path: Path) -> None:
+def test_fine_tune_recipe_after_one_node_recipe_starts_from_its_weights(tmp_path: Path) -> None:
     output = train("one_node_ddp.yaml", tmp_path)
     assert "6 steps on 2 ranks" in output
     assert read_trace(tmp_path / "one_node/trace.npy").shape == (6, 2, 16)
@@ -57,7 +57,7 @@ def test_one_node_and_a_fine_tuning_of_what_it_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_monitor_and_then_a_report(tmp_path: Path) -> None:
+def test_monitor_recipe_writes_trace_for_report(tmp_path: Path) -> None:
     output = train("monitor.yaml", tmp_path, ranks=1)
     assert "balancedness" in output
     trace = tmp_path / "monitor/trace.npy"
@@ -67,7 +67,9 @@ def test_monitor_and_then_a_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_multi_node_recipe_on_one_node_writes_checkpoint_for_inspect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     one_node = ["--trainer.num_nodes=1", "--trainer.strategy.init_args.ep_size=2"]
     output = train("multi_node_fsdp2.yaml", tmp_path, *one_node)
     assert "6 steps on 2 ranks" in output

@@ -26,7 +26,7 @@ SMALL = """
 
 
 @pytest.mark.distributed
-def test_the_command_of_the_readme(tmp_path: Path) -> None:
+def test_pretrain_with_command_of_readme_trains_and_resumes(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "examples/pretrain.py"), "fit"]
     config = (REPOSITORY / "examples/configs/cpu.yaml").read_text()
     config = config.replace("runs/pretrain", str(tmp_path)).replace("step_interval: 160", MOVES)

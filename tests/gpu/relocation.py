@@ -1,4 +1,4 @@
-"""Training on GPUs with experts that move and with experts that don't: the same losses, and what copies weigh.
+"""Compare losses on GPUs with and without experts that move, and measure the memory of redundant experts.
 
 One process a rank, as ``torchrun`` starts them, or any launcher that sets the same variables::
 
@@ -6,10 +6,10 @@ One process a rank, as ``torchrun`` starts them, or any launcher that sets the s
 
 Trains a model of Mixtral's kind from the same weights on the same tokens: twice with no expert moving, for what two
 identical runs differ by; with all experts shuffled after every second step (``--every``); and with a redundant expert
-on each rank as well, for what it takes: the bytes that a rank has allocated after a step, and at its peak. A copied
-expert's gradient is a sum of two, which rounds otherwise, as a grouped kernel may when an expert has another place
-among others; with ``eager`` kernels an expert that only moves computes the same. Ends with status 1 if moving experts
-changed the losses by more than the spread of the two identical runs (and ``--tolerance``).
+on each rank as well, for what it takes: the bytes that a rank has allocated after a step, and at its peak. The
+gradient of an expert with a replica is a sum of two, which rounds otherwise, as a grouped kernel may when an expert
+has another place among others; with ``eager`` kernels an expert that only moves computes the same. Ends with status 1
+if moving experts changed the losses by more than the spread of the two identical runs (and ``--tolerance``).
 """
 
 import argparse
@@ -163,19 +163,19 @@ def main() -> int:
         AllToAllDispatcher.bytes_in_parts = 0
     moved, copied = train(arguments, True, 0), train(arguments, True, redundant)
     spread = float((first["losses"] - second["losses"]).abs().max())
-    change, copies_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, copied))
+    change, replicas_change = (float((first["losses"] - run["losses"]).abs().max()) for run in (moved, copied))
     rank, mib = os.environ["RANK"], 2**20
     print(
         f"rank {rank}: {arguments.strategy}, {arguments.precision}: identical runs differ by {spread:.3g},"
-        f" moving experts by {change:.3g}, moving and copying them by {copies_change:.3g}",
+        f" moving experts by {change:.3g}, moving and replicating them by {replicas_change:.3g}",
         flush=True,
     )
     if arguments.accelerator == "gpu":
         print(
-            f"rank {rank}: copies take {(copied['allocated'] - moved['allocated']) / mib:.1f} MiB between steps and"
-            f" {(copied['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and gradients of one slot in each"
-            f" layer are {2 * first['slot'] / mib:.1f} MiB, full copies with AdamW would be"
-            f" {4 * first['slot'] / mib:.1f} MiB",
+            f"rank {rank}: redundant experts take {(copied['allocated'] - moved['allocated']) / mib:.1f} MiB"
+            f" between steps and {(copied['peak'] - moved['peak']) / mib:.1f} MiB at the peak; weights and"
+            f" gradients of one slot in each layer are {2 * first['slot'] / mib:.1f} MiB, replicas with AdamW state"
+            f" would be {4 * first['slot'] / mib:.1f} MiB",
             flush=True,
         )
     return int(change > spread + arguments.tolerance)

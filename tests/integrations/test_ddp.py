@@ -49,7 +49,7 @@ def warnings_of(kind: type[LanguageModel], piece: int = PIECE) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "piece"), [(ClipsByItself, PIECE), (ClipsLater, PIECE), (ClipsByItself, 100)])
-def test_clipping_by_what_a_rank_has_is_told_once(kind: type[LanguageModel], piece: int, workers: Workers) -> None:
+def test_dense_weights_clipped_by_local_norm_warn_once(kind: type[LanguageModel], piece: int, workers: Workers) -> None:
     (message,), nothing = workers.run(2, warnings_of, kind, piece)  # rank 0 warns
     assert message.startswith("model.model.embed_tokens.weight is no longer the same on all ranks")
     assert "self.clip_gradients(optimizer, ...)" in message
@@ -57,5 +57,5 @@ def test_clipping_by_what_a_rank_has_is_told_once(kind: type[LanguageModel], pie
 
 
 @pytest.mark.parametrize("kind", [LanguageModel, ClipsThroughLightning, ShardedLanguageModel])
-def test_nothing_is_told_of_ranks_that_stay_together(kind: type[LanguageModel], workers: Workers) -> None:
+def test_dense_weights_equal_on_ranks_warn_nothing(kind: type[LanguageModel], workers: Workers) -> None:
     assert workers.run(2, warnings_of, kind) == [[], []]

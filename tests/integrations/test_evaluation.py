@@ -87,7 +87,7 @@ def predict(redundancy: Literal["window", "batch"], ep_size: int | None = None) 
 
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
-def test_predict_with_unequal_numbers_of_batches_equals_the_unmodified_model(redundancy: str, workers: Workers) -> None:
+def test_predict_with_unequal_batches_equals_unmodified(redundancy: str, workers: Workers) -> None:
     """Lightning's sampler does not pad: of 9 sequences rank 0 gets 5, rank 1 gets 4."""
     (difference, batches), (their_difference, their_batches) = workers.run(2, predict, redundancy)
     assert (batches, their_batches) == (3, 2)
@@ -107,7 +107,7 @@ def evaluate(what: Literal["validate", "test"], *counts_of_loaders: tuple[int, .
 
 @pytest.mark.parametrize("what", ["validate", "test"])
 @pytest.mark.parametrize("counts", [[(1, 4)], [(3, 0)], [(0, 2)], [(1, 3), (2, 2), (4, 1)]])
-def test_unequal_iterables_equal_the_unmodified_model(
+def test_evaluation_of_unequal_iterables_equals_unmodified(
     what: str, counts: list[tuple[int, int]], workers: Workers
 ) -> None:
     """Metrics are reduced over the ranks behind each dataloader."""
@@ -128,7 +128,7 @@ def predict_with_calls(*counts: int) -> float:
     return float((torch.cat(predictions) - expected).abs().max())  # type: ignore[arg-type]
 
 
-def test_predict_steps_that_call_the_model_unequally_often_equal_the_unmodified_model(workers: Workers) -> None:
+def test_predict_with_unequal_calls_equals_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, predict_with_calls, 3, 4)) < 1e-12
 
 
@@ -148,7 +148,7 @@ def generate() -> bool:
     return all(torch.equal(ours, theirs) for ours, theirs in zip(predictions, expected, strict=True))  # type: ignore[arg-type]
 
 
-def test_generating_unequally_many_tokens_equals_the_unmodified_model(workers: Workers) -> None:
+def test_generate_of_unequal_lengths_equals_unmodified(workers: Workers) -> None:
     assert workers.run(2, generate) == [True, True]
 
 
@@ -175,7 +175,7 @@ def predict_by_two() -> float:
     return max(differences)
 
 
-def test_ranks_that_call_different_models_equal_the_unmodified_models(workers: Workers) -> None:
+def test_predict_by_different_models_on_ranks_equals_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, predict_by_two)) < 1e-12
 
 
@@ -185,7 +185,7 @@ def predict_in_groups() -> int:
     return len(trainer.predict(module, shard(1, 3, 2, 0)) or [])
 
 
-def test_ranks_of_two_ep_groups_may_all_have_unequal_numbers_of_batches(workers: Workers) -> None:
+def test_predict_in_two_ep_groups_with_unequal_batches_ends(workers: Workers) -> None:
     assert workers.run(4, predict_in_groups) == [1, 3, 2, 0]
 
 
@@ -206,7 +206,7 @@ def predict_with_counters() -> list[int]:
     return [int(experts.tokens.sum()) for experts in module.model.experts]  # type: ignore[union-attr]
 
 
-def test_counters_have_the_tokens_of_all_ep_groups_that_called_unequally_often(workers: Workers) -> None:
+def test_counters_with_unequal_calls_in_ep_groups_count_all_tokens(workers: Workers) -> None:
     """Six sequences of eight tokens, each with two experts."""
     assert workers.run(4, predict_with_counters) == [[96, 96]] * 4
 
@@ -222,7 +222,7 @@ def predict_in_bfloat16() -> float:
     return float((torch.cat(predictions) - expected).abs().max())  # type: ignore[arg-type]
 
 
-def test_predict_under_autocast_with_unequal_numbers_of_batches(workers: Workers) -> None:
+def test_predict_under_autocast_with_unequal_batches_equals_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, predict_in_bfloat16)) < 2e-2
 
 
@@ -234,7 +234,7 @@ def fit(*count_of_rank: int) -> tuple[list[float], int]:
 
 
 @pytest.mark.parametrize("counts", [(2, 5), (0, 3), (3, 0)])
-def test_training_with_unequal_validation_goes_on_as_with_equal(counts: tuple[int, int], workers: Workers) -> None:
+def test_training_after_unequal_validation_equals_that_after_equal(counts: tuple[int, int], workers: Workers) -> None:
     """Under DDP, whose first forward pass of an evaluation broadcasts the buffers of rank 0."""
     equal = workers.run(2, fit, 2, 2)
     unequal = workers.run(2, fit, *counts)
@@ -260,7 +260,7 @@ def validate_with_gradients(*count_of_rank: int) -> tuple[str, int]:
     return "", len(module.evaluated)
 
 
-def test_a_backward_pass_in_evaluation_needs_equal_numbers_of_batches(workers: Workers) -> None:
+def test_backward_in_evaluation_with_unequal_batches_raises(workers: Workers) -> None:
     assert workers.run(2, validate_with_gradients, 2, 2) == [("", 2), ("", 2)]
     for message, batches in workers.run(2, validate_with_gradients, 2, 3):
         assert message.startswith(
@@ -293,9 +293,7 @@ def refused(strategy: Literal["FSDP1", "FSDP2"], what: str, *count_of_rank: int)
 
 @pytest.mark.parametrize("strategy", ["FSDP1", "FSDP2"])
 @pytest.mark.parametrize(("what", "name"), [("predict", "predict"), ("validate", "val"), ("test", "test")])
-def test_fsdp_with_unequal_numbers_of_batches_is_refused_on_all_ranks(
-    strategy: str, what: str, name: str, workers: Workers
-) -> None:
+def test_fsdp_with_unequal_batches_raises_on_all_ranks(strategy: str, what: str, name: str, workers: Workers) -> None:
     full_name = "CPUFSDPStrategy" if strategy == "FSDP1" else "ExpertParallelStrategy"
     assert workers.run(2, refused, strategy, what, 2, 2) == ["", ""]
     for message in workers.run(2, refused, strategy, what, 4, 2):

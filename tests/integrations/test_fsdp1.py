@@ -55,7 +55,7 @@ def tokens() -> Any:
     ("precision", "tolerance"),
     [("32-true", 1e-6), ("bf16-true", 1e-3), ("bf16-mixed", 1e-3), ("16-true", 5e-3), ("own", 4e-2)],
 )
-def test_experts_compute_as_under_unmodified_fsdp(precision: str, tolerance: float, workers: Workers) -> None:
+def test_fsdp1_in_each_precision_trains_as_unmodified(precision: str, tolerance: float, workers: Workers) -> None:
     unmodified = workers.run(2, train, precision, False, seconds=200)
     ours = workers.run(2, train, precision, True, seconds=200)
     for (losses, dtypes), (their_losses, their_dtypes) in zip(ours, unmodified, strict=True):
@@ -88,7 +88,7 @@ def refused(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_arguments_of_the_strategy(name: str, workers: Workers) -> None:
+def test_fsdp1_with_unsupported_argument_raises(name: str, workers: Workers) -> None:
     for message in workers.run(2, refused, name):
         assert message.startswith(REFUSED[name][1])
 
@@ -102,7 +102,7 @@ def on_meta() -> str:
     return fit(OnMeta())
 
 
-def test_experts_without_memory(workers: Workers) -> None:
+def test_fsdp1_with_experts_on_meta_raises(workers: Workers) -> None:
     for message in workers.run(2, on_meta):
         assert "mlp.experts.gate_up_proj is on the meta device, and FSDP does not materialize parameters" in message
 
@@ -122,11 +122,11 @@ def wrapped_by_hand(with_experts: bool) -> str:
     return fit(WrappedByHand(with_experts))
 
 
-def test_a_model_that_was_wrapped_without_its_experts(workers: Workers) -> None:
+def test_fsdp1_wrapped_by_hand_without_experts_trains(workers: Workers) -> None:
     assert workers.run(2, wrapped_by_hand, False) == ["", ""]
 
 
-def test_a_model_that_was_wrapped_with_its_experts(workers: Workers) -> None:
+def test_fsdp1_wrapped_by_hand_with_experts_raises(workers: Workers) -> None:
     for message in workers.run(2, wrapped_by_hand, True):
         assert "mlp.experts.gate_up_proj was sharded by FullyShardedDataParallel. Let FSDPStrategy wrap" in message
 
@@ -142,7 +142,7 @@ def keeps_what_else_is_ignored() -> tuple[bool, bool, bool]:
     return head.shape == (64, 16), untouched, "convert_module" not in vars(trainer.precision_plugin)
 
 
-def test_what_the_user_ignores_stays_ignored_and_the_strategy_as_it_was(workers: Workers) -> None:
+def test_fsdp1_with_ignored_modules_keeps_them_ignored(workers: Workers) -> None:
     assert workers.run(2, keeps_what_else_is_ignored) == [(True, True, True)] * 2
 
 
@@ -162,7 +162,7 @@ def losses_clipped(ours: bool) -> list[float]:
     return module.losses
 
 
-def test_fsdps_own_clipping_is_by_the_norm_of_the_whole_model(workers: Workers) -> None:
+def test_fsdp1_clip_grad_norm_uses_norm_of_whole_model(workers: Workers) -> None:
     for ours, theirs in zip(workers.run(2, losses_clipped, True), workers.run(2, losses_clipped, False), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
 
@@ -185,7 +185,7 @@ def hooked(hook: Any) -> str:
     return fit(Hooked(hook))
 
 
-def test_a_communication_hook_that_may_sum_is_refused(workers: Workers) -> None:
+def test_fsdp1_with_hook_that_may_sum_raises(workers: Workers) -> None:
     for message in workers.run(2, hooked, summing_hook):
         assert message.startswith(
             "FullyShardedDataParallel.register_comm_hook(hook=summing_hook) is not supported with"

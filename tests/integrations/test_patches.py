@@ -13,7 +13,7 @@ class Plugin:
         return f"clip {value}"
 
 
-def test_replace_twice_restores_the_method_of_the_class() -> None:
+def test_restore_after_two_replacements_restores_method_of_class() -> None:
     plugin, other = Plugin(), Plugin()
     replace(plugin, "clip", lambda value: "first")
     replace(plugin, "clip", lambda value: "second")
@@ -23,7 +23,7 @@ def test_replace_twice_restores_the_method_of_the_class() -> None:
     assert vars(plugin) == {}
 
 
-def test_restore_keeps_a_method_that_the_user_replaced() -> None:
+def test_restore_of_method_that_user_replaced_keeps_it() -> None:
     plugin = Plugin()
     plugin.clip = lambda value: "the user's"  # type: ignore[method-assign]
     replace(plugin, "clip", lambda value: "ours")
@@ -31,14 +31,14 @@ def test_restore_keeps_a_method_that_the_user_replaced() -> None:
     assert plugin.clip(1.0) == "the user's"
 
 
-def test_restore_leaves_alone_what_was_not_replaced() -> None:
+def test_restore_of_unreplaced_method_changes_nothing() -> None:
     plugin = Plugin()
     plugin.clip = lambda value: "the user's"  # type: ignore[method-assign]
     restore(plugin, "clip", "unknown")
     assert plugin.clip(1.0) == "the user's"
 
 
-def test_restore_sets_a_property_to_its_value() -> None:
+def test_restore_of_property_sets_its_value() -> None:
     plugin, ours = TorchCheckpointIO(), TorchCheckpointIO()
     strategy = SingleDeviceStrategy("cpu", checkpoint_io=plugin)
     replace(strategy, "checkpoint_io", ours)
@@ -47,14 +47,14 @@ def test_restore_sets_a_property_to_its_value() -> None:
     assert strategy.checkpoint_io is plugin
 
 
-def test_call_before_calls_the_method_with_its_arguments() -> None:
+def test_call_before_with_arguments_passes_them_on() -> None:
     plugin, calls = Plugin(), []
     call_before(plugin, "clip", lambda: calls.append("before"))
     assert plugin.clip(value=2.0) == "clip 2.0"
     assert calls == ["before"]
 
 
-def test_equal_objects_that_are_not_hashable_are_restored_one_by_one() -> None:
+def test_restore_of_equal_unhashable_objects_is_one_by_one() -> None:
     @dataclass
     class Plugin:
         def clip(self) -> str:

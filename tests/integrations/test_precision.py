@@ -34,7 +34,7 @@ def losses_while_rates_are_tried(ours: bool, folder: str) -> list[float]:
     return module.losses
 
 
-def test_learning_rates_are_tried_as_without_us(workers: Workers, tmp_path: Path) -> None:
+def test_learning_rate_finder_computes_losses_as_unmodified(workers: Workers, tmp_path: Path) -> None:
     unmodified = workers.run(2, losses_while_rates_are_tried, False, str(tmp_path))
     for ours, theirs in zip(workers.run(2, losses_while_rates_are_tried, True, str(tmp_path)), unmodified, strict=True):
         assert len(ours) > STEPS

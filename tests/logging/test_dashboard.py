@@ -19,11 +19,11 @@ def sections() -> list[dict[str, Any]]:
     return json.loads(view.spec.model_dump_json(by_alias=True))["section"]["panelBankConfig"]["sections"]
 
 
-def test_sections(sections: list[dict[str, Any]]) -> None:
+def test_dashboard_sections_are_balance_experts_cost(sections: list[dict[str, Any]]) -> None:
     assert [section["name"] for section in sections if section["panels"]] == ["Balance", "Experts", "Cost"]
 
 
-def test_all_that_is_logged_is_shown_and_nothing_else(sections: list[dict[str, Any]]) -> None:
+def test_dashboard_panels_show_all_that_is_logged(sections: list[dict[str, Any]]) -> None:
     panels = [panel for section in sections for panel in section["panels"]]
     lines = {
         metric
@@ -37,6 +37,6 @@ def test_all_that_is_logged_is_shown_and_nothing_else(sections: list[dict[str, A
     assert TABLE in json.dumps(panels)
 
 
-def test_all_lines_share_an_axis(sections: list[dict[str, Any]]) -> None:
+def test_dashboard_lines_share_the_step_axis(sections: list[dict[str, Any]]) -> None:
     lines = [panel for section in sections for panel in section["panels"] if "Line" in panel["viewType"]]
     assert {panel["config"]["xAxis"] for panel in lines} == {"trainer/global_step"}

@@ -31,7 +31,7 @@ def shown(figure: Figure, panel: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.filterwarnings("error")  # such as matplotlib's that a layout has no room
-def test_every_size_is_drawn(size: tuple[int, int]):
+def test_heatmap_of_any_size_has_a_pixel_for_each_cell(size: tuple[int, int]):
     load = skewed(*size)
     for figure in (draw_expert_load(load), draw_rank_load(load), draw_before_after(load, load)):
         width, height = png(figure).size
@@ -44,7 +44,7 @@ def test_every_size_is_drawn(size: tuple[int, int]):
         assert figure.axes[-1].get_ylabel() == "tokens ÷ layer's mean"
 
 
-def test_axes_are_named():
+def test_heatmap_axes_have_labels_and_titles():
     assert draw_expert_load([[1, 2]]).axes[0].get_xlabel() == "logical expert"
     assert draw_rank_load([[1, 2]], title="Ranks").axes[0].get_xlabel() == "rank"
     assert draw_rank_load([[3, 1]], title="Ranks").axes[0].get_title() == "Ranks\nbalancedness 0.667"
@@ -52,7 +52,7 @@ def test_axes_are_named():
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_cells_are_shares_of_their_layer(as_tensor: bool):
+def test_heatmap_cells_are_shares_of_their_layer(as_tensor: bool):
     """A layer with ten times the tokens looks no hotter."""
     load = np.array([[2, 1, 1, 0], [20, 10, 10, 40]])
     figure = draw_expert_load(torch.from_numpy(load) if as_tensor else load)
@@ -64,7 +64,7 @@ def test_cells_are_shares_of_their_layer(as_tensor: bool):
     assert (image.norm.vmin, image.norm.vmax) == (0.5, 2)
 
 
-def test_layer_without_tokens():
+def test_heatmap_of_layer_without_tokens_is_empty():
     figure = draw_rank_load([[0, 0], [3, 1]])
     assert np.isnan(shown(figure)[0]).all()
     assert shown(figure)[1] == pytest.approx(np.array([1.5, 0.6667]), rel=1e-3)  # 0.5 is below the end of the scale
@@ -73,7 +73,7 @@ def test_layer_without_tokens():
     png(draw_rank_load([[0, 0]]))
 
 
-def test_before_and_after_share_one_scale():
+def test_heatmap_before_and_after_share_one_scale():
     figure = draw_before_after([[30, 10]], [[20, 20]], title="Step 100")
     before, after = (axes.images[0].norm for axes in figure.axes[:2])
     assert (before.vmin, before.vmax) == (after.vmin, after.vmax)
@@ -82,7 +82,7 @@ def test_before_and_after_share_one_scale():
     assert figure.get_suptitle() == "Step 100"
 
 
-def test_shapes_are_checked():
+def test_heatmap_of_other_shape_raises():
     with pytest.raises(ValueError, match=r"load_YL has shape \[3\]; it must be \[layers, experts\]"):
         draw_expert_load([1, 2, 3])
     with pytest.raises(ValueError, match=r"tokens_YR has shape \[0, 4\]"):
@@ -91,7 +91,7 @@ def test_shapes_are_checked():
         draw_before_after([[1, 2]], [[1, 2, 3]])
 
 
-def test_pyplot_and_its_backend_are_left_alone():
+def test_heatmap_when_drawn_leaves_pyplot_alone():
     program = (
         "import sys, io; from lightning_eplb.logging import draw_before_after;"
         "draw_before_after([[1, 2]], [[2, 1]]).savefig(io.BytesIO());"
@@ -101,7 +101,7 @@ def test_pyplot_and_its_backend_are_left_alone():
     assert printed.stdout.strip() == "[]"
 
 
-def test_slots_before_and_after():
+def test_slot_heatmap_before_and_after_needs_one_shape():
     figure = draw_slot_load([[30, 10, 0]], [[20, 20, 0]])
     assert figure.axes[0].get_xlabel() == "physical expert"
     assert [axes.get_title() for axes in figure.axes[:2]] == ["before", "after"]

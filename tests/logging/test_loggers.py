@@ -31,7 +31,7 @@ def rows_with(run_dir: Path, name: str) -> list[dict[str, Any]]:
     return [row for row in read_history(run_dir) if name in row]
 
 
-def test_pictures_are_in_the_history(wandb_logger: WandbLogger, tmp_path: Path):
+def test_log_heatmaps_with_wandb_writes_pictures(wandb_logger: WandbLogger, tmp_path: Path):
     loggers = [CSVLogger(tmp_path), wandb_logger]
     assert takes_pictures(loggers)
     for step in (25, 125):
@@ -64,7 +64,7 @@ class DrawAfterEveryStep(Callback):
         log_heatmaps(trainer.loggers, trainer.global_step - 1, {"eplb/rank_load": draw_rank_load([[1, 2]])})
 
 
-def test_pictures_share_the_steps_of_logged_values(wandb_logger: WandbLogger, tmp_path: Path):
+def test_log_heatmaps_in_training_shares_steps_of_values(wandb_logger: WandbLogger, tmp_path: Path):
     """``trainer.global_step - 1`` is what Lightning gives to loggers for values logged in ``on_train_batch_end``."""
     trainer = Trainer(
         max_steps=3,
@@ -89,21 +89,23 @@ def test_pictures_share_the_steps_of_logged_values(wandb_logger: WandbLogger, tm
     assert steps == {"eplb/rank_load": [0, 1, 2], "eplb/balancedness": [0, 1, 2]}
 
 
-def test_other_ranks_write_nothing(wandb_logger: WandbLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_log_heatmaps_on_other_ranks_writes_nothing(
+    wandb_logger: WandbLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     assert not takes_pictures([wandb_logger])
     log_heatmaps([wandb_logger], 3, {"eplb/rank_load": draw_rank_load([[1, 2]])})
     assert run_dirs(tmp_path) == []
 
 
-def test_other_loggers_are_passed_over(tmp_path: Path):
+def test_log_heatmaps_with_csv_logger_does_nothing(tmp_path: Path):
     loggers = [CSVLogger(tmp_path)]
     assert not takes_pictures(loggers)
     log_heatmaps(loggers, 3, {"eplb/rank_load": draw_rank_load([[1, 2]])})
     log_heatmaps([], 3, {"eplb/rank_load": draw_rank_load([[1, 2]])})
 
 
-def test_wandb_is_not_imported_without_its_logger(tmp_path: Path):
+def test_log_heatmaps_without_wandb_logger_does_not_import_it(tmp_path: Path):
     program = (
         "import sys; from lightning.pytorch.loggers import CSVLogger; from lightning_eplb.logging import *;"
         f"log_heatmaps([CSVLogger({str(tmp_path)!r})], 3, {{'load': draw_rank_load([[1, 2]])}});"
@@ -113,7 +115,7 @@ def test_wandb_is_not_imported_without_its_logger(tmp_path: Path):
     assert printed.stdout.strip() == "False"
 
 
-def test_long_histories_are_read(wandb_logger: WandbLogger, tmp_path: Path):
+def test_read_history_of_long_run_is_complete(wandb_logger: WandbLogger, tmp_path: Path):
     """Records that cross the file's blocks of 32 KiB are put together again."""
     text = "x" * 50_000
     for step in range(200):
@@ -126,7 +128,7 @@ def test_long_histories_are_read(wandb_logger: WandbLogger, tmp_path: Path):
     assert [row["long"] for row in rows_with(run_dir, "long")] == [text]
 
 
-def test_unfinished_runs_are_not_taken_for_whole(wandb_logger: WandbLogger, tmp_path: Path):
+def test_read_history_of_unfinished_run_raises(wandb_logger: WandbLogger, tmp_path: Path):
     wandb_logger.log_metrics({"value": 1}, step=0)
     (run_dir,) = run_dirs(tmp_path)
     with pytest.raises(TimeoutError, match="has no exit"):

@@ -52,7 +52,7 @@ def run(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, ExpertPlacement(slots_YP, 8, 2), load_YL
 
 
-def test_weights_and_biases(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
+def test_training_with_wandb_logs_all_names(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     folder, placement, load_YL = run
     (run_dir,) = run_dirs(folder / "rank0")
     history = read_history(run_dir)
@@ -75,7 +75,7 @@ def test_weights_and_biases(run: tuple[Path, ExpertPlacement, np.ndarray]) -> No
     assert sum(histogram["values"]) == 2 * 8  # an expert of a layer each
     (table,) = (row[TABLE] for row in history if TABLE in row)
     content = json.loads((run_dir / "files" / table["path"]).read_text())
-    assert content["columns"] == ["layer", "expert", "rank", "ranks of copies", "tokens", "times even"]
+    assert content["columns"] == ["layer", "expert", "rank", "ranks of redundant experts", "tokens", "times even"]
     assert len(content["data"]) == 2 * 8
     for layer, expert, rank, _, tokens, share in content["data"]:
         assert rank == placement.primary_rank[layer, expert]
@@ -83,7 +83,7 @@ def test_weights_and_biases(run: tuple[Path, ExpertPlacement, np.ndarray]) -> No
         assert share == pytest.approx(tokens / load_YL[layer].mean(), abs=1e-3)
 
 
-def test_csv(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
+def test_training_with_csv_logs_all_scalars(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     with open(run[0] / "rank0" / "csv" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == STEPS
@@ -96,7 +96,7 @@ def test_csv(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     assert 0 < last["eplb/entropy"] < 1 < last["eplb/hottest_expert"] <= 8
 
 
-def test_tensorboard(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
+def test_training_with_tensorboard_logs_all_names(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run[0] / "rank0" / "tensorboard"))
@@ -110,5 +110,5 @@ def test_tensorboard(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     assert all(event.width > 200 < event.height for event in events.Images("eplb/rank_load"))
 
 
-def test_ranks_above_zero_are_silent(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
+def test_training_on_other_ranks_writes_no_file(run: tuple[Path, ExpertPlacement, np.ndarray]) -> None:
     assert [path for path in (run[0] / "rank1").rglob("*") if path.is_file()] == []

@@ -41,7 +41,7 @@ def train(with_bar: bool) -> tuple[str, str, str]:
     return output.getvalue(), error.getvalue(), log.getvalue()
 
 
-def test_in_a_terminal(workers: Workers) -> None:
+def test_training_with_progress_bar_prints_summary_table(workers: Workers) -> None:
     (output, error, log), (silent, _, silent_log) = workers.run(2, train, True)
     assert re.search(r"balancedness=[01]\.\d", output + error)
     lines = re.findall(
@@ -59,7 +59,7 @@ def test_in_a_terminal(workers: Workers) -> None:
 
 
 @pytest.mark.parametrize("in_terminal", [True, False])
-def test_a_rearrangement_is_told_above_a_bar_that_is_drawn_over_the_log(
+def test_report_rearrangement_in_terminal_prints_above_bar(
     in_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[str] = []
@@ -74,13 +74,13 @@ def test_a_rearrangement_is_told_above_a_bar_that_is_drawn_over_the_log(
     assert caplog.messages == [line] * (not in_terminal)
 
 
-def test_without_a_bar_there_is_no_table(workers: Workers) -> None:
+def test_training_without_progress_bar_prints_no_table(workers: Workers) -> None:
     (output, _, log), _ = workers.run(2, train, False)
     assert "Expert load" not in output
     assert "step 1: " in log
 
 
-def test_a_table_stands_above_a_bar_of_rich_that_is_still_drawn() -> None:
+def test_print_table_with_rich_bar_stands_above_it() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     with Progress(console=console) as progress:
         progress.add_task("steps")
@@ -90,7 +90,9 @@ def test_a_table_stands_above_a_bar_of_rich_that_is_still_drawn() -> None:
     assert 0 < drawn.index("balancedness") < drawn.rindex("steps")
 
 
-def test_without_rich_it_is_plain_text(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_print_table_without_rich_logs_plain_text(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in [name for name in sys.modules if name == "rich" or name.startswith("rich.")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "rich.console", None)

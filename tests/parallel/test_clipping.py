@@ -16,7 +16,7 @@ from tests.workers import Workers
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e9])
-def test_every_expert_counts_once(max_norm: float, workers: Workers) -> None:
+def test_clip_grad_norm_with_ep_counts_every_expert_once(max_norm: float, workers: Workers) -> None:
     workers.run(2, clip, max_norm)
 
 
@@ -46,7 +46,7 @@ def clip(max_norm: float) -> None:
         assert float((parameter.grad - grad).abs().max()) < 1e-12
 
 
-def test_a_rank_whose_experts_have_no_gradient_takes_part(workers: Workers) -> None:
+def test_clip_grad_norm_without_expert_gradients_on_one_rank_is_equal(workers: Workers) -> None:
     assert workers.run(2, clip_where_one_has_none) == [5.0, 5.0]
 
 
@@ -60,7 +60,7 @@ def clip_where_one_has_none() -> float:
 
 
 @pytest.mark.parametrize("sizes", [{"efsdp": 2, "ep": 2}, {"efsdp": 4, "ep": 1}, {"replicate": 2, "efsdp": 1, "ep": 2}])
-def test_parameters_of_several_meshes(sizes: dict[str, int], workers: Workers) -> None:
+def test_clip_grad_norm_of_several_meshes_equals_unsharded(sizes: dict[str, int], workers: Workers) -> None:
     for difference in workers.run(4, clip_sharded, sizes):
         assert difference < 1e-12
 

@@ -58,7 +58,7 @@ def difference() -> float:
     return max(float((a - b).abs().max()) for a, b in zip(outputs, train(original, original), strict=True))
 
 
-def test_a_compiled_model_trains_as_the_unmodified_one(workers: Workers) -> None:
+def test_compiled_model_on_two_ranks_trains_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, difference)) < 1e-12
 
 
@@ -74,7 +74,7 @@ class Experts(nn.Module):
         return torch.einsum("td,tkdw,tk->tw", hidden, self.weight[top_k_index], top_k_weights)
 
 
-def test_on_one_rank_the_experts_are_compiled_too() -> None:
+def test_compiled_model_on_one_rank_compiles_experts() -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 

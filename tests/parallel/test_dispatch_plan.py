@@ -27,7 +27,7 @@ def plans(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int
 
 @settings(max_examples=300)
 @given(plans())
-def test_each_pair_is_served_once_by_the_slot_that_it_is_for(
+def test_lay_out_pairs_of_any_plan_computes_each_pair_once_in_its_slot(
     plan: tuple[np.ndarray, np.ndarray, np.ndarray, int, int],
 ) -> None:
     """Pairs are sent as laid out, by hand, and each rank checks what it serves."""

@@ -27,14 +27,14 @@ def mesh_of(*shape: int, names: tuple[str, ...] = NAMES) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
-def test_the_dimension_that_is_cut() -> None:
+def test_shard_dimension_of_shape_is_first_that_divides() -> None:
     assert shard_dimension(torch.Size([8, 6, 4]), 2) == Shard(1)
     assert shard_dimension(torch.Size([8, 3, 4]), 2) == Shard(2)
     assert shard_dimension(torch.Size([8, 3]), 2) is None
     assert shard_dimension(torch.Size([8]), 1) is None
 
 
-def test_a_local_shard_is_the_tensors_own_memory(workers: Workers) -> None:
+def test_local_shard_of_dtensor_shares_its_memory(workers: Workers) -> None:
     workers.run(4, write_to_shards)
 
 
@@ -67,7 +67,7 @@ def moved_model() -> tuple[nn.Module, torch.optim.Optimizer, ExpertLoadBalancer]
     return model, optimizer, balancer
 
 
-def test_saved_in_logical_order_without_gathering(workers: Workers) -> None:
+def test_dtensor_after_moves_is_saved_in_logical_order(workers: Workers) -> None:
     workers.run(4, save_and_load)
 
 
@@ -89,7 +89,7 @@ def save_and_load() -> None:
             assert float((whole(value) - moments[index][key]).abs().max()) < 1e-12
 
     kept = {name: local_shard(parameter).clone() for name, parameter in model.named_parameters()}
-    balancer.rearrange()  # elsewhere again, other copies of the same
+    balancer.rearrange()  # elsewhere again, with other redundant experts
     assert any(not torch.equal(kept[name], local_shard(parameter)) for name, parameter in model.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ..
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_sharded(name: str, workers: Workers) -> None:
+def test_fully_shard_moe_of_unsupported_mesh_or_model_raises(name: str, workers: Workers) -> None:
     for message in workers.run(4, refused, name):
         assert REFUSED[name][3] in message
 
@@ -171,7 +171,7 @@ def refused(name: str) -> str:
     return str(raised.value)
 
 
-def test_by_hand_as_by_the_helper(workers: Workers) -> None:
+def test_fully_shard_by_hand_equals_helper(workers: Workers) -> None:
     assert max(workers.run(4, by_hand)) < 1e-12
 
 

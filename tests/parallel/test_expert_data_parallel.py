@@ -82,7 +82,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", [tuple(case.values()) for case in all_pairs(SETTINGS)])
-def test_accumulated_gradients(settings: tuple, workers: Workers) -> None:
+def test_gradients_after_accumulation_equal_one_process(settings: tuple, workers: Workers) -> None:
     assert max(workers.run(4, accumulate, *settings)) < 1e-12
 
 
@@ -122,7 +122,7 @@ def two_groups() -> dist.ProcessGroup:
     return group
 
 
-def test_starts_before_the_backward_pass_ends(workers: Workers) -> None:
+def test_gradient_reduction_starts_before_backward_ends(workers: Workers) -> None:
     for events in workers.run(4, order_of_events):
         assert events == ["sum 2", "sum 1", "backward of layer 0", "sum 0"]
 
@@ -148,7 +148,7 @@ def order_of_events() -> list[str]:
     return events
 
 
-def test_parameters_that_are_replaced_or_frozen(workers: Workers) -> None:
+def test_gradient_reduction_after_replacing_and_freezing_is_exact(workers: Workers) -> None:
     assert max(workers.run(4, replace_and_freeze)) == 0.0
 
 
@@ -171,7 +171,7 @@ def replace_and_freeze() -> float:
     return spread
 
 
-def test_lightning_averages_once_a_step(workers: Workers) -> None:
+def test_gradient_reduction_under_lightning_is_once_a_step(workers: Workers) -> None:
     """Two steps of four micro-batches each."""
     assert workers.run(4, accumulating_run) == [(8, 2)] * 4
 

@@ -146,16 +146,20 @@ def reentrant(
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 @pytest.mark.parametrize("run", [with_all, with_gate, with_frozen_tokens, checkpointed, reentrant])
-def test_extra_arguments_compute_the_same(run: Callable[..., Tensor], redundancy: str, workers: Workers) -> None:
+def test_extra_arguments_on_two_ranks_compute_the_same(
+    run: Callable[..., Tensor], redundancy: str, workers: Workers
+) -> None:
     assert max(workers.run(2, difference, run, (9, 5), redundancy)) < 1e-12
 
 
-def test_a_rank_without_tokens_takes_part(workers: Workers) -> None:
+def test_extra_arguments_with_a_rank_without_tokens_compute_the_same(workers: Workers) -> None:
     assert max(workers.run(2, difference, with_all, (9, 0))) < 1e-12
 
 
 @pytest.mark.parametrize("dispatcher", [GatheringDispatcher, LabelledDispatcher, HalvesDispatcher])
-def test_another_dispatcher(dispatcher: type[TokenDispatcher], workers: Workers) -> None:
+def test_extra_arguments_with_other_dispatcher_compute_the_same(
+    dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
     assert max(workers.run(2, difference, with_all, (9, 5), "window", dispatcher)) < 1e-12
 
 
@@ -268,7 +272,7 @@ def plain(rank: int, tokens: int) -> dict[str, Any]:
         ),
     ],
 )
-def test_extra_arguments_are_refused_on_all_ranks(
+def test_extra_arguments_when_invalid_raise_on_all_ranks(
     given: Callable[[int, int], dict[str, Any]], tokens: tuple[int, int], message: str, workers: Workers
 ) -> None:
     for refused in workers.run(2, refusal, given, tokens):
@@ -278,7 +282,7 @@ def test_extra_arguments_are_refused_on_all_ranks(
 @pytest.mark.parametrize(
     ("given", "tokens"), [(plain, (9, 5)), (gate, (9, 9)), (gate, (WIDTH, 5)), (gate, (1, 1)), (gate, (0, 0))]
 )
-def test_extra_arguments_are_taken(given: Any, tokens: tuple[int, int], workers: Workers) -> None:
+def test_extra_arguments_when_valid_are_taken(given: Any, tokens: tuple[int, int], workers: Workers) -> None:
     assert workers.run(2, refusal, given, tokens) == ["", ""]
 
 
@@ -299,7 +303,7 @@ def difference_where_sizes_coincide(remembers: bool) -> float:
 
 
 @pytest.mark.parametrize("remembers", [True, False])
-def test_rows_are_known_where_sizes_coincide(remembers: bool, workers: Workers) -> None:
+def test_extra_arguments_of_ambiguous_size_are_told_apart(remembers: bool, workers: Workers) -> None:
     assert max(workers.run(2, difference_where_sizes_coincide, remembers)) < 1e-12
 
 
@@ -313,7 +317,7 @@ def resized_behind_a_call() -> int:
     return storage.untyped_storage().size()
 
 
-def test_the_storage_of_an_argument_can_be_freed(workers: Workers) -> None:
+def test_extra_arguments_after_call_can_be_freed(workers: Workers) -> None:
     assert workers.run(2, resized_behind_a_call) == [0, 0]
 
 
@@ -358,5 +362,5 @@ def gradients_without_tokens(wraps: bool) -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("wraps", [False, True])
-def test_what_makes_extra_arguments_is_trained_where_no_rank_has_a_token(wraps: bool, workers: Workers) -> None:
+def test_extra_arguments_without_tokens_on_any_rank_get_gradients(wraps: bool, workers: Workers) -> None:
     assert workers.run(2, gradients_without_tokens, wraps) == [(True, False)] * 2

@@ -123,7 +123,9 @@ PARTS = pytest.mark.parametrize("dispatcher", [AllToAllDispatcher, HalvesDispatc
 @BOTH
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
-def test_any_top_k(name: str, top_k: int, redundancy: str, workers: Workers) -> None:
+def test_forward_with_any_top_k_computes_as_unmodified(
+    name: str, top_k: int, redundancy: str, workers: Workers
+) -> None:
     assert max(workers.run(2, any_top_k, name, top_k, redundancy)) < 1e-12
 
 
@@ -134,7 +136,7 @@ def any_top_k(name: str, top_k: int, redundancy: str) -> float:
 @PARTS
 @BOTH
 @pytest.mark.parametrize("redundant", [0, 4])
-def test_a_rank_without_tokens(
+def test_forward_on_rank_without_tokens_computes_as_unmodified(
     redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
 ) -> None:
     assert max(workers.run(4, rank_without_tokens, redundant, redundancy, dispatcher)) < 1e-12
@@ -147,7 +149,7 @@ def rank_without_tokens(redundant: int, redundancy: str, dispatcher: type[TokenD
 @PARTS
 @BOTH
 @pytest.mark.parametrize("redundant", [0, 2])
-def test_ranks_and_experts_that_get_none(
+def test_forward_with_experts_without_tokens_computes_as_unmodified(
     redundant: int, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
 ) -> None:
     """Every token goes to two experts, so some ranks compute nothing; they take part in each collective."""
@@ -160,7 +162,9 @@ def experts_without_tokens(redundant: int, redundancy: str, dispatcher: type[Tok
 
 @PARTS
 @BOTH
-def test_no_token_anywhere(redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers) -> None:
+def test_forward_without_tokens_on_any_rank_computes_as_unmodified(
+    redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
+) -> None:
     assert max(workers.run(2, no_token, redundancy, dispatcher)) == 0.0
 
 
@@ -171,7 +175,7 @@ def no_token(redundancy: str, dispatcher: type[TokenDispatcher]) -> float:
 @PARTS
 @BOTH
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_repeats_the_forward_and_counts_once(
+def test_forward_under_checkpointing_counts_tokens_once(
     reentrant: bool, redundancy: str, dispatcher: type[TokenDispatcher], workers: Workers
 ) -> None:
     assert max(workers.run(2, checkpointed, reentrant, redundancy, dispatcher)) < 1e-12
@@ -185,7 +189,7 @@ def checkpointed(reentrant: bool, redundancy: str, dispatcher: type[TokenDispatc
 
 
 @BOTH
-def test_two_groups_of_two(redundancy: str, workers: Workers) -> None:
+def test_forward_in_two_ep_groups_computes_as_unmodified(redundancy: str, workers: Workers) -> None:
     """Ranks of both groups hold the same rows; gradients are averaged over the groups, loads summed."""
     assert max(workers.run(4, two_groups, redundancy)) < 1e-12
 
@@ -195,7 +199,7 @@ def two_groups(redundancy: str) -> float:
     return compare(2, lambda rank: 3 + rank, ep_group=group, redundancy=redundancy)
 
 
-def test_tokens_in_one_of_two_groups(workers: Workers) -> None:
+def test_forward_with_tokens_in_one_of_two_groups_computes_as_unmodified(workers: Workers) -> None:
     """Ranks of the other group average zeros, as they don't know that this group has tokens."""
     assert max(workers.run(4, tokens_in_one_group)) < 1e-12
 
@@ -206,7 +210,7 @@ def tokens_in_one_group() -> float:
 
 
 @pytest.mark.parametrize("no_expert", [EXPERTS, -1])
-def test_ids_beyond_the_experts_are_nobodys(no_expert: int, workers: Workers) -> None:
+def test_forward_with_ids_of_no_expert_drops_them(no_expert: int, workers: Workers) -> None:
     """Hugging Face's routers mark a choice that does not count by the id behind the last expert, others by -1."""
     assert max(workers.run(2, masked_choices, no_expert)) < 1e-12
 
@@ -225,7 +229,7 @@ def masked_choices(no_expert: int) -> float:
     return largest(output, original(hidden, index, weights.masked_fill(mask, 0.0)))
 
 
-def test_keyword_arguments_under_the_originals_names(workers: Workers) -> None:
+def test_forward_with_keyword_arguments_computes_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, by_keyword)) < 1e-12
 
 
@@ -238,7 +242,7 @@ def by_keyword() -> float:
 
 
 @BOTH
-def test_grouped_kernels_in_float32(redundancy: str, workers: Workers) -> None:
+def test_forward_with_grouped_mm_in_float32_computes_as_unmodified(redundancy: str, workers: Workers) -> None:
     """The rows come sorted to transformers' grouped products, of the primaries and of the copies."""
     assert max(workers.run(2, grouped_kernels, redundancy)) < 1e-4
 
@@ -399,7 +403,9 @@ def _gather(rows: Tensor, lengths: list[int], group: Any) -> list[Tensor]:
 
 @BOTH
 @pytest.mark.parametrize("dispatcher", [GatheringDispatcher, LabelledDispatcher, HalvesDispatcher])
-def test_another_dispatcher(dispatcher: type[TokenDispatcher], redundancy: str, workers: Workers) -> None:
+def test_forward_with_other_dispatcher_computes_as_unmodified(
+    dispatcher: type[TokenDispatcher], redundancy: str, workers: Workers
+) -> None:
     assert max(workers.run(2, with_another_dispatcher, dispatcher, redundancy)) < 1e-12
 
 
@@ -476,9 +482,7 @@ def hooked(name: str) -> str:
         ("noop", "noop_hook", "noop_hook"),
     ],
 )
-def test_a_communication_hook_that_may_not_average_is_refused(
-    name: str, hook: str, inner: str, workers: Workers
-) -> None:
+def test_forward_under_ddp_hook_that_may_sum_raises(name: str, hook: str, inner: str, workers: Workers) -> None:
     for message in workers.run(2, hooked, name):
         assert message == (
             f"DistributedDataParallel.register_comm_hook(hook={hook}) is not supported with expert parallelism:"
@@ -489,7 +493,7 @@ def test_a_communication_hook_that_may_not_average_is_refused(
         )
 
 
-def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers) -> None:
+def test_forward_under_ddp_hook_over_part_of_the_ranks_raises(workers: Workers) -> None:
     for message in workers.run(2, hooked, "allreduce of a part"):
         assert message == (
             "DistributedDataParallel.register_comm_hook(hook=allreduce_hook) averages gradients over a process group of"
@@ -498,7 +502,7 @@ def test_a_communication_hook_over_some_of_the_ranks_is_refused(workers: Workers
 
 
 @pytest.mark.parametrize("name", ["allreduce", "allreduce in fp16", "fp16_compress"])
-def test_a_communication_hook_that_averages_is_left_alone(name: str, workers: Workers) -> None:
+def test_forward_under_ddp_hook_that_averages_passes(name: str, workers: Workers) -> None:
     assert workers.run(2, hooked, name) == ["", ""]
 
 
@@ -518,7 +522,7 @@ def wrapped(ignored: bool, register: Callable[[DistributedDataParallel], None] =
     return ""
 
 
-def test_ddp_that_was_not_told_to_leave_experts_alone(workers: Workers) -> None:
+def test_forward_under_ddp_that_has_experts_raises(workers: Workers) -> None:
     """It would average the gradients of different experts, in silence: as where EPLBCallback was forgotten."""
     for message in workers.run(2, wrapped, False):
         assert message.startswith("DistributedDataParallel averages experts, whose rows are other experts on each rank")
@@ -550,14 +554,16 @@ def refused_call(*arguments: Tensor) -> str:
         (((5, 16), (6, 2), (6, 2)), "Flatten batches of sequences to T tokens"),
     ],
 )
-def test_arguments_of_other_shapes_are_refused(shapes: Any, message: str, workers: Workers) -> None:
+def test_forward_with_arguments_of_other_shapes_raises_on_all_ranks(
+    shapes: Any, message: str, workers: Workers
+) -> None:
     hidden, index, weights = shapes
     arguments = torch.zeros(hidden), torch.zeros(index, dtype=torch.int64), torch.zeros(weights)
     for refusal in workers.run(2, refused_call, *arguments):
         assert message in refusal
 
 
-def test_arguments_in_another_order_are_refused(workers: Workers) -> None:
+def test_forward_with_arguments_in_other_order_raises_on_all_ranks(workers: Workers) -> None:
     arguments = torch.zeros(6, 16), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.int64)
     for refusal in workers.run(2, refused_call, *arguments):
         assert refusal.startswith("TypeError: experts (MixtralExperts) was called with hidden_states: [6, 16]")
@@ -615,7 +621,7 @@ def sum_of(hidden: Tensor) -> Tensor:
         (sum_of, "ValueError: experts (Raises) returned shape [16] for hidden states of shape"),
     ],
 )
-def test_errors_inside_experts_name_them_on_all_ranks(failure: Any, message: str, workers: Workers) -> None:
+def test_forward_when_experts_raise_names_them_on_all_ranks(failure: Any, message: str, workers: Workers) -> None:
     for error in workers.run(2, failed_call, failure):
         assert message in error
         assert "top_k_weights [T, K]) returns [T, D]" in error

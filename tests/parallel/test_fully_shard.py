@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -16,12 +17,12 @@ def mesh_of(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def test_no_mesh() -> None:
+def test_fully_shard_moe_without_mesh_raises() -> None:
     with pytest.raises(ValueError, match=r"mesh=None must be the mesh of ExpertParallelStrategy"):
         fully_shard_moe(hugging_face_model("mixtral"), None)  # type: ignore[arg-type]
 
 
-def test_every_block_is_sharded_by_itself(workers: Workers) -> None:
+def test_fully_shard_moe_of_blocks_shards_each_by_itself(workers: Workers) -> None:
     workers.run(4, blocks)
 
 
@@ -35,6 +36,27 @@ def blocks() -> None:
         assert parameter.placements == ((Shard(1), Shard(0)) if "experts" in name else (Shard(0),))
 
 
+def test_experts_that_no_other_rank_has_are_not_sharded_further(workers: Workers) -> None:
+    workers.run(2, whole_experts)
+
+
+def whole_experts() -> None:
+    model = fully_shard_moe(hugging_face_model("mixtral"), mesh_of(efsdp=1, ep=2))
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert sharded == ["", "model.layers.0", "model.layers.1"]
+    before = {name: parameter.full_tensor() for name, parameter in model.named_parameters() if "experts" in name}
+    assert len(before) == 4
+    logits = model(input_ids=token_batches(2)[dist.get_rank()].unsqueeze(0), use_cache=False).logits
+    logits.square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.placements == (Shard(0),)
+        assert isinstance(parameter.grad, DTensor)
+        if "experts" in name:
+            assert not torch.equal(parameter.full_tensor(), before[name])
+
+
 class DenseFirst(nn.Module):
     """As DeepSeek's: the first block has no experts."""
 
@@ -46,7 +68,7 @@ class DenseFirst(nn.Module):
         return hidden
 
 
-def test_blocks_without_experts_too(workers: Workers) -> None:
+def test_fully_shard_moe_of_dense_block_shards_it(workers: Workers) -> None:
     workers.run(2, dense_block)
 
 
@@ -55,7 +77,7 @@ def dense_block() -> None:
     assert all(isinstance(block, FSDPModule) for block in model.get_submodule("blocks").children())
 
 
-def test_hybrid(workers: Workers) -> None:
+def test_fully_shard_moe_with_replicas_is_hybrid(workers: Workers) -> None:
     workers.run(4, hybrid)
 
 
@@ -67,7 +89,7 @@ def hybrid() -> None:
         assert parameter.placements == (Replicate(), *inner)
 
 
-def test_mixed_precision_policy_reaches_experts(workers: Workers) -> None:
+def test_fully_shard_moe_with_mixed_precision_reaches_experts(workers: Workers) -> None:
     workers.run(2, half_precision)
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eplb import EPLBCallback, ExpertLoadBalancer, parallelize_experts
+from lightning_eplb import EPLBCallback, ExpertLoadBalancer, fully_shard_moe, parallelize_experts
 from lightning_eplb.parallel import forward, fused_kernels
 from lightning_eplb.parallel import fused_experts as fused_module
 from lightning_eplb.parallel.expert_layer import ExpertLayer
+from lightning_eplb.parallel.fused_choice import choose
 from lightning_eplb.parallel.fused_experts import compute_tokens, fused_experts, warm_up
 from lightning_eplb.parallel.fused_form import FusedForm, recognize
 from lightning_eplb.parallel.parallelize import expert_layers
@@ -374,6 +376,49 @@ def test_one_rank_keeps_the_modules_kernels_unless_asked(setting: bool | None, c
     assert calls == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_left_to_the_module_that_knows_its_scale(dtype: torch.dtype):
+    module = converted(experts_of("qwen3_moe"))
+    weights = [parameter.detach().to(dtype) for parameter in module.parameters()]
+    assert layer_of(module).fused_choice.form_for(module, weights, False) is None
+    assert layer_of(module).fused_choice.reason == f"weights are {dtype}"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they are fused")
+def test_several_ranks_on_the_cpu_keep_the_modules_kernels_unless_asked():
+    module = experts_of("qwen3_moe", torch.bfloat16)
+    choice = choose([module], None, 2)[0]
+    assert choice.form is not None
+    assert choice.form_for(module, list(module.parameters()), False) is None
+    assert choice.reason == "the kernels need a GPU and Triton, and weights are on cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "reason"),
+    [
+        (torch.bfloat16, "grouped_mm", None),
+        (torch.float16, "grouped_mm", None),
+        (torch.float32, "grouped_mm", "weights are torch.float32"),
+        (torch.bfloat16, "eager", "its implementation is 'eager'"),
+    ],
+)
+def test_several_ranks_on_a_gpu_fuse_what_is_fast(dtype: torch.dtype, implementation: str, reason: str | None):
+    module = experts_of("qwen3_moe", dtype)
+    module.config._experts_implementation = implementation  # type: ignore[union-attr]
+    choice = choose([module], None, 2)[0]
+    weights = [OnGpu(dtype) for _ in module.parameters()]
+    form = choice.form_for(module, weights, False)  # type: ignore[arg-type]
+    assert choice.reason == reason
+    assert (form is None) == (reason is not None)
+
+
+class OnGpu:
+    """Stands for a tensor on a GPU that need not be there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.device, self.is_cuda = dtype, torch.device("cuda"), True
+
+
 def test_changes_after_the_conversion_keep_the_modules_forward(calls: list[int]):
     inputs = routed(5, 2, torch.float64)
     module = converted(experts_of("qwen3_moe"))
@@ -519,3 +564,33 @@ def test_fused_experts_over_ranks_are_the_unmodified_model(
             grad = expected[parameter].grad
             assert grad is not None
             torch.testing.assert_close(gradient, grad[int(expert)], rtol=1e-9, atol=1e-12)
+
+
+def train_sharded(efsdp: int, ep: int, name: str) -> tuple[list[float], set]:
+    """Losses of three steps under FSDP2 and the reasons of layers that were not fused."""
+    mesh = init_device_mesh("cpu", (efsdp, ep), mesh_dim_names=("efsdp", "ep"))
+    model = fully_shard_moe(hugging_face_model(name), mesh, fused_experts=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = language_loss(model, token_batches(4)[2 * dist.get_rank() :][:2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {layer.fused_choice.reason for layer, _ in expert_layers(model)}
+
+
+@pytest.mark.parametrize(("efsdp", "ep"), [(1, 2), (2, 1)])
+def test_fused_experts_under_fsdp2_train_as_the_unmodified_model(workers: Workers, efsdp: int, ep: int):
+    results = workers.run(2, train_sharded, efsdp, ep, "gpt_oss")
+    plain = hugging_face_model("gpt_oss")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        losses = [language_loss(plain, token_batches(4)[i : i + 2]) for i in (0, 2)]
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        for loss, (found, reasons) in zip(losses, results, strict=True):
+            assert found[step] == pytest.approx(loss.item(), rel=1e-10)
+            assert reasons == {None}

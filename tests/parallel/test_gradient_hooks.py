@@ -177,7 +177,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_hooks_see_the_gradients_of_all_experts(case: Case, workers: Workers) -> None:
+def test_gradient_hooks_on_experts_see_gradients_of_all(case: Case, workers: Workers) -> None:
     model = hugging_face_model(case.model, num_experts=EXPERTS)
     expected = train(case, model, slice(None), lambda: None)
     unhooked = train(replace(case, hooks=()), hugging_face_model(case.model, EXPERTS), slice(None), lambda: None)
@@ -206,7 +206,7 @@ def under_a_trainer(kind: str) -> Weights:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "async", "fsdp1"])
-def test_hooks_that_a_callback_registers(kind: str, workers: Workers) -> None:
+def test_gradient_hooks_of_a_callback_train_as_one_process(kind: str, workers: Workers) -> None:
     case = Case((masked, normalized_after))
     expected = train(case, hugging_face_model("mixtral", num_experts=EXPERTS), slice(None), lambda: None)
     for weights in workers.run(2, under_a_trainer, kind, seconds=180):
@@ -306,7 +306,7 @@ def message_of(function: Callable[[], None]) -> str:
 
 
 @pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
-def test_hooks_that_cannot_be_served_are_refused_on_all_ranks(function: Callable[[], None], workers: Workers) -> None:
+def test_gradient_hooks_when_unsupported_raise_on_all_ranks(function: Callable[[], None], workers: Workers) -> None:
     for message in workers.run(2, message_of, function, seconds=180):
         assert re.search(REFUSED[function], message)
 
@@ -320,5 +320,5 @@ def frozen() -> bool:
     return parameter.grad is None and all(other.grad is not None for other in experts_of(model)[1:])
 
 
-def test_a_hook_on_a_frozen_parameter_does_not_run(workers: Workers) -> None:
+def test_gradient_hooks_on_frozen_parameter_do_not_run(workers: Workers) -> None:
     assert workers.run(2, frozen, seconds=180) == [True, True]

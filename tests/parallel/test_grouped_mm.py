@@ -28,7 +28,7 @@ def run(module: nn.Module, hidden: Tensor, slots: Tensor) -> tuple[Tensor, list[
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("counts", [[3, 2, 4, 1], [0, 6, 0, 2]])
-def test_sorted_rows_give_what_transformers_gives(name: str, counts: list[int]):
+def test_sorted_rows_with_grouped_mm_equal_transformers(name: str, counts: list[int]):
     module = experts(name)
     assert takes_sorted_rows(module)
     slots = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(counts))
@@ -44,7 +44,7 @@ def test_sorted_rows_give_what_transformers_gives(name: str, counts: list[int]):
     assert module.config._experts_implementation == "grouped_mm"  # the module's own config stays as it was
 
 
-def test_other_experts_are_left_alone():
+def test_sorted_rows_with_other_experts_are_not_taken():
     module = experts("mixtral")
     module.config._experts_implementation = "eager"
     assert not takes_sorted_rows(module)

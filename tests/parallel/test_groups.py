@@ -35,7 +35,7 @@ def sum_over(ranks: int) -> float:
     return float(ones)
 
 
-def test_models_on_the_same_ranks_share_groups(workers: Workers) -> None:
+def test_groups_of_models_on_same_ranks_are_shared(workers: Workers) -> None:
     for before, after, told_apart in workers.run(4, make_many):
         assert after == before
         assert told_apart
@@ -57,7 +57,7 @@ def numbers_in_use() -> tuple[list[int], bool]:
     return seen, float(ones) == 2
 
 
-def test_relocation_groups_are_for_one_relocation_at_a_time(workers: Workers) -> None:
+def test_relocation_groups_in_use_are_not_given_again(workers: Workers) -> None:
     assert workers.run(4, numbers_in_use) == [([1, 0, 2, 3, 3], True)] * 4
 
 
@@ -68,7 +68,7 @@ def kept() -> int:
     return len(groups._REGISTRIES)
 
 
-def test_groups_go_with_the_default_group(workers: Workers) -> None:
+def test_groups_after_default_group_is_destroyed_are_freed(workers: Workers) -> None:
     first = workers.run(2, kept)
     for ranks in (4, 2, 4):
         workers.run(ranks, kept)
@@ -76,6 +76,6 @@ def test_groups_go_with_the_default_group(workers: Workers) -> None:
         assert after <= before  # one of the former may have gone meanwhile
 
 
-def test_a_new_default_group_means_new_groups(workers: Workers) -> None:
+def test_groups_under_new_default_group_are_new(workers: Workers) -> None:
     for ranks in (4, 2, 4):
         assert workers.run(ranks, sum_over, ranks) == [ranks] * ranks

@@ -54,7 +54,7 @@ def differences(calls_of_rank: tuple[list[int], ...], dtype: torch.dtype, infere
         ([], []),
     ],
 )
-def test_uneven_calls_give_the_unmodified_outputs(
+def test_join_with_uneven_calls_equals_unmodified(
     calls: tuple[list[int], list[int]], inference: bool, workers: Workers
 ) -> None:
     for rank, found in enumerate(workers.run(2, differences, calls, torch.float64, inference)):
@@ -62,7 +62,7 @@ def test_uneven_calls_give_the_unmodified_outputs(
         assert max(found, default=0.0) < 1e-12
 
 
-def test_ranks_without_a_call_compute_in_the_dtype_of_the_call(workers: Workers) -> None:
+def test_join_without_own_call_computes_in_dtype_of_call(workers: Workers) -> None:
     for found in workers.run(2, differences, ([0, 1, 2], []), torch.bfloat16, False):
         assert max(found, default=0.0) < 1e-2
 
@@ -79,5 +79,5 @@ def with_gradients() -> str:
     return "raised"
 
 
-def test_a_call_with_gradients_that_other_ranks_do_not_make_is_refused_on_all_ranks(workers: Workers) -> None:
+def test_join_of_call_with_gradients_raises_on_all_ranks(workers: Workers) -> None:
     assert workers.run(2, with_gradients) == ["raised", "raised"]

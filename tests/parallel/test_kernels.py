@@ -33,7 +33,7 @@ def expected(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
 @pytest.mark.parametrize(
     ("tokens", "top_k", "width", "without"), [(5, 2, 16, 0), (7, 3, 24, 4), (3, 8, 2050, 1), (4, 1, 4100, 0)]
 )
-def test_sums_and_their_gradients_are_those_of_tensor_operations(tokens: int, top_k: int, width: int, without: int):
+def test_sum_pairs_in_float64_equals_tensor_operations(tokens: int, top_k: int, width: int, without: int):
     rows, place, weights = pairs(tokens, top_k, width, torch.float64, without)
     torch.testing.assert_close(sum_pairs(rows, place, None), expected(rows, place, None), rtol=1e-13, atol=1e-13)
     rows.requires_grad_()
@@ -47,7 +47,7 @@ def test_sums_and_their_gradients_are_those_of_tensor_operations(tokens: int, to
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_lower_precision_is_summed_in_float32(dtype: torch.dtype):
+def test_sum_pairs_in_lower_precision_sums_in_float32(dtype: torch.dtype):
     rows, place, weights = pairs(9, 8, 64, dtype, 0)
     exact = expected(rows.double(), place, weights.double())
     found = sum_pairs(rows, place, weights)
@@ -60,13 +60,13 @@ def test_lower_precision_is_summed_in_float32(dtype: torch.dtype):
     torch.testing.assert_close(grad_weights, by_pair, rtol=2 * EPS[dtype], atol=64 * EPS[dtype])
 
 
-def test_no_token_needs_no_program():
+def test_sum_pairs_of_no_token_is_empty():
     rows, place = torch.empty(0, 8, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
     assert sum_pairs(rows, place, None).shape == (0, 8)
 
 
 @pytest.mark.parametrize(("number", "width"), [(0, 4), (5, 24), (3, 2050)])
-def test_rows_are_put_where_they_belong(number: int, width: int):
+def test_scatter_rows_to_places_equals_index_copy(number: int, width: int):
     rows = torch.randn(number, width, device=DEVICE)
     places = torch.randperm(2 * number, generator=torch.Generator().manual_seed(0))[:number].to(DEVICE)
     target = torch.zeros(2 * number, width, device=DEVICE)
@@ -77,7 +77,7 @@ def test_rows_are_put_where_they_belong(number: int, width: int):
 @pytest.mark.parametrize("word", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("into_buffer", [True, False])
 @pytest.mark.parametrize("uses_all_sms", [True, False])
-def test_segments_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bool, uses_all_sms: bool):
+def test_copy_segments_by_table_copies_nothing_else(word: torch.dtype, into_buffer: bool, uses_all_sms: bool):
     widths, gap = [7, 5000, 1, 4096], 3
     outside, inside = (torch.randint(0, 200, (sum(widths) + gap * 5,), device=DEVICE).to(word) for _ in range(2))
     starts = [gap + sum(widths[:i]) + gap * i for i in range(4)]
@@ -96,7 +96,7 @@ def test_segments_are_copied_and_nothing_else(word: torch.dtype, into_buffer: bo
     assert torch.equal(target, expected)
 
 
-def test_rows_of_stacks_go_by_address():
+def test_address_table_packer_of_stacks_packs_and_unpacks():
     stacks = [
         [torch.arange(i, i + 6.0, device=DEVICE).view(3, 2).to(dtype) for i in (0, 10)]
         for dtype in (torch.float64, torch.float32)

@@ -39,7 +39,7 @@ def check_drawn(state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 2)])
-def test_all_ranks_start_equal(ranks: int, ep_size: int, workers: Workers) -> None:
+def test_materialize_under_ddp_starts_all_ranks_equal(ranks: int, ep_size: int, workers: Workers) -> None:
     first, *others = workers.run(ranks, start, ep_size)
     check_drawn(first)
     for state in others:
@@ -66,7 +66,7 @@ def start(ep_size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 4, 1), (2, 1, 2)])
-def test_all_ranks_start_equal_when_sharded(sizes: tuple[int, int, int], workers: Workers) -> None:
+def test_materialize_of_sharded_model_starts_all_ranks_equal(sizes: tuple[int, int, int], workers: Workers) -> None:
     first, *others = workers.run(4, start_sharded, sizes)
     check_drawn(first)
     for state in others:
@@ -104,7 +104,7 @@ class InConfigureModel(LanguageModel):
 
 
 @pytest.mark.parametrize("kind", [InInit, InConfigureModel])
-def test_trains_as_one_process_from_the_same_start(kind: type[LanguageModel], workers: Workers) -> None:
+def test_model_after_materialize_trains_as_one_process(kind: type[LanguageModel], workers: Workers) -> None:
     """Under DDP: what the unmodified model does that starts from what the ranks started from."""
     (losses, begin), (other_losses, other_begin) = workers.run(2, train, kind)
     check_drawn(begin)
@@ -139,14 +139,14 @@ class Forgetful(nn.Module):
         self.weight = nn.Parameter(torch.empty(2))
 
 
-def test_what_nobody_initializes_is_told() -> None:
+def test_materialize_of_uninitialized_tensor_warns() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"linear": nn.Linear(2, 2), "mine": Forgetful()})
     with pytest.warns(UserWarning, match=r"mine.weight was built on the meta device.*; 1 such tensors hold anything"):
         materialize(model)
 
 
-def test_what_has_memory_stays() -> None:
+def test_materialize_of_tensor_with_memory_keeps_it() -> None:
     kept = nn.Linear(2, 2)
     with torch.device("meta"):
         model = nn.ModuleDict({"new": nn.Linear(2, 2)})
@@ -160,7 +160,7 @@ def test_what_has_memory_stays() -> None:
     assert torch.equal(kept.weight, values)
 
 
-def test_shared_parameters_stay_shared() -> None:
+def test_materialize_of_shared_parameters_keeps_them_shared() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
         model["second"].weight = model["first"].weight
@@ -169,6 +169,6 @@ def test_shared_parameters_stay_shared() -> None:
     assert len(list(model.parameters())) == 3
 
 
-def test_a_device_without_memory() -> None:
+def test_materialize_on_meta_device_raises() -> None:
     with pytest.raises(ValueError, match=r"device='meta' has no memory. Leave `with torch.device\('meta'\)` first"):
         materialize(nn.Linear(2, 2), "meta")

@@ -64,7 +64,7 @@ def train(kind: str, optimizer: str) -> tuple[list[bool], list[float]]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1"])
-def test_all_ranks_skip_the_step_and_no_other(kind: str, workers: Workers) -> None:
+def test_overflow_on_one_rank_skips_the_step_on_all(kind: str, workers: Workers) -> None:
     for stepped, scale in workers.run(2, train, kind, "adamw", seconds=200):
         assert stepped == [step != OVERFLOW for step in range(STEPS)]
         assert scale == [8.0]
@@ -76,6 +76,6 @@ def refused() -> str:
     return str(raised.value)
 
 
-def test_an_optimizer_that_looks_by_itself(workers: Workers) -> None:
+def test_overflow_check_of_fused_optimizer_raises(workers: Workers) -> None:
     for message in workers.run(2, refused):
         assert message.startswith("AdamW(fused=True) checks for overflows of its own rank only")

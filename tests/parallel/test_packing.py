@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("most_views", [0, 10**6])
 @given(data=st.data())
-def test_what_was_gathered_is_scattered_to_its_place(most_views: int, data: st.DataObject) -> None:
+def test_packer_after_pack_unpacks_to_same_place(most_views: int, data: st.DataObject) -> None:
     num_tensors, rows_of_each = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
     widths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
     number = num_tensors * rows_of_each
@@ -39,7 +39,7 @@ def test_what_was_gathered_is_scattered_to_its_place(most_views: int, data: st.D
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(1, 9)), max_size=5))
-def test_parts_lie_side_by_side_in_a_buffer(parts: list[tuple[int, int, int]]) -> None:
+def test_buffer_columns_of_chunk_lie_side_by_side(parts: list[tuple[int, int, int]]) -> None:
     chunk = [(i, start, start + width) for i, start, width in parts]
     column = 0
     for (i, start, stop), columns in buffer_columns(chunk):
@@ -49,6 +49,6 @@ def test_parts_lie_side_by_side_in_a_buffer(parts: list[tuple[int, int, int]]) -
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="addresses are of a GPU's memory")
-def test_a_gpu_goes_by_address() -> None:
+def test_make_packer_on_gpu_uses_address_table() -> None:
     stacks = [[torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)]]
     assert isinstance(make_packer(stacks, torch.tensor([1]), [[(0, 0, 2)]], 8), AddressTablePacker)

@@ -51,7 +51,7 @@ def experts_of(family: str) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hugging_face_families_compute_the_same(family: str, workers: Workers) -> None:
+def test_parallelize_of_each_family_computes_the_same(family: str, workers: Workers) -> None:
     assert max(workers.run(2, difference_of_family, family)) < 1e-12
 
 
@@ -68,7 +68,7 @@ def difference_of_family(family: str) -> float:
     return float((original(hidden, index, weights) - converted(hidden, index, weights)).abs().max())
 
 
-def test_names_keys_and_parameters_stay(workers: Workers) -> None:
+def test_parallelize_of_model_keeps_names_and_parameters(workers: Workers) -> None:
     workers.run(2, names_stay)
 
 
@@ -87,7 +87,7 @@ def names_stay() -> None:
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_starts_from_rank_zeros_weights(workers: Workers) -> None:
+def test_parallelize_with_unequal_weights_takes_those_of_rank_zero(workers: Workers) -> None:
     workers.run(2, other_weights_on_every_rank)
 
 
@@ -114,13 +114,13 @@ class Router(nn.Module):
         return hidden @ self.weight.T
 
 
-def test_a_model_without_experts_is_told_what_was_looked_for() -> None:
+def test_parallelize_without_experts_raises_and_names_near_misses() -> None:
     with pytest.raises(ValueError, match="no MoE layer found in ModuleDict: looked for a module with") as raised:
         parallelize_experts(nn.ModuleDict({"router": Router()}))
     assert "router (Router): no parameter of three dimensions" in str(raised.value)
 
 
-def test_layers_with_other_numbers_of_experts_are_refused() -> None:
+def test_parallelize_of_unequal_numbers_of_experts_raises() -> None:
     def experts(count: int) -> nn.Module:
         config = AnyConfig()
         config.num_local_experts = count  # type: ignore[attr-defined]
@@ -130,14 +130,14 @@ def test_layers_with_other_numbers_of_experts_are_refused() -> None:
         parallelize_experts(nn.ModuleDict({"a": experts(8), "b": experts(4)}))
 
 
-def test_layers_that_share_experts_are_refused() -> None:
+def test_parallelize_of_shared_experts_raises() -> None:
     (first,), (second,) = experts_of("mixtral"), experts_of("mixtral")
     second.down_proj = first.down_proj
     with pytest.raises(ValueError, match=r"b\.down_proj is the same parameter as a\.down_proj"):
         parallelize_experts(nn.ModuleDict({"a": first, "b": second}))
 
 
-def test_a_parameter_that_all_experts_share_gets_a_gradient_on_every_rank(workers: Workers) -> None:
+def test_parameter_shared_by_experts_gets_gradient_on_every_rank(workers: Workers) -> None:
     workers.run(2, shared_norm)
 
 
@@ -174,6 +174,6 @@ def differences_of_a_copy() -> list[float]:
     return found
 
 
-def test_a_copy_keeps_its_experts_where_they_are(workers: Workers) -> None:
+def test_deepcopy_of_parallelized_model_computes_the_same(workers: Workers) -> None:
     for differences in workers.run(2, differences_of_a_copy):
         assert max(differences) < 1e-12

@@ -263,7 +263,7 @@ def difference(expected: tuple[list[float], State], ranks: list[tuple[list[float
 
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 @pytest.mark.parametrize("name", SERVED)
-def test_training_is_that_of_one_process(name: str, redundancy: str, workers: Workers) -> None:
+def test_per_expert_state_under_ddp_trains_as_one_process(name: str, redundancy: str, workers: Workers) -> None:
     assert difference(in_one_process(name), workers.run(2, run, name, "ddp", redundancy)) < TOLERANCE
 
 
@@ -279,7 +279,7 @@ def test_training_is_that_of_one_process(name: str, redundancy: str, workers: Wo
         ("Lists", "fsdp1"),
     ],
 )
-def test_training_in_other_ways_is_that_of_one_process(name: str, kind: str, workers: Workers) -> None:
+def test_per_expert_state_under_other_strategy_trains_as_one_process(name: str, kind: str, workers: Workers) -> None:
     assert difference(in_one_process(name), workers.run(4, run, name, kind)) < TOLERANCE
 
 
@@ -290,7 +290,7 @@ def save_halfway(name: str, kind: str, folder: str) -> None:
 
 @pytest.mark.parametrize(("kind", "ranks", "later"), [("ddp", 2, 4), ("sharded", 4, 2)])
 @pytest.mark.parametrize("name", ["SharedBuffers", "Saved"])
-def test_a_run_goes_on_with_other_ranks(
+def test_per_expert_state_resumed_on_other_ranks_trains_as_one_process(
     name: str, kind: str, ranks: int, later: int, tmp_path: Path, workers: Workers
 ) -> None:
     workers.run(ranks, save_halfway, name, kind, str(tmp_path))

@@ -26,7 +26,7 @@ def random(*shape: int) -> Tensor:
 
 @settings(max_examples=60)
 @given(pairs())
-def test_copies_and_sums_of_pairs_are_those_of_indexing(drawn: tuple[int, int, Tensor]):
+def test_copy_and_combine_pairs_in_any_order_equal_indexing(drawn: tuple[int, int, Tensor]):
     tokens, top_k, order = drawn
     hidden, weights = random(tokens, WIDTH), random(tokens, top_k)
     copied = copy_to_pairs(hidden, order, top_k)
@@ -41,7 +41,7 @@ def test_copies_and_sums_of_pairs_are_those_of_indexing(drawn: tuple[int, int, T
     assert torch.autograd.gradcheck(lambda r, w: combine_pairs(r, w, order), (rows, weights))
 
 
-def test_the_sum_is_in_the_rows_dtype():
+def test_combine_pairs_with_float32_weights_keeps_dtype_of_rows():
     rows, weights = torch.ones(4, WIDTH, dtype=torch.bfloat16), torch.full((2, 2), 1 / 3)
     combined = combine_pairs(rows, weights, torch.arange(4))
     assert combined.dtype == torch.bfloat16
@@ -49,7 +49,7 @@ def test_the_sum_is_in_the_rows_dtype():
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])
-def test_split_rows_are_merged(first: int):
+def test_merge_rows_after_split_rows_restores_order(first: int):
     order = torch.tensor([3, 0, 4, 1, 2])
     rows = random(5, WIDTH)
     apart = split_rows(rows, order[:first], order[first:])

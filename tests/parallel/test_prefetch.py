@@ -64,12 +64,12 @@ def spread() -> tuple[nn.Module, ExpertLoadBalancer]:
 
 
 def events(paths: list[tuple[int, ...]]) -> list[str]:
-    """On every worker: when copies are sent, and when tokens are, in the forward of the last path."""
+    """On every worker: when weights of redundant experts and tokens are sent, in the forward of the last path."""
     model, balancer = spread()
     start, dispatch = RowExchange.__init__, AllToAllDispatcher.dispatch
 
     def noted_start(self: RowExchange, *args: Any, **kwargs: Any) -> None:
-        log.append("copies")
+        log.append("redundant")
         start(self, *args, **kwargs)
 
     def noted_dispatch(self: AllToAllDispatcher, *args: Any) -> Any:
@@ -87,18 +87,18 @@ def events(paths: list[tuple[int, ...]]) -> list[str]:
     return log.copy()
 
 
-def test_the_next_layers_weights_are_prefetched_while_one_computes(workers: Workers) -> None:
+def test_prefetch_in_second_forward_sends_next_layers_weights(workers: Workers) -> None:
     for seen in workers.run(2, events, [(0, 1, 2), (0, 1, 2)]):
         assert seen == [
-            *("layer 0", "tokens", "copies", "copies"),  # its own and the next one's
-            *("layer 1", "tokens", "copies"),
+            *("layer 0", "tokens", "redundant", "redundant"),  # its own and the next one's
+            *("layer 1", "tokens", "redundant"),
             *("layer 2", "tokens"),
         ]
 
 
-def test_in_the_first_forward_each_layer_sends_its_own(workers: Workers) -> None:
+def test_prefetch_in_first_forward_is_off(workers: Workers) -> None:
     for seen in workers.run(2, events, [(0, 1)]):
-        assert seen == ["layer 0", "tokens", "copies", "layer 1", "tokens", "copies"]
+        assert seen == ["layer 0", "tokens", "redundant", "layer 1", "tokens", "redundant"]
 
 
 def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:
@@ -115,7 +115,7 @@ def outputs_of(paths: list[tuple[int, ...]]) -> list[Tensor]:
         [(0, 1), (1, 0), (0, 1, 1, 2)],
     ],
 )
-def test_outputs_are_those_of_the_unmodified_model(paths: list[tuple[int, ...]], workers: Workers) -> None:
+def test_prefetch_with_changing_paths_computes_as_unmodified(paths: list[tuple[int, ...]], workers: Workers) -> None:
     expected = train(Stack(), paths)
     for outputs in workers.run(2, outputs_of, paths):
         for ours, theirs in zip(outputs, expected, strict=True):
@@ -148,7 +148,7 @@ def outputs_with_kept_products(paths: list[tuple[int, ...]]) -> list[Tensor]:
     return train(model, paths, balancer)
 
 
-def test_selective_checkpointing_runs_the_same_operations_again(workers: Workers) -> None:
+def test_prefetch_under_selective_checkpointing_computes_as_unmodified(workers: Workers) -> None:
     paths = [(0, 1, 2)] * 3
     expected = train(Stack(), paths)
     for outputs in workers.run(2, outputs_with_kept_products, paths):
@@ -175,7 +175,7 @@ def output_of_changed_weights(change: str) -> float:
 
 
 @pytest.mark.parametrize("change", ["step", "fused", "load_state_dict"])
-def test_prefetched_weights_that_changed_are_sent_again(change: str, workers: Workers) -> None:
+def test_prefetch_of_changed_weights_sends_them_again(change: str, workers: Workers) -> None:
     assert max(workers.run(2, output_of_changed_weights, change)) < 1e-12
 
 
@@ -194,6 +194,6 @@ def is_freed() -> list[bool]:
         gc.enable()
 
 
-def test_a_model_is_freed_when_nobody_has_it(workers: Workers) -> None:
+def test_prefetch_after_model_is_deleted_frees_it(workers: Workers) -> None:
     for freed in workers.run(2, is_freed):
         assert all(freed)

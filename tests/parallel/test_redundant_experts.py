@@ -44,7 +44,7 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # The noted rows are what both products need, so that their gradients come last.
-        rows = _Noted.apply(hidden_states, "primaries" if len(self.up) == 2 else "copies")
+        rows = _Noted.apply(hidden_states, "primaries" if len(self.up) == 2 else "redundant")
         up, down = self.up[top_k_index[:, 0]], self.down[top_k_index[:, 0]]
         return torch.einsum("td,tdh,thw->tw", rows, up, down) * top_k_weights
 
@@ -86,14 +86,14 @@ def order_of_events() -> tuple[list[str], list[str]]:
     return forward, log.copy()
 
 
-def test_weights_and_gradients_overlap_with_the_primaries(workers: Workers) -> None:
+def test_redundant_experts_in_each_pass_overlap_with_primaries(workers: Workers) -> None:
     for forward, backward in workers.run(2, order_of_events):
-        assert forward == ["send", "compute primaries", "wait", "compute copies"]
-        assert backward == ["gradients of copies", "send", "gradients of primaries", "wait"]
+        assert forward == ["send", "compute primaries", "wait", "compute redundant"]
+        assert backward == ["gradients of redundant", "send", "gradients of primaries", "wait"]
 
 
 def bytes_of_step(redundancy: str) -> list[tuple[int, int, int]]:
-    """On every worker: copies, their bytes and the fullest rank after a step with, and one without gradients."""
+    """On every worker: redundant experts, their bytes, most tokens of a rank, with and without gradients."""
     experts, balancer = converted(redundancy)
     found = []
     for with_gradients in (True, False):
@@ -107,7 +107,7 @@ def bytes_of_step(redundancy: str) -> list[tuple[int, int, int]]:
     return found
 
 
-def test_bytes_are_those_of_weights_and_returned_gradients(workers: Workers) -> None:
+def test_redundant_bytes_of_a_step_are_weights_and_returned_gradients(workers: Workers) -> None:
     row = 2 * WIDTH * HIDDEN * 8
     for found in workers.run(2, bytes_of_step, "window"):
         assert found == [(2, 2 * 2 * row, 8), (2, 2 * row, 8)]
@@ -128,7 +128,7 @@ def gradients_of_frozen() -> tuple[int, float]:
     return served.copy_bytes, float(grad)
 
 
-def test_frozen_weights_return_no_gradients(workers: Workers) -> None:
+def test_redundant_experts_with_frozen_weights_return_no_gradients(workers: Workers) -> None:
     original = Experts()
     run(original).sum().backward()
     for num_bytes, grad in workers.run(2, gradients_of_frozen):

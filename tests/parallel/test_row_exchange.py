@@ -37,7 +37,7 @@ def route_of(moves: Iterable[Tensor], rank: int, size: int) -> Route:
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
 @pytest.mark.parametrize("max_views", [0, 10**6])
-def test_a_permutation_in_place(max_bytes: int, max_views: int, workers: Workers) -> None:
+def test_row_exchange_of_permutation_is_in_place(max_bytes: int, max_views: int, workers: Workers) -> None:
     workers.run(3, permute_in_place, max_bytes, max_views)
 
 
@@ -66,7 +66,7 @@ def check_permutation(max_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
-def test_a_permutation_of_stacks_in_place(max_bytes: int, workers: Workers) -> None:
+def test_row_exchange_of_stacks_is_in_place(max_bytes: int, workers: Workers) -> None:
     workers.run(3, permute_stacks, max_bytes)
 
 
@@ -85,7 +85,7 @@ def permute_stacks(max_bytes: int) -> None:
         assert torch.equal(torch.cat(stack), expected[rank * n : rank * n + n])
 
 
-def test_a_buffer_never_holds_more_than_it_may(workers: Workers) -> None:
+def test_row_exchange_with_max_bytes_never_exceeds_them(workers: Workers) -> None:
     for most in workers.run(2, largest_buffer):
         assert most <= 1000
 
@@ -107,7 +107,7 @@ def largest_buffer() -> int:
     return max(sizes)
 
 
-def test_tensors_that_are_not_contiguous(workers: Workers) -> None:
+def test_row_exchange_of_noncontiguous_tensors_is_in_place(workers: Workers) -> None:
     workers.run(2, move_transposed)
 
 
@@ -123,7 +123,7 @@ def move_transposed() -> None:
     assert torch.equal(tensor, before)
 
 
-def test_gathered_in_logical_order(workers: Workers) -> None:
+def test_gather_rows_from_all_ranks_is_in_logical_order(workers: Workers) -> None:
     workers.run(2, gather)
 
 
@@ -135,7 +135,7 @@ def gather() -> None:
 
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(1, 50), st.integers(1, 50))
-def test_chunks_cover_every_column_once(widths: list[int], columns: int, alone: int) -> None:
+def test_cut_columns_of_any_widths_covers_each_once(widths: list[int], columns: int, alone: int) -> None:
     chunks = _cut_columns(widths, itertools.repeat(columns), alone)
     covered = [(i, c) for chunk in chunks for i, start, stop in chunk for c in range(start, stop)]
     assert covered == [(i, c) for i, width in enumerate(widths) for c in range(width)]
@@ -147,7 +147,7 @@ def test_chunks_cover_every_column_once(widths: list[int], columns: int, alone: 
 
 
 @given(st.integers(1, 500), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
-def test_chunks_hold_all_columns_and_the_outer_ones_are_narrow(total: int, most: int, least: int, aligned: int) -> None:
+def test_chunk_widths_of_any_total_hold_all_with_narrow_ends(total: int, most: int, least: int, aligned: int) -> None:
     most -= most % aligned if most > aligned else 0
     columns = _chunk_widths(total, most, least, aligned)
     assert sum(columns[:-2]) < total <= sum(columns)
@@ -160,7 +160,7 @@ def test_chunks_hold_all_columns_and_the_outer_ones_are_narrow(total: int, most:
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10**6])
 @pytest.mark.parametrize("alone", [1, 10**6])
-def test_rows_in_the_order_of_arrival(max_bytes: int, alone: int, workers: Workers) -> None:
+def test_row_exchange_with_take_returns_rows_in_order_of_arrival(max_bytes: int, alone: int, workers: Workers) -> None:
     workers.run(3, take_rows, max_bytes, alone)
 
 

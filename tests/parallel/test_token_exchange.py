@@ -84,7 +84,7 @@ def order_of_events() -> tuple[list[str], list[str]]:
     return forward, log.copy()
 
 
-def test_one_half_travels_while_the_other_is_computed(workers: Workers) -> None:
+def test_token_exchange_in_two_parts_overlaps_with_compute(workers: Workers) -> None:
     def in_turn(*parts: int) -> list[str]:
         each = ((f"receive_part {part}", "compute", f"send_part_back {part}") for part in parts)
         return [" ".join(["send_parts", *map(str, parts)]), *itertools.chain(*each), "receive_back"]
@@ -116,7 +116,9 @@ def difference(frozen: str, passes: int) -> float:
 
 @pytest.mark.parametrize("frozen", ["nothing", "weights", "hidden"])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_gradients_are_those_of_the_original(frozen: str, passes: int, workers: Workers) -> None:
+def test_token_exchange_of_frozen_inputs_has_gradients_of_unmodified(
+    frozen: str, passes: int, workers: Workers
+) -> None:
     assert max(workers.run(2, difference, frozen, passes)) < 1e-12
 
 
@@ -135,7 +137,7 @@ def gradients_of_gradients() -> tuple[float, str]:
     return max(float(tensor.abs().max()) for tensor in differences), str(error.value)
 
 
-def test_gradients_of_gradients_are_refused(workers: Workers) -> None:
+def test_token_exchange_differentiated_twice_raises(workers: Workers) -> None:
     """They would need the exchanges once more; without them they came out wrong, in silence."""
     for difference, message in workers.run(2, gradients_of_gradients):
         assert difference < 1e-12
@@ -156,5 +158,5 @@ def parts_by_bytes() -> list[int]:
     return counts
 
 
-def test_few_bytes_travel_in_one_part(workers: Workers) -> None:
+def test_token_exchange_of_few_bytes_is_in_one_part(workers: Workers) -> None:
     assert workers.run(2, parts_by_bytes) == [[2, 1]] * 2

@@ -27,7 +27,9 @@ def train(
     In the step ``fault_in`` rank 1 first has frozen a parameter whose rows are in flight.
     """
     model = hugging_face_model("mixtral", layers=LAYERS)
-    parallelize_experts(model, num_redundant_experts=2 if fault_in is None else 0)  # or copies would not fit already
+    parallelize_experts(
+        model, num_redundant_experts=2 if fault_in is None else 0
+    )  # or redundant experts would not fit already
     optimizer = optimizer_of("adamw", model)
     seen: list[Seen] = []
     with patch("lightning_eplb.balancer.cost_model.MAX_BYTES_IN_FLIGHT", most_bytes):
@@ -99,7 +101,7 @@ def changed_layers(before: ExpertPlacement, after: ExpertPlacement) -> list[int]
     return (before.physical_to_logical != after.physical_to_logical).any(axis=1).nonzero()[0].tolist()
 
 
-def test_one_layer_after_the_other_and_exact_in_between(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
+def test_async_transfer_by_layer_trains_as_unmodified(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
     """Due after two steps, decided in the third, with room for a layer a step.
 
     What is saved meanwhile is what is saved without us.
@@ -116,12 +118,12 @@ def test_one_layer_after_the_other_and_exact_in_between(workers: Workers, expect
         assert (done.before, done.after) == (placements[0], placements[-1])
 
 
-def test_a_second_decision_waits_for_the_first(workers: Workers) -> None:
+def test_async_transfer_when_due_again_is_finished_first(workers: Workers) -> None:
     for seen in workers.run(2, train, True, 1):
         assert [step for step, (_, _, done) in enumerate(seen[:-1], start=1) if done is not None] == [5, 9]
 
 
-def test_rows_in_flight_at_the_end_are_committed(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
+def test_async_transfer_at_end_of_training_is_committed(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
     for seen in workers.run(2, train, True, 24):  # decided in the seventh step
         assert changed_layers(seen[0][1], seen[-1][1]) == [0, 1, 2]
         assert changed_layers(seen[-2][1], seen[-1][1]) == []
@@ -140,7 +142,7 @@ def train_both() -> tuple[RearrangementResult, RearrangementResult]:
     return sync[1][2], behind[3][2]  # type: ignore[return-value]
 
 
-def test_the_same_is_moved_and_told(workers: Workers) -> None:
+def test_async_transfer_of_same_plan_reports_as_sync(workers: Workers) -> None:
     """All layers fit in one step. Gradients were zeroed where rows move between steps, and move where they do not."""
     for sync, behind in workers.run(2, train_both):
         assert sync.after == behind.after
@@ -152,9 +154,7 @@ def test_the_same_is_moved_and_told(workers: Workers) -> None:
         assert behind.num_bytes == sync.num_bytes * 4 // 3  # weights and two moments; and gradients
 
 
-def test_training_goes_on_after_ranks_disagreed_about_rows_in_flight(
-    workers: Workers, expected: list[dict[str, Tensor]]
-) -> None:
+def test_async_transfer_after_ranks_disagree_is_cancelled(workers: Workers, expected: list[dict[str, Tensor]]) -> None:
     """Rank 0 has gradients that rank 1 has not: what moves later must not meet what was sent for them."""
     for seen in workers.run(2, train, True, 3, 1, True, 2):
         assert all(len(changed_layers(one, other)) == 0 for (_, one, _), (_, other, _) in pairwise(seen[:4]))
@@ -228,7 +228,7 @@ def check_trained(seen: Trained, expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("other_is_moving", [False, True])
-def test_what_fails_in_one_model_does_not_harm_another(
+def test_async_transfer_that_fails_harms_no_other_model(
     other_is_moving: bool, workers: Workers, expected: list[dict[str, Tensor]]
 ) -> None:
     for of_models in workers.run(2, train_two, other_is_moving):
@@ -237,13 +237,13 @@ def test_what_fails_in_one_model_does_not_harm_another(
 
 
 @pytest.mark.parametrize("is_same_model", [True, False])
-def test_another_balancer_trains_after_a_failure(
+def test_async_transfer_after_failure_works_in_new_balancer(
     is_same_model: bool, workers: Workers, expected: list[dict[str, Tensor]]
 ) -> None:
     for seen in workers.run(2, train_after_a_failure, is_same_model):
         check_trained(seen, expected[-1])
 
 
-def test_a_step_without_the_call_before_it_is_refused(workers: Workers) -> None:
+def test_async_step_without_before_optimizer_step_raises(workers: Workers) -> None:
     with pytest.raises(WorkerError, match=r"before_optimizer_step\(\) was not called"):
         workers.run(2, train, True, 9, 1, False)

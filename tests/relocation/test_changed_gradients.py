@@ -162,7 +162,7 @@ def difference(ours: Weights, theirs: Weights) -> float:
 
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("change", CHANGES)
-def test_gradients_that_change_after_the_backward_pass(change: str, accumulation: int, workers: Workers) -> None:
+def test_gradients_changed_after_backward_move_with_experts(change: str, accumulation: int, workers: Workers) -> None:
     expected = one_process(change, accumulation)
     for use_async in (True, False):
         for weights, num_rearrangements in workers.run(2, two_ranks, change, accumulation, use_async):
@@ -206,7 +206,7 @@ def trainer_on_two_ranks(use_async: bool) -> tuple[Weights, int]:
     }, eplb.balancer.num_rearrangements
 
 
-def test_gradients_that_are_scaled_and_edited_under_a_trainer(workers: Workers) -> None:
+def test_gradients_changed_under_trainer_move_with_experts(workers: Workers) -> None:
     model = hugging_face_model("mixtral", layers=LAYERS)
     optimizer = optimizer_of("sgd", model)
     for (batch,) in batches(1):

@@ -108,7 +108,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 @pytest.mark.parametrize("use_async", [False, True])
 @pytest.mark.parametrize("name", ["composite", "list", "lookahead", "momenta"])
-def test_moments_inside_follow_the_experts(name: str, use_async: bool, workers: Workers) -> None:
+def test_nested_optimizer_moments_follow_experts(name: str, use_async: bool, workers: Workers) -> None:
     model = Model()
     optimizer = optimizer_of(name, model)
     weights = train(model, optimizer, range(STEPS))
@@ -119,9 +119,7 @@ def test_moments_inside_follow_the_experts(name: str, use_async: bool, workers: 
 
 
 @pytest.mark.parametrize("name", ["composite", "lookahead", "momenta"])
-def test_a_state_dict_in_a_form_of_its_own_is_the_unmodified_models(
-    name: str, workers: Workers, tmp_path: Path
-) -> None:
+def test_nested_optimizer_state_dict_is_that_of_unmodified(name: str, workers: Workers, tmp_path: Path) -> None:
     path = tmp_path / "half.pt"
     workers.run(2, trained, name, False, str(path))
     model = Model()
@@ -138,7 +136,7 @@ def test_a_state_dict_in_a_form_of_its_own_is_the_unmodified_models(
 
 
 @pytest.mark.parametrize("name", ["CAME", "StableAdamW"])
-def test_an_optimizer_that_mixes_experts_is_refused_on_all_ranks_before_a_step(name: str, workers: Workers) -> None:
+def test_nested_optimizer_that_mixes_experts_raises_on_all_ranks(name: str, workers: Workers) -> None:
     with pytest.raises(WorkerError, match=f"{name} updates each row of a parameter by what is in the others"):
         workers.run(2, spread, name, False)
     assert workers.run(2, dist.get_rank) == [0, 1]

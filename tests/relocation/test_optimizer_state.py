@@ -62,13 +62,15 @@ def stepped(make: Make, **kwargs: Any) -> tuple[Optimizer, nn.Parameter]:
         (lambda parameters: Lookahead(AdamW(parameters)), {}, [(3, 4, 5)] * 3),
     ],
 )
-def test_state_with_rows(make: Make, kwargs: dict, shapes: list[tuple[int, ...]]) -> None:
+def test_state_rows_of_optimizer_are_those_with_expert_dimension(
+    make: Make, kwargs: dict, shapes: list[tuple[int, ...]]
+) -> None:
     optimizer, parameter = stepped(make, **kwargs)
     assert [tuple(tensor.shape) for tensor in state_rows(nested_optimizers([optimizer]), parameter)] == shapes
     check_state([optimizer], {"experts.up": parameter})
 
 
-def test_nested_optimizers_are_found_once_also_where_they_hold_each_other() -> None:
+def test_nested_optimizers_that_hold_each_other_are_found_once() -> None:
     inner = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     outer = Lookahead(inner)
     inner.back = [outer, {"again": inner}]  # type: ignore[attr-defined]
@@ -100,7 +102,7 @@ SEPARABLE: dict[str, Make] = {
 
 @pytest.mark.filterwarnings("error:.*could not be tried out")
 @pytest.mark.parametrize("name", SEPARABLE)
-def test_an_update_by_expert_is_welcome(name: str) -> None:
+def test_check_optimizers_of_separable_update_passes(name: str) -> None:
     optimizer, parameter = made(SEPARABLE[name])
     before = [each.detach().clone() for group in optimizer.param_groups for each in group["params"]]
     check_optimizers([optimizer], {"experts.up": parameter}, use_async=True)
@@ -128,21 +130,21 @@ MIXING: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_an_update_by_what_all_experts_are_is_refused_before_the_first_step(name: str) -> None:
+def test_check_optimizers_of_mixing_update_raises(name: str) -> None:
     optimizer, parameter = made(MIXING[name])
     with pytest.raises(ValueError, match=rf"{name} updates each row of a parameter by what is in the others \(up\)"):
         check_optimizers([optimizer], {"up": parameter})
     check_optimizers([optimizer], {"up": nn.Parameter(torch.zeros(3, 4, 5))})  # not its parameter
 
 
-def test_only_the_group_of_experts_mixes_them() -> None:
+def test_check_optimizers_with_mixing_of_other_group_passes() -> None:
     experts, other = nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(6, 7))
     separable = SGD([{"params": [other]}, {"params": [experts]}], lr=0.1)
     check_optimizers([separable, StableAdamW([other])], {"up": experts})
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3, 4])
-def test_experts_may_have_any_number_of_dimensions(ndim: int) -> None:
+def test_check_optimizers_of_any_ndim_tells_mixing_apart(ndim: int) -> None:
     parameter = nn.Parameter(torch.randn((2, 3, 4, 5)[:ndim]))
     check_optimizers([AdamW([parameter])], {"up": parameter})
     with pytest.raises(ValueError, match="StableAdamW updates each row"):
@@ -160,7 +162,7 @@ class Langevin(SGD):
                 parameter.add_(torch.randn_like(parameter), alpha=group["lr"])
 
 
-def test_noise_is_no_dependence_on_other_rows() -> None:
+def test_check_optimizers_of_noisy_update_passes() -> None:
     """Nor does trying it out take numbers from the generators that training draws from."""
     optimizer, parameter = made(lambda p: Langevin(p, lr=0.1))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
@@ -176,20 +178,20 @@ class Wrapper:
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
 
 
-def test_what_can_not_be_tried_is_warned_of() -> None:
+def test_check_optimizers_that_cannot_be_tried_warns() -> None:
     optimizer, parameter = made(AdamW)
     with pytest.warns(UserWarning, match=r"Wrapper could not be tried out on toy parameters \(AttributeError: .*step"):
         check_optimizers([Wrapper(optimizer)], {"experts.up": parameter})  # type: ignore[list-item]
 
 
-def test_hooks_of_the_optimizer_are_not_called() -> None:
+def test_check_optimizers_with_hooks_does_not_call_them() -> None:
     optimizer, parameter = made(AdamW)
     optimizer.register_step_pre_hook(lambda *_: pytest.fail("called"))
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # replaces optimizer.step
     check_optimizers([optimizer], {"experts.up": parameter})
 
 
-def test_a_trial_takes_less_than_half_a_second() -> None:
+def test_check_optimizers_of_adamw_takes_below_half_a_second() -> None:
     optimizer, parameter = made(AdamW)
     check_optimizers([optimizer], {"experts.up": parameter})
     start = time.process_time()
@@ -205,7 +207,7 @@ ELSEWHERE: dict[str, tuple[Make, str]] = {
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_what_is_kept_of_experts_elsewhere_is_refused_before_the_first_step(name: str) -> None:
+def test_check_optimizers_with_state_elsewhere_raises(name: str) -> None:
     make, message = ELSEWHERE[name]
     optimizer, parameter = made(make)
     with pytest.raises(ValueError, match=f"{name} {message}"):
@@ -225,7 +227,7 @@ class Silent(SGD):
             parameter.sub_(parameter.grad, alpha=0.1)
 
 
-def test_steps_without_hooks_are_refused_with_use_async() -> None:
+def test_check_optimizers_without_step_hooks_raises_with_use_async() -> None:
     optimizer, parameter = made(Silent)
     check_optimizers([optimizer], {"up": parameter})
     with pytest.raises(ValueError, match=r"Silent calls no hooks .* and use_async=True must know"):
@@ -241,7 +243,7 @@ class Blockwise(AdamW):
             state["absmax"] = torch.ones(7)
 
 
-def test_state_without_rows_is_refused_by_name() -> None:
+def test_check_state_without_rows_raises_and_names_it() -> None:
     optimizer, parameter = made(Blockwise)
     with pytest.raises(ValueError, match=r"Blockwise keeps 'absmax' of experts\.up as a tensor of shape \[7\]"):
         check_optimizers([optimizer], {"experts.up": parameter})
@@ -261,19 +263,19 @@ class Quantizing(AdamW):
             state["exp_avg"] = state["exp_avg"].as_subclass(Quantized)
 
 
-def test_state_in_tensors_of_another_kind_is_refused_by_name() -> None:
+def test_check_state_in_tensor_subclass_raises_and_names_it() -> None:
     optimizer, parameter = stepped(Quantizing)
     with pytest.raises(ValueError, match="Quantizing keeps 'exp_avg' of up as Quantized, a tensor of its own kind"):
         check_state([optimizer], {"up": parameter})
 
 
-def test_an_optimizer_of_torchao_is_refused_before_it_is_tried() -> None:
+def test_check_optimizers_of_torchao_raises_before_trial() -> None:
     kind = type("AdamW8bit", (AdamW,), {"__module__": "torchao.optim.adam"})
     optimizer, parameter = made(kind)
     with pytest.raises(ValueError, match="AdamW8bit of torchao keeps the state of up in quantized blocks"):
         check_optimizers([optimizer], {"up": parameter})
 
 
-def test_an_optimizer_of_other_parameters_may_be_anything() -> None:
+def test_check_state_of_other_parameters_passes() -> None:
     optimizer, _ = stepped(Blockwise)
     check_state([optimizer], {"experts.up": nn.Parameter(torch.zeros(3, 4, 5))})

@@ -22,7 +22,7 @@ def two_placements(draw: st.DrawFn) -> tuple[ExpertPlacement, ExpertPlacement]:
 
 
 @given(two_placements())
-def test_moves_lead_from_old_to_new(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
+def test_plan_relocation_of_any_placements_leads_to_new(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
     old, new = placements
     n = old.primaries_per_rank
     rows_YRn = old.by_rank[:, :, :n].copy()
@@ -33,7 +33,7 @@ def test_moves_lead_from_old_to_new(placements: tuple[ExpertPlacement, ExpertPla
 
 
 @given(two_placements())
-def test_nothing_moves_that_stays(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
+def test_plan_relocation_of_staying_experts_moves_nothing(placements: tuple[ExpertPlacement, ExpertPlacement]) -> None:
     old, new = placements
     assert plan_relocation(old, old) == []
     for moves in plan_relocation(old, new):
@@ -42,12 +42,12 @@ def test_nothing_moves_that_stays(placements: tuple[ExpertPlacement, ExpertPlace
         assert 0 <= moves.num_rows_between_ranks <= len(moves.source_rank)
 
 
-def test_redundant_experts_move_nothing() -> None:
+def test_plan_relocation_of_redundant_experts_moves_nothing() -> None:
     old = ExpertPlacement([[0, 1, 2, 2, 3, 0]], 4, 2)
     new = ExpertPlacement([[0, 1, 3, 2, 3, -1]], 4, 2)
     assert plan_relocation(old, new) == []
 
 
-def test_another_shape_is_refused() -> None:
+def test_plan_relocation_to_other_shape_raises() -> None:
     with pytest.raises(ValueError, match="must keep its shape"):
         plan_relocation(ExpertPlacement.initial(1, 4, 2), ExpertPlacement.initial(1, 4, 2, 2))

@@ -17,7 +17,7 @@ def replayed(load_WYL: np.ndarray, **numbers: int):
     return prepare(load_WYL, [static, balanced], static, source="by hand", num_ranks=2, **numbers)
 
 
-def test_counts_by_hand() -> None:
+def test_content_of_skewed_load_matches_hand_calculation() -> None:
     content = replayed(LOAD_WYL, step_interval=16)
     assert content.num_steps == 400
     assert (np.diff(content.edges) > 0).all()
@@ -30,7 +30,7 @@ def test_counts_by_hand() -> None:
     assert np.allclose(content.share[1], 1)
 
 
-def test_bins_add_up_what_is_in_them() -> None:
+def test_content_of_many_steps_adds_up_bins() -> None:
     load_WYL = np.zeros((320, 1, 2), dtype=np.int64)
     load_WYL[:, 0] = [3, 1]
     load_WYL[161, 0] = [0, 8]  # in a bin with one other step
@@ -42,7 +42,7 @@ def test_bins_add_up_what_is_in_them() -> None:
     assert content.balancedness_by_layer["static"][0, column] == pytest.approx(6 / 11)
 
 
-def test_steps_and_layers_without_a_token() -> None:
+def test_content_without_tokens_is_nan() -> None:
     load_WYL = LOAD_WYL.copy()
     load_WYL[:100] = 0
     load_WYL[:, 1] = 0
@@ -53,7 +53,7 @@ def test_steps_and_layers_without_a_token() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 8), (10_000, 32, 64), (10_000, 61, 256), (500, 100, 1024)])
-def test_bins_are_few_enough(size: tuple[int, int, int]) -> None:
+def test_time_bins_of_any_size_are_few_enough(size: tuple[int, int, int]) -> None:
     steps, layers, experts = size
     edges = time_bins(*size)
     assert (edges[0], edges[-1]) == (0, steps)
@@ -62,12 +62,12 @@ def test_bins_are_few_enough(size: tuple[int, int, int]) -> None:
     assert (len(edges) - 1) * layers * experts <= max(MOST_CELLS, 24 * layers * experts)
 
 
-def test_other_sizes_are_those_that_fit() -> None:
+def test_sizes_to_try_are_divisors_of_experts() -> None:
     assert sizes_to_try(12, 4) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]  # 8 and 16 do not divide 12
     assert sizes_to_try(8, 1) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]
 
 
-def test_more_copies_level_more_ranks() -> None:
+def test_try_other_sizes_with_redundant_experts_levels_more() -> None:
     setting = Setting(2, window_size=16, step_interval=16)
     found = try_other_sizes(LOAD_WYL, [(2, 0), (4, 0), (4, 2)], setting)
     assert [(size.num_ranks, size.redundant_per_rank) for size in found] == [(2, 0), (4, 0), (4, 2)]
@@ -75,5 +75,5 @@ def test_more_copies_level_more_ranks() -> None:
     assert all(0 < size.balancedness <= 1 and size.speed_up >= 1 for size in found)
 
 
-def test_the_other_sizes_need_a_decision() -> None:
+def test_try_other_sizes_without_decision_is_empty() -> None:
     assert try_other_sizes(LOAD_WYL[:3], [(2, 0)], Setting(2, window_size=9, step_interval=90)) == []

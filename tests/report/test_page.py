@@ -38,7 +38,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_the_page_is_complete_in_itself(page_file: Path) -> None:
+def test_page_file_is_self_contained(page_file: Path) -> None:
     html = page_file.read_text(encoding="utf-8")
     assert not re.findall(r"(?:src|href)=\"(?!data:)|url\(|@import|https?://", html)
     assert "default-src 'none'" in html
@@ -51,7 +51,7 @@ def test_the_page_is_complete_in_itself(page_file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_long_trace_of_a_large_model_is_small_and_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_of_long_trace_is_small_and_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """10,000 steps, 32 layers, 64 experts: below 2 MB; and below 20 s of this process' time."""
     start = time.process_time()
     words = ["report", "--synthetic", "drift-30", "--steps", "10000", "--layers", "32", "--experts", "64"]
@@ -61,7 +61,7 @@ def test_a_long_trace_of_a_large_model_is_small_and_quick(tmp_path: Path, capsys
     assert "MiB" in capsys.readouterr().out
 
 
-def test_what_can_not_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_to_unwritable_path_prints_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     words = ["report", "--synthetic", "zipf", "--steps", "60", "-o", str(tmp_path / "file" / "report.html")]
     assert main(words) == 1
@@ -98,7 +98,7 @@ def page(browser: Any, page_file: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [320, 400, 800, 1400])
-def test_nothing_is_cut_off(page: Any, width: int) -> None:
+def test_page_at_any_width_cuts_nothing_off(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("balance", "layers", "experts", "moves-chart"):
@@ -115,7 +115,7 @@ def test_nothing_is_cut_off(page: Any, width: int) -> None:
     assert overlapping == 0
 
 
-def test_lines_are_shown_and_hidden(page: Any) -> None:
+def test_page_checkbox_shows_and_hides_line(page: Any) -> None:
     line = page.locator("#balance path[data-series=deepseek]")
     assert line.is_visible()
     page.locator("#balance .plot").hover()
@@ -131,7 +131,7 @@ def told(page: Any, name: str) -> str:
     return page.locator(f"#{name}-told").inner_text()
 
 
-def test_the_map_of_layers_shows_what_is_chosen(page: Any) -> None:
+def test_page_map_of_layers_shows_chosen_quantity(page: Any) -> None:
     picture = page.locator("#layers img")
     hottest = picture.get_attribute("src")
     page.locator("#layers .plot").focus()
@@ -152,7 +152,7 @@ def test_the_map_of_layers_shows_what_is_chosen(page: Any) -> None:
     assert told(page, "layers").endswith(f"layer {LAYERS - 1}: balancedness (balanced) no tokens")
 
 
-def test_layers_are_chosen_in_each_way(page: Any) -> None:
+def test_page_layer_can_be_chosen_in_each_way(page: Any) -> None:
     title = page.locator("h2", has_text="Experts of layer")
     picture = page.locator("#experts img")
     first = picture.get_attribute("src")
@@ -180,7 +180,7 @@ def test_layers_are_chosen_in_each_way(page: Any) -> None:
     assert picture.get_attribute("src") == first
 
 
-def test_what_is_told_of_an_expert_is_what_was_recorded(page: Any) -> None:
+def test_page_cursor_on_expert_shows_recorded_share(page: Any) -> None:
     page.locator("#experts .plot").focus()
     for _ in range(3):
         page.keyboard.press("ArrowDown")
@@ -191,7 +191,7 @@ def test_what_is_told_of_an_expert_is_what_was_recorded(page: Any) -> None:
     assert share == pytest.approx(1, abs=0.05)
 
 
-def test_the_decision_under_the_cursor_is_told(page: Any) -> None:
+def test_page_cursor_on_decision_shows_its_moves(page: Any) -> None:
     page.locator("#moves-chart .plot").focus()
     assert re.match(r"Before step 25: \d+ experts moved within a node, \d+ between nodes", told(page, "moves-chart"))
     page.locator("summary", has_text="decisions").click()
@@ -199,7 +199,7 @@ def test_the_decision_under_the_cursor_is_told(page: Any) -> None:
     assert page.locator("#decisions tbody tr").count() == 7
 
 
-def test_everything_is_reached_by_keyboard_and_has_a_name(page: Any) -> None:
+def test_page_controls_are_reached_by_keyboard_and_named(page: Any) -> None:
     reached = []
     for _ in range(60):
         page.keyboard.press("Tab")
@@ -219,7 +219,7 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(page: Any) -> None:
     assert page.evaluate("[...document.images].every((image) => image.alt)")
 
 
-def test_letters_stand_out(page: Any) -> None:
+def test_page_text_has_contrast_of_level_aa(page: Any) -> None:
     """Contrast of 4.5 and more, as WCAG 2.2 asks for at level AA, of all that is written on the page's white."""
     contrasts = page.evaluate(
         """() => [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility() && !e.disabled
@@ -233,7 +233,7 @@ def test_letters_stand_out(page: Any) -> None:
     assert min(contrasts)[0] >= 4.5, min(contrasts)
 
 
-def test_printed_it_has_all_but_the_controls(page: Any) -> None:
+def test_page_when_printed_has_no_controls(page: Any) -> None:
     page.emulate_media(media="print")
     for gone in (".controls", ".told", "summary"):
         assert not page.locator(gone).first.is_visible()
@@ -245,7 +245,7 @@ def test_printed_it_has_all_but_the_controls(page: Any) -> None:
     assert page.pdf().startswith(b"%PDF")
 
 
-def test_without_scripts_all_is_drawn(browser: Any, page_file: Path) -> None:
+def test_page_without_scripts_draws_all(browser: Any, page_file: Path) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(page_file.as_uri())

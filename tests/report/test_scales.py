@@ -10,7 +10,7 @@ SCALES = [ratio_scale(), share_scale(SHARE), hottest_scale(SHARE)]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.name)
-def test_levels_have_colours_of_their_own_that_grow_brighter(scale: Scale) -> None:
+def test_scale_levels_have_distinct_colours_that_grow_brighter(scale: Scale) -> None:
     assert len(set(scale.colours)) == len(scale.colours) == len(scale.values) + 1
     assert len(scale.words) == len(scale.values)
     assert scale.colours[-1] == NOTHING
@@ -19,7 +19,7 @@ def test_levels_have_colours_of_their_own_that_grow_brighter(scale: Scale) -> No
     assert scale.levels(scale.values).tolist() == list(range(len(scale.values)))
 
 
-def test_values_beyond_the_ends_and_nothing() -> None:
+def test_scale_levels_beyond_ends_are_the_last() -> None:
     share = share_scale(SHARE)
     assert share.values[0] == pytest.approx(1 / 8)
     levels = share.levels(SHARE)[0]
@@ -35,7 +35,7 @@ def test_values_beyond_the_ends_and_nothing() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 32, 61, 256, 10_001, 1_000_001])
-def test_ticks_are_few_and_start_at_zero(count: int) -> None:
+def test_nice_ticks_of_any_count_are_few_and_start_at_zero(count: int) -> None:
     ticks = list(nice_ticks(count, 6))
     assert ticks[0] == 0
     assert ticks[-1] < count

@@ -15,7 +15,7 @@ from lightning_eplb.simulation.trace import TraceWriter
 SKEWED = 1000 * np.tile(np.array([[[20, 16, 14, 10, 12, 12, 8, 8]]]), (20, 1, 1))
 
 
-def test_counts_by_hand() -> None:
+def test_replay_of_skewed_load_matches_hand_calculation() -> None:
     static = replay(SKEWED, StaticPolicy(), Setting(2, step_interval=16))
     assert np.allclose(static.balancedness, 50 / 60)
     assert (static.rows_moved, len(static.planning_seconds), static.first_decided) == (0, 2, 4)
@@ -26,12 +26,12 @@ def test_counts_by_hand() -> None:
     assert speed_up(balanced, static) == pytest.approx(60_000 / balanced.max_tokens[-1])
 
 
-def test_steps_without_tokens_are_none() -> None:
+def test_replay_without_tokens_judges_nothing() -> None:
     empty = replay(synthetic_load("empty", 10, 2, 8), BalancedPolicy(), Setting(2))
     assert (empty.rows_moved, len(empty.judged), empty.planning_seconds) == (0, 0, ())
 
 
-def test_a_policy_is_asked_with_the_window_alone() -> None:
+def test_replay_asks_policy_with_window_alone() -> None:
     class Asked(StaticPolicy):
         sums: list[int] = []  # noqa: RUF012
 
@@ -46,14 +46,14 @@ def test_a_policy_is_asked_with_the_window_alone() -> None:
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_LOADS)
-def test_synthetic_loads_have_their_tokens(name: str) -> None:
+def test_synthetic_load_of_each_name_has_its_tokens(name: str) -> None:
     load_WYL = synthetic_load(name, 120, 2, 16, tokens_per_step=1000, num_ranks=4, interval=50)
     assert load_WYL.shape == (120, 2, 16)
     assert (load_WYL.sum(axis=2) == (0 if name == "empty" else 1000)).all()
     assert np.array_equal(load_WYL, synthetic_load(name, 120, 2, 16, tokens_per_step=1000, num_ranks=4, interval=50))
 
 
-def test_synthetic_loads_are_what_they_are_called() -> None:
+def test_synthetic_load_has_shares_of_its_name() -> None:
     def share(name: str) -> np.ndarray:
         return synthetic_load(name, 100, 1, 16, tokens_per_step=100_000, num_ranks=4)[:, 0] / 100_000
 
@@ -68,13 +68,13 @@ def test_synthetic_loads_are_what_they_are_called() -> None:
     assert np.flatnonzero(share("burst").max(axis=1) > 0.4).tolist() == [49, 99]
 
 
-def test_sorted_loads_have_the_most_popular_expert_first() -> None:
+def test_synthetic_load_sorted_has_most_popular_expert_first() -> None:
     total_YL = synthetic_load("sorted", 50, 3, 64, tokens_per_step=1_000_000).sum(axis=0)
     # Single experts' counts are noisy: neighbours may change places, groups do not.
     assert (np.diff(total_YL.reshape(3, 8, 8).sum(axis=2), axis=1) < 0).all()
 
 
-def test_groups_of_neighbours_share_a_factor_that_changes_between_intervals() -> None:
+def test_synthetic_load_grouped_changes_by_group_between_intervals() -> None:
     load_WYL = synthetic_load("grouped", 40, 1, 64, tokens_per_step=10_000_000, interval=10)
     changed_IGL = np.diff(np.log(load_WYL[::10, 0]), axis=0).reshape(3, 4, 16)  # from interval to interval
     within, between = changed_IGL.std(axis=2), changed_IGL.mean(axis=2).std(axis=1)
@@ -83,7 +83,7 @@ def test_groups_of_neighbours_share_a_factor_that_changes_between_intervals() ->
     assert np.abs(same_WL).max() < 0.05  # within an interval nothing changes
 
 
-def test_a_resampled_load_has_the_shares_of_its_source() -> None:
+def test_resample_of_load_keeps_its_shares() -> None:
     source_WYL = np.array([[[30, 10], [0, 0]], [[0, 7], [5, 5]]])
     load_WYL = resample(source_WYL, 5, tokens_per_step=10_000)
     assert load_WYL.sum(axis=2).tolist() == [[10_000, 0]] * 3 + [[10_000, 10_000]] * 2
@@ -101,7 +101,7 @@ def test_a_resampled_load_has_the_shares_of_its_source() -> None:
         ({"num_steps": 3, "seed": -1}, "seed=-1 must not be negative"),
     ],
 )
-def test_a_load_is_not_resampled_with_numbers_that_cannot_be(arguments: dict[str, int], message: str) -> None:
+def test_resample_with_invalid_number_raises(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resample(np.ones((2, 1, 4), dtype=np.int64), **arguments)
 
@@ -110,14 +110,14 @@ def test_a_load_is_not_resampled_with_numbers_that_cannot_be(arguments: dict[str
     ("name", "steps", "layers", "tokens"),
     [("mixtral-8x7b-e8k2", 10, 32, 2**20), ("mixtral-8x7b-e16k4", 30, 24, 2**21)],
 )
-def test_recorded_loads_are_whole(name: str, steps: int, layers: int, tokens: int) -> None:
+def test_recorded_load_of_each_name_is_whole(name: str, steps: int, layers: int, tokens: int) -> None:
     load_WYL = recorded_load(name)
     assert load_WYL.shape == (steps, layers, 4)
     assert (load_WYL.sum(axis=2) == tokens).all()
     assert f"`{name}.npy`" in RECORDED_LOADS[name].with_name("SOURCES.md").read_text()
 
 
-def test_a_recorded_load_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_with_recorded_load_prints_its_size(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["simulate", "--recorded", "mixtral-8x7b-e8k2", "--ep-size", "2", "--policy", "static"]
     assert main([*words, "--step-interval", "4"]) == 0
     assert "mixtral-8x7b-e8k2: 10 steps, 32 layers of 4 experts" in capsys.readouterr().out
@@ -125,14 +125,14 @@ def test_a_recorded_load_from_the_command_line(capsys: pytest.CaptureFixture[str
     assert "mixtral-8x7b-e8k2: 60 steps, 32 layers of 4 experts" in capsys.readouterr().out
 
 
-def test_an_unknown_load_is_refused() -> None:
+def test_load_of_unknown_name_raises() -> None:
     with pytest.raises(ValueError, match=r"'wavy' is unknown\. Use balanced, "):
         synthetic_load("wavy", 1, 1, 8)
     with pytest.raises(ValueError, match=r"'wavy' is unknown\. Use mixtral-8x7b-e16k4 or mixtral-8x7b-e8k2"):
         recorded_load("wavy")
 
 
-def test_a_trace_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_with_trace_prints_all_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = TraceWriter(tmp_path / "trace.npy")
     for load_YL in SKEWED:
         writer.append(load_YL)
@@ -152,7 +152,7 @@ def test_a_trace_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert perfect[1:] == ["1.000", "1.000", "1.000", "1.20", *"------"]
 
 
-def test_the_traffic_of_replicas_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_with_bytes_per_replica_prints_traffic(capsys: pytest.CaptureFixture[str]) -> None:
     """Two layers with 8 filled slots, of 1 MiB of weights and gradient each; by default a quarter of the state."""
     words = ["--synthetic", "zipf", "--layers", "2", "--experts", "16", "--num-redundant-experts", "8", "--steps", "60"]
     given = ["--bytes-per-replica", str(2**20)]
@@ -167,7 +167,7 @@ def test_the_traffic_of_replicas_from_the_command_line(capsys: pytest.CaptureFix
         assert ("Bytes moved" in output) == ("--bytes-per-expert" in more)
 
 
-def test_bytes_are_told_in_one_unit_for_a_column() -> None:
+def test_describe_with_bytes_uses_one_unit_a_column() -> None:
     static = replay(SKEWED, StaticPolicy(), Setting(2, 2, step_interval=16), name="static")
     balanced = replay(SKEWED, BalancedPolicy(), Setting(2, step_interval=16), name="balanced")
     head, *rows = describe([static, balanced], static, bytes_per_expert=2**40, bytes_per_replica=2**30)
@@ -178,7 +178,7 @@ def test_bytes_are_told_in_one_unit_for_a_column() -> None:
     ]
 
 
-def test_replicas_that_cost_more_than_they_save_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_with_costly_replicas_fills_no_slot(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--synthetic", "lognormal-1.2", "--experts", "16", "--num-redundant-experts", "8", "--steps", "60"]
     free, dear = (float(balanced_row(capsys, *words, "--replica-tokens", cost)[5]) for cost in ("0", "1e9"))
     assert free > dear == 0
@@ -190,7 +190,7 @@ def balanced_row(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     return row
 
 
-def test_the_cost_of_moves_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_with_costly_moves_moves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A move that takes as long as all tokens of an interval never pays, one for free does for the smallest load."""
     with_trace(tmp_path / "small.npy", SKEWED // 1000)
     with_trace(tmp_path / "large.npy", SKEWED)
@@ -216,14 +216,14 @@ def with_trace(path: Path, load_WYL: np.ndarray) -> None:
     writer.close()
 
 
-def test_levelled_quotas_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Copies that share by quotas level what copies that share evenly can't."""
+def test_simulate_with_level_split_is_more_balanced(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replicas that share by quotas level what replicas that share evenly can't."""
     words = ["--synthetic", "lognormal-1.2", "--experts", "16", "--num-redundant-experts", "8", "--steps", "60"]
     even, level = (float(balanced_row(capsys, *words, "--split", split)[1]) for split in ("even", "level"))
     assert level > even + 0.02
 
 
-def test_an_unknown_split_is_refused() -> None:
+def test_replay_with_unknown_split_raises() -> None:
     with pytest.raises(ValueError, match="split='odd' must be 'even' or 'level'"):
         replay(SKEWED, StaticPolicy(), Setting(2, split="odd"))
 
@@ -241,7 +241,7 @@ class Swapping(StaticPolicy):
 
 
 @pytest.mark.parametrize(("with_rank", "within", "between"), [(1, 6, 0), (2, 0, 6), (3, 0, 6)])
-def test_rows_within_nodes_and_between_nodes(with_rank: int, within: int, between: int) -> None:
+def test_replay_on_nodes_counts_rows_within_and_between(with_rank: int, within: int, between: int) -> None:
     """Two rows in each of three layers, in the first decision of three; ranks 0 and 1 are on a node."""
     load_WYL = SKEWED.repeat(3, axis=1)
     found = replay(load_WYL, Swapping(with_rank), Setting(4, num_nodes=2, step_interval=8))
@@ -251,7 +251,7 @@ def test_rows_within_nodes_and_between_nodes(with_rank: int, within: int, betwee
     assert (single.rows_within_nodes, single.rows_between_nodes) == (6, 0)
 
 
-def test_forecast_errors_of_all_decisions_but_the_last() -> None:
+def test_replay_has_forecast_errors_of_all_decisions_but_last() -> None:
     """Decisions after 2, 10 and 18 steps: the first interval is as expected, then other experts are hot."""
     steady = replay(SKEWED, StaticPolicy(), Setting(2, step_interval=8))
     assert steady.forecast_errors == (0.0, 0.0)
@@ -263,7 +263,7 @@ def test_forecast_errors_of_all_decisions_but_the_last() -> None:
     assert changed.forecast_errors == pytest.approx((0.0, expected))
 
 
-def test_one_decision_is_never_judged() -> None:
+def test_replay_with_one_decision_has_no_forecast_error() -> None:
     assert replay(SKEWED, StaticPolicy(), Setting(2, step_interval=80)).forecast_errors == ()
     assert replay(SKEWED, StaticPolicy(), Setting(2, step_interval=100)).planning_seconds == ()
 
@@ -303,7 +303,7 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
         (["simulate", "--synthetic", "zipf", "--window-size", "0"], "--window-size 0 must be at least 1"),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "1000000"],
-            "--num-redundant-experts 1000000 is more than 8 ranks can use: with 448 each could hold a copy of every",
+            "--num-redundant-experts 1000000 is more than --ep-size 8 can use. Use at most 448, with which",
         ),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "-8"],
@@ -329,7 +329,7 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
         (["report", "--synthetic", "zipf", "-o", "."], "-o . is a folder; name a file, such as report.html"),
     ],
 )
-def test_what_does_not_fit_is_an_error_and_no_traceback(
+def test_simulate_with_invalid_arguments_prints_error(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with mock.patch(
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_an_error_and_no_traceback(
 
 
 @pytest.mark.parametrize("word", ["simulate", "report"])
-def test_a_damaged_trace_is_read_up_to_there_on_demand(
+def test_simulate_with_damaged_trace_needs_allow_damaged(
     word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_trace(tmp_path / "trace.npy", SKEWED)
@@ -364,7 +364,7 @@ def test_a_damaged_trace_is_read_up_to_there_on_demand(
 
 
 @pytest.mark.parametrize("kind", ["itself", "symlink", "hard link"])
-def test_a_report_never_replaces_its_trace(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_onto_its_trace_prints_error(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = output = tmp_path / "t.npy"
     with_trace(path, SKEWED)
     before = path.read_bytes()
@@ -385,15 +385,15 @@ def test_a_report_never_replaces_its_trace(kind: str, tmp_path: Path, capsys: py
         ({"seed": -1}, "seed=-1 must not be negative"),
     ],
 )
-def test_a_synthetic_load_refuses_numbers_that_cannot_be(arguments: dict[str, int], message: str) -> None:
+def test_synthetic_load_with_invalid_number_raises(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         synthetic_load("drift-10", 10, 1, 8, **arguments)
 
 
-def test_more_redundant_experts_than_the_ranks_can_use_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_redundant_experts=10 is more than num_ranks=2 can use: with 8 each"):
+def test_replay_with_too_many_redundant_experts_raises() -> None:
+    with pytest.raises(ValueError, match=r"num_redundant_experts=10 is more than num_ranks=2 can use\. Use at most 8,"):
         replay(SKEWED, StaticPolicy(), Setting(2, num_redundant_experts=10))
 
 
-def test_drawn_over_time() -> None:
+def test_draw_over_time_with_gap_draws_a_dot() -> None:
     assert draw_over_time(np.array([0.0, 0.5, 1.0, np.nan]), 4) == "▁▅█·"

@@ -26,13 +26,13 @@ def written(path: Path, **arguments: int) -> Path:
     return path  # not closed, as by a run that was killed
 
 
-def test_read_back_while_it_is_written(tmp_path: Path) -> None:
+def test_trace_while_written_can_be_read(tmp_path: Path) -> None:
     steps = read_trace(written(tmp_path / "new" / "trace.npy"))
     assert steps.dtype == np.int64
     assert np.array_equal(steps, np.stack(STEPS))
 
 
-def test_replaced_or_continued(tmp_path: Path) -> None:
+def test_trace_with_keep_is_continued(tmp_path: Path) -> None:
     path = written(written(tmp_path / "trace.npy"))
     assert len(read_trace(path)) == 3
     assert len(read_trace(written(path, keep=3))) == 6
@@ -42,7 +42,7 @@ def test_replaced_or_continued(tmp_path: Path) -> None:
     assert len(read_trace(path)) == 8
 
 
-def test_numpy_reads_each_step(tmp_path: Path) -> None:
+def test_trace_is_read_by_numpy(tmp_path: Path) -> None:
     with written(tmp_path / "trace.npy").open("rb") as file:
         arrays = [np.load(file, allow_pickle=False) for _ in STEPS]
         assert file.read() == b""
@@ -58,14 +58,14 @@ def by_numpy(path: Path, *arrays: Any) -> Path:
     return path
 
 
-def test_arrays_of_numpy_are_a_trace(tmp_path: Path) -> None:
+def test_trace_written_by_numpy_is_read(tmp_path: Path) -> None:
     path = by_numpy(tmp_path / "a.npy", *(np.asfortranarray(STEPS[0]).astype(kind) for kind in ("u1", "<i2", "<i8")))
     assert np.array_equal(read_trace(path), np.stack([STEPS[0]] * 3))
 
 
 @pytest.mark.parametrize("with_checksum", [True, False])
 @pytest.mark.parametrize("step", [0, 10, 19])
-def test_a_flipped_bit_of_a_header_is_never_read(with_checksum: bool, step: int, tmp_path: Path) -> None:
+def test_trace_with_flipped_bit_raises(with_checksum: bool, step: int, tmp_path: Path) -> None:
     """All bits of a header, and with a checksum also those of the counts."""
     path = tmp_path / "trace.npy"
     steps = [(np.arange(12).reshape(3, 4) + i).astype("<u4") for i in range(20)]
@@ -94,7 +94,7 @@ def test_a_flipped_bit_of_a_header_is_never_read(with_checksum: bool, step: int,
     assert outcomes == {True: 8 * (size if with_checksum else 128)}
 
 
-def test_a_damaged_trace_says_where_and_is_read_up_to_there_on_demand(tmp_path: Path) -> None:
+def test_trace_with_damage_needs_allow_damaged(tmp_path: Path) -> None:
     path = written(written(tmp_path / "trace.npy"), keep=3)
     damaged = bytearray(path.read_bytes())
     damaged[3 * 128 + 16 + 32 + 16 + 130] ^= 1  # a count of the fourth step
@@ -111,7 +111,7 @@ def test_a_damaged_trace_says_where_and_is_read_up_to_there_on_demand(tmp_path: 
 
 @pytest.mark.parametrize("name", ["trace.npy", "trace"])
 @pytest.mark.parametrize(("keep", "kept"), [(9, 2), (2, 2), (1, 1)])
-def test_a_resumed_run_sets_a_damaged_trace_aside(keep: int, kept: int, name: str, tmp_path: Path) -> None:
+def test_trace_writer_on_damaged_trace_sets_it_aside(keep: int, kept: int, name: str, tmp_path: Path) -> None:
     path = written(tmp_path / name)
     torn = path.read_bytes()[:-1]
     path.write_bytes(torn)
@@ -126,7 +126,7 @@ def test_a_resumed_run_sets_a_damaged_trace_aside(keep: int, kept: int, name: st
     assert aside.read_bytes() == torn
 
 
-def test_a_resumed_run_sets_aside_what_a_link_points_to(tmp_path: Path) -> None:
+def test_trace_writer_on_link_sets_target_aside(tmp_path: Path) -> None:
     path = written(tmp_path / "trace.npy")
     path.write_bytes(path.read_bytes()[:-1])
     (tmp_path / "link").mkdir()
@@ -138,7 +138,7 @@ def test_a_resumed_run_sets_aside_what_a_link_points_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_what_is_no_trace_is_not_written_over(keep: int, tmp_path: Path) -> None:
+def test_trace_writer_on_other_file_raises(keep: int, tmp_path: Path) -> None:
     weights = by_numpy(tmp_path / "weights.npy", np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"weights\.npy' is a file that holds something else; name another"):
         TraceWriter(weights, keep=keep)
@@ -153,7 +153,7 @@ def test_what_is_no_trace_is_not_written_over(keep: int, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_ends_the_trace_and_not_the_training() -> None:
+def test_trace_writer_on_full_disk_warns() -> None:
     writer = TraceWriter("/dev/full")
     with pytest.warns(UserWarning, match="trace='/dev/full' ends here, it can't be written: No space left on device"):
         writer.append(STEPS[0])
@@ -161,7 +161,7 @@ def test_a_full_disk_ends_the_trace_and_not_the_training() -> None:
     writer.close()
 
 
-def test_a_full_disk_leaves_whole_steps(tmp_path: Path) -> None:
+def test_trace_writer_on_full_disk_leaves_whole_steps(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "trace.npy")
     writer.append(STEPS[0])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -175,14 +175,14 @@ def test_a_full_disk_leaves_whole_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load_YL", [[[-1, 2]], [[0.5, 1.0]], [1, 2], [[True, False]], [[]]])
-def test_what_is_no_load_is_not_written(load_YL: list, tmp_path: Path) -> None:
+def test_trace_writer_with_invalid_load_raises(load_YL: list, tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "trace.npy")
     with pytest.raises(ValueError, match=r"load_YL has shape .*; it must be \[layers, experts\], whole numbers"):
         writer.append(np.array(load_YL))
     assert (tmp_path / "trace.npy").read_bytes() == b""
 
 
-def test_steps_of_another_model_end_the_trace(tmp_path: Path) -> None:
+def test_trace_writer_with_other_shape_warns_and_ends(tmp_path: Path) -> None:
     path = written(tmp_path / "trace.npy")
     writer = TraceWriter(path, keep=3)
     with pytest.warns(UserWarning, match=r"ends here: its steps have shape \[2, 2\], and this one has \[3, 2\]"):
@@ -191,7 +191,7 @@ def test_steps_of_another_model_end_the_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 20, 31, 32, 100, 136, 142])
-def test_a_last_step_that_was_cut_off_is_damage(lost: int, tmp_path: Path) -> None:
+def test_trace_with_last_step_cut_off_raises(lost: int, tmp_path: Path) -> None:
     path = written(tmp_path / "trace.npy")
     path.write_bytes(path.read_bytes()[:-lost])
     with pytest.raises(ValueError, match=rf"step 2, byte 304: the file ends {144 - lost} bytes behind the beginning"):
@@ -226,7 +226,7 @@ HUGE = npy(np.ones((3, 4), dtype="<u4")).replace(b"(3, 4), }" + 15 * b" ", b"(30
         (npy(np.ones((3, 4), dtype=int)) + npy(np.ones((3, 5), dtype=int)), r"step 1, byte 224: it has shape \[3, 5\]"),
     ],
 )
-def test_another_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_read_trace_of_other_file_raises(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "other"
     path.write_bytes(content)
     for allow_damaged in (False, True)[: 1 + ("is not" in message)]:
@@ -234,7 +234,7 @@ def test_another_file_is_refused(content: bytes, message: str, tmp_path: Path) -
             read_trace(path, allow_damaged=allow_damaged)
 
 
-def test_a_folder_is_no_trace(tmp_path: Path) -> None:
+def test_read_trace_of_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a file, as a trace is"):
         read_trace(tmp_path)
 
@@ -255,13 +255,13 @@ def fails(path: str) -> str:
     return str(raised.value)
 
 
-def test_a_trace_that_rank_0_cannot_write_is_an_error_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
+def test_trace_that_rank_zero_cannot_write_raises_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
     messages = workers.run(2, fails, str(tmp_path / "notes.txt"))
     assert messages == [f"trace={str(tmp_path / 'notes.txt')!r} is a file that holds something else; name another"] * 2
 
 
-def test_a_run_records_every_step(workers: Workers, tmp_path: Path) -> None:
+def test_trace_of_training_has_every_step(workers: Workers, tmp_path: Path) -> None:
     window, _ = workers.run(2, train, str(tmp_path))
     trace = read_trace(tmp_path / "trace.npy")
     assert np.array_equal(trace, window)

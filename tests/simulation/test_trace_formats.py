@@ -98,7 +98,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(load_WYL=arrays(np.int64, st.tuples(*[st.integers(1, 4)] * 3), elements=st.integers(0, 30)))
-def test_each_format_reads_what_was_written(
+def test_read_load_of_each_format_returns_what_was_written(
     name: str, load_WYL: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     load_WYL[0, 0, -1] = 1  # the last expert is named somewhere, and some token is routed
@@ -109,17 +109,17 @@ def test_each_format_reads_what_was_written(
 
 @pytest.mark.parametrize("word", ["simulate", "report"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_each_format_from_the_command_line(name: str, word: str, tmp_path: Path) -> None:
+def test_simulate_with_each_format_succeeds(name: str, word: str, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, LOAD)
     words = [word, str(path), "--ep-size", "2", "--step-interval", "2", "--policy", "static"]
     assert main([*words, *(["-o", str(tmp_path / "report.html")] if word == "report" else [])]) == 0
 
 
-def test_whole_floats_are_counts(tmp_path: Path) -> None:
+def test_read_load_of_whole_floats_returns_counts(tmp_path: Path) -> None:
     assert np.array_equal(read_load(write_npz(tmp_path / "a.npz", LOAD.astype(np.float32))), LOAD)
 
 
-def test_experts_that_got_no_token_are_counted_when_told(tmp_path: Path) -> None:
+def test_read_load_with_num_experts_has_idle_experts(tmp_path: Path) -> None:
     without = np.where(np.arange(4) == 3, 0, LOAD)
     path = write_megatron(tmp_path / "traces", without)
     assert read_load(path).shape == (3, 2, 3)
@@ -128,13 +128,13 @@ def test_experts_that_got_no_token_are_counted_when_told(tmp_path: Path) -> None
         read_load(path, num_experts=2)
 
 
-def test_one_rank_of_megatron_is_what_it_routed(tmp_path: Path) -> None:
+def test_read_load_of_one_megatron_rank_has_its_tokens(tmp_path: Path) -> None:
     path = write_megatron(tmp_path / "traces", LOAD)
     first, second = (read_load(path / f"router_trace_rank{rank}.jsonl", num_experts=4) for rank in range(2))
     assert np.array_equal(first + second, LOAD)
 
 
-def test_layers_of_megatron_are_told_apart_by_block_and_head(tmp_path: Path) -> None:
+def test_read_load_of_megatron_tells_layers_apart_by_block(tmp_path: Path) -> None:
     records = [
         {"step": 0, "block": "mtp", "mtp_idx": 0, "layer": 1, "top_indices": [[0, 1]]},
         {"step": 0, "block": "decoder", "layer": 1, "top_indices": [[1, 2], [1, 0], [-1, -1]]},
@@ -145,7 +145,7 @@ def test_layers_of_megatron_are_told_apart_by_block_and_head(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["megatron", "ultra_ep"])
-def test_steps_that_lack_a_layer_are_left_out_with_a_warning(name: str, tmp_path: Path) -> None:
+def test_read_load_with_missing_layer_warns_and_leaves_step_out(name: str, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, LOAD)
     if name == "megatron":
         file = path / "router_trace_rank1.jsonl"
@@ -160,7 +160,7 @@ def test_steps_that_lack_a_layer_are_left_out_with_a_warning(name: str, tmp_path
         assert np.array_equal(read_load(path), LOAD[:2])
 
 
-def test_a_chunk_is_read_with_the_others_of_its_trace(tmp_path: Path) -> None:
+def test_read_load_of_one_chunk_reads_whole_trace(tmp_path: Path) -> None:
     write_ultra_ep(tmp_path, LOAD)
     write_ultra_ep(tmp_path, 2 * LOAD, trace="epg1_gr0_r8_17[0]")
     assert np.array_equal(read_load(tmp_path / "epg0_gr0_r0_17.chunk000001.npz"), LOAD)
@@ -169,7 +169,7 @@ def test_a_chunk_is_read_with_the_others_of_its_trace(tmp_path: Path) -> None:
         read_load(tmp_path)
 
 
-def test_a_cut_off_line_of_megatron_is_damage(tmp_path: Path) -> None:
+def test_read_load_of_cut_off_megatron_line_raises(tmp_path: Path) -> None:
     file = write_megatron(tmp_path / "traces", LOAD) / "router_trace_rank1.jsonl"
     file.write_text(file.read_text()[:-9])
     with pytest.raises(ValueError, match=r"router_trace_rank1\.jsonl is damaged at line 6: .*--allow-damaged"):
@@ -230,7 +230,7 @@ HEAD = "step,layer,expert,tokens\n"
         ("a.txt", "hello", r"a\.txt is not a trace, as EPLBCallback\(trace=\.\.\.\) writes one"),
     ],
 )
-def test_what_is_no_load_is_told(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_read_load_of_invalid_text_raises(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_load(tmp_path / name)
@@ -252,7 +252,7 @@ def test_what_is_no_load_is_told(name: str, content: str, message: str, tmp_path
         ({"pre_logical_loads": LOAD[0]}, r"a\.npz lacks metadata, layers, microbatches, which chunks of UltraEP's"),
     ],
 )
-def test_what_is_no_load_in_an_archive_is_told(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+def test_read_load_of_invalid_archive_raises(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         read_load(tmp_path / "a.npz")
@@ -270,14 +270,14 @@ def test_what_is_no_load_in_an_archive_is_told(arrays: dict[str, np.ndarray], me
         ({"pre_logical_loads": np.ones(3, dtype=int)}, r"pre_logical_loads, has shape \[1, 3\]"),
     ],
 )
-def test_a_chunk_that_does_not_fit_is_told(changed: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+def test_read_load_of_unfit_chunk_raises(changed: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     chunk = write_ultra_ep(tmp_path, LOAD) / "epg0_gr0_r0_17.chunk000001.npz"
     np.savez(chunk, **(dict(np.load(chunk)) | changed))
     with pytest.raises(ValueError, match=message):
         read_load(tmp_path)
 
 
-def test_a_cut_off_array_is_damage(tmp_path: Path) -> None:
+def test_read_load_of_cut_off_array_raises(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "load.npy", LOAD)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"load\.npy is damaged, or no file of NumPy's"):
@@ -285,19 +285,19 @@ def test_a_cut_off_array_is_damage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda b: b.replace(b"}", b"("), lambda b: b.replace(b"(3, 2", b"(3000000000, 2")])
-def test_a_damaged_header_is_damage(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_read_load_of_damaged_header_raises(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = write_npy(tmp_path / "load.npy", LOAD)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError, match=r"load\.npy is damaged, or no file of NumPy's"):
         read_load(path)
 
 
-def test_another_folder_is_told_what_it_lacks(tmp_path: Path) -> None:
+def test_read_load_of_other_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds neither router_trace_rank\*\.jsonl, as Megatron writes them, nor"):
         read_load(tmp_path)
 
 
-def test_a_load_too_large_for_memory_is_told(tmp_path: Path) -> None:
+def test_read_load_too_large_for_memory_raises(tmp_path: Path) -> None:
     lines = [f"{step},0,{65_535 * (step == 0)},1" for step in range(9_000)]
     (tmp_path / "a.csv").write_text(HEAD + "\n".join(lines))
     with pytest.raises(

@@ -18,5 +18,5 @@ CASES = [case for case in PRODUCT if case.redundant or case.redundancy == "windo
 
 
 @pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.ranks), ids=str)
-def test_same_losses_weights_and_moments(case: Case, workers: Workers) -> None:
+def test_training_with_all_settings_equals_one_process(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case)) < TOLERANCE

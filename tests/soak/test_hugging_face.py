@@ -6,7 +6,7 @@ import transformers.models
 from torch import nn
 
 from lightning_eplb.parallel.discovery import find_experts
-from lightning_eplb.parallel.protocol_trial import find_deviation
+from lightning_eplb.parallel.protocol_check import find_deviation
 from tests.parallel.test_parallelize import experts_of
 
 OTHERS = {
@@ -18,7 +18,7 @@ OTHERS = {
 }
 
 
-def test_every_family_is_found_or_known() -> None:
+def test_families_of_transformers_are_found_or_known() -> None:
     found, missed = [], []
     for folder in sorted(Path(transformers.models.__path__[0]).iterdir()):
         source = folder / f"modeling_{folder.name}.py"

@@ -12,5 +12,7 @@ __all__ = ["half"]
 
 
 @pytest.mark.parametrize(("half", "kind", "ranks", "redundant"), TABLE, indirect=["half"])
-def test_same_training_from_each_to_each(half: Path, kind: str, ranks: int, redundant: int, workers: Workers) -> None:
-    test_resume.test_same_training_as_uninterrupted(half, kind, ranks, redundant, workers)
+def test_resume_from_each_to_each_trains_as_uninterrupted(
+    half: Path, kind: str, ranks: int, redundant: int, workers: Workers
+) -> None:
+    test_resume.test_resume_under_other_settings_trains_as_uninterrupted(half, kind, ranks, redundant, workers)

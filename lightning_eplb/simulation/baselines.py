@@ -1,4 +1,4 @@
-"""References for replays: the published algorithm as it is, and two upper bounds.
+"""Baselines for replays: the published algorithm as it is, and two upper bounds.
 
 Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``P`` physical experts (slots), ``R`` ranks, ``S`` slots on a
 rank.

@@ -73,7 +73,9 @@ def resume(ranks: int, path: str, settings: dict[str, Any]) -> tuple[list[float]
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_file_is_the_unmodified_models(weights_only: bool, workers: Workers, tmp_path: Path) -> None:
+def test_checkpoint_of_sharded_model_is_file_of_unmodified_model(
+    weights_only: bool, workers: Workers, tmp_path: Path
+) -> None:
     workers.run(2, save_halfway, 2, str(tmp_path), {"ep_size": 2}, weights_only, seconds=SECONDS)
     check_file(tmp_path / "half.ckpt", weights_only)
 
@@ -94,7 +96,9 @@ CHANGES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_same_training_as_uninterrupted(change: str, workers: Workers, tmp_path: Path) -> None:
+def test_checkpoint_resumed_with_other_sharding_trains_as_uninterrupted(
+    change: str, workers: Workers, tmp_path: Path
+) -> None:
     ranks, saves, resumes = CHANGES[change]
     losses, weights = uninterrupted()
     workers.run(ranks, save_halfway, ranks, str(tmp_path), saves, seconds=SECONDS)
@@ -106,7 +110,7 @@ def test_same_training_as_uninterrupted(change: str, workers: Workers, tmp_path:
         assert largest_difference(weights_of_rank, weights) < TOLERANCE
 
 
-def test_no_rank_gathers_experts(workers: Workers) -> None:
+def test_sharded_checkpoint_on_each_rank_holds_its_own_part(workers: Workers) -> None:
     for held, total in workers.run(4, bytes_of_experts_in_a_checkpoint, seconds=SECONDS):
         assert 4 * held == total > 0
 
@@ -130,7 +134,7 @@ def bytes_of_experts_in_a_checkpoint() -> tuple[int, int]:
     )
 
 
-def test_weights_alone(workers: Workers, tmp_path: Path) -> None:
+def test_sharded_checkpoint_of_weights_only_loads_and_cannot_resume(workers: Workers, tmp_path: Path) -> None:
     workers.run(2, save_halfway, 2, str(tmp_path), {"ep_size": 2, **SHARDED}, True, seconds=SECONDS)
     for weights, message in workers.run(2, use_weights_alone, str(tmp_path / "half.ckpt"), seconds=SECONDS):
         assert largest_difference(weights, half_trained()) < TOLERANCE
@@ -184,7 +188,9 @@ def resume_with_more(name: str, kind: str, path: str, strict: bool = True) -> li
 
 
 @pytest.mark.parametrize("kind", ["sharded", "fsdp1"])
-def test_parameters_without_state_and_others_than_saved(kind: str, workers: Workers, tmp_path: Path) -> None:
+def test_resume_with_parameter_that_was_not_saved_needs_strict_false(
+    kind: str, workers: Workers, tmp_path: Path
+) -> None:
     """The first resume has the same parameters, the others one that was not saved."""
     losses, path = uninterrupted()[0], str(tmp_path / "half.ckpt")
     workers.run(2, save_with_more, "unused", kind, path, seconds=SECONDS)

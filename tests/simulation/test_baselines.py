@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from lightning_eplb import BalancedPolicy, DeepSeekPolicy, StaticPolicy
 from lightning_eplb.policies.deepseek import rebalance_experts
-from lightning_eplb.simulation.references import best_of_each_batch, perfect_level, replay_published
+from lightning_eplb.simulation.baselines import best_of_each_batch, perfect_level, replay_published
 from lightning_eplb.simulation.replay import Setting, replay, speed_up
 
 HOT = np.tile(np.array([[[1200, 200, 100, 100]]]), (12, 1, 1))
@@ -16,7 +16,7 @@ HOT = np.tile(np.array([[[1200, 200, 100, 100]]]), (12, 1, 1))
 SETTING = Setting(2, num_redundant_experts=2, step_interval=8)
 
 
-def test_the_published_plan_is_served_evenly() -> None:
+def test_published_plan_of_hot_expert_is_split_evenly() -> None:
     """At first rank 0 holds experts 0, 1 and a replica of 2, rank 1 holds 2, 3 and 1; then what the algorithm says."""
     found = replay_published(HOT, SETTING, name="published")
     assert found.max_tokens[:2].tolist() == [1200 + 200 / 2 + 100 / 2] * 2
@@ -29,7 +29,7 @@ def test_the_published_plan_is_served_evenly() -> None:
     assert found.mean_replicas == 2.0
 
 
-def test_slots_that_are_new_on_their_rank_are_moved() -> None:
+def test_published_plan_counts_new_slots_as_moved() -> None:
     """Counted from the slots themselves: within the node where a rank of it held the expert, else between nodes."""
     load_WYL = np.random.default_rng(0).integers(0, 1000, (40, 3, 16))
     setting = Setting(4, num_redundant_experts=4, num_nodes=2, step_interval=16)
@@ -47,13 +47,13 @@ def test_slots_that_are_new_on_their_rank_are_moved() -> None:
     assert found.rows_moved > 0
 
 
-def test_published_ignores_how_replicas_share() -> None:
+def test_published_plan_with_any_split_is_the_same() -> None:
     even = replay_published(HOT, Setting(2, num_redundant_experts=2, step_interval=8, split="even"))
     assert np.array_equal(even.max_tokens, replay_published(HOT, SETTING).max_tokens)
 
 
-def test_published_refuses_more_redundant_experts_than_fit() -> None:
-    with pytest.raises(ValueError, match="num_redundant_experts=10 is more than num_ranks=2 can use"):
+def test_published_plan_with_too_many_redundant_experts_raises() -> None:
+    with pytest.raises(ValueError, match=r"num_redundant_experts=10 is more than num_ranks=2 can use\. Use at most 4"):
         replay_published(HOT, Setting(2, num_redundant_experts=10))
 
 
@@ -67,7 +67,7 @@ loads = arrays(np.int64, st.tuples(st.just(9), st.integers(1, 3), st.just(8)), e
     per_rank=st.integers(0, 2),
     split=st.sampled_from(["even", "level"]),
 )
-def test_no_policy_is_above_its_bounds(load_WYL: np.ndarray, policy: type, per_rank: int, split: str) -> None:
+def test_bounds_of_any_policy_are_not_exceeded(load_WYL: np.ndarray, policy: type, per_rank: int, split: str) -> None:
     setting = Setting(4, num_redundant_experts=4 * per_rank, step_interval=4, split=split)
     planned = replay(load_WYL, policy(), setting, name="planned")
     best = best_of_each_batch(load_WYL, planned, name="best")
@@ -88,7 +88,7 @@ def test_no_policy_is_above_its_bounds(load_WYL: np.ndarray, policy: type, per_r
         assert not each.replicas[is_empty_W].any()
 
 
-def test_the_best_of_each_batch_follows_a_hot_expert_that_no_window_knows() -> None:
+def test_best_of_each_batch_with_moving_hot_expert_levels_it() -> None:
     """Each step's tokens go to another expert: planned replicas are of the wrong ones, those of the batch level it."""
     load_WYL = np.full((16, 1, 8), 100)
     load_WYL[np.arange(16), 0, 3 * np.arange(16) % 8] = 4_100
@@ -100,7 +100,7 @@ def test_the_best_of_each_batch_follows_a_hot_expert_that_no_window_knows() -> N
     assert perfect_level(load_WYL, planned, 4).judged.tolist() == [1.0] * len(planned.judged)
 
 
-def test_steps_are_reported_as_they_are_replayed() -> None:
+def test_baselines_after_each_step_report_it() -> None:
     planned = replay(HOT, StaticPolicy(), SETTING)
     for replayed in (
         lambda seen: replay_published(HOT, SETTING, after_step=lambda: seen.append(1)),

@@ -1,4 +1,4 @@
-"""Experts under FSDP1 (``FullyShardedDataParallel``), which must not flatten them."""
+"""Parameters of experts under FSDP1 (``FullyShardedDataParallel``), which must not flatten them."""
 
 from collections.abc import Mapping
 

@@ -156,13 +156,13 @@ def refused(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_experts_that_can_not_be_spread_are_refused_on_all_ranks(name: str, workers: Workers) -> None:
+def test_unsupported_experts_on_two_ranks_raise_on_all(name: str, workers: Workers) -> None:
     (message,) = set(workers.run(2, refused, name))
     assert message.startswith(REFUSED[name][1])
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_on_two_ranks_is_watched_on_one(name: str) -> None:
+def test_unsupported_experts_on_one_rank_are_accepted(name: str) -> None:
     model = nn.ModuleDict({"experts": REFUSED[name][0]()})
     if name != "parametrized":
         check_experts(model, dict(find_experts(model)), 1, 0)
@@ -229,7 +229,7 @@ def fit(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_fit_says_what_does_not_work(name: str, workers: Workers) -> None:
+def test_fit_with_unsupported_experts_raises(name: str, workers: Workers) -> None:
     (message,) = set(workers.run(2, fit, name))
     assert message.startswith(FITS[name][2])
 
@@ -255,7 +255,7 @@ def parametrize_up(experts: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [prune_up, parametrize_up])
-def test_experts_that_are_pruned_after_they_were_spread(change: Callable, workers: Workers) -> None:
+def test_experts_changed_after_conversion_raise(change: Callable, workers: Workers) -> None:
     for message in workers.run(2, changed_after_conversion, change):
         assert message.startswith(
             "experts had the parameters ['up', 'down'] when its experts were distributed over ranks"
@@ -289,5 +289,5 @@ def difference_of_float8() -> float:
     return float((experts(hidden, index, weights) - expected(hidden, index, weights)).abs().max())
 
 
-def test_frozen_experts_in_float8_are_served(workers: Workers) -> None:
+def test_frozen_float8_experts_compute_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, difference_of_float8)) < TOLERANCE

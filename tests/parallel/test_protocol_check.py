@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eplb import parallelize_experts
-from lightning_eplb.parallel.protocol_trial import check_protocol, find_deviation
+from lightning_eplb.parallel.protocol_check import check_protocol, find_deviation
 from tests.parallel.test_parallelize import FAMILIES, experts_of
 from tests.workers import Workers
 
@@ -184,7 +184,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_trial_of_another_protocol_says_what_differs(kind: type[Experts]) -> None:
+def test_trial_of_other_protocol_names_deviation(kind: type[Experts]) -> None:
     reason = find_deviation(kind())
     assert reason is not None
     assert REFUSED[kind] in reason
@@ -250,13 +250,13 @@ class HasBuffers(Experts):
         HasBuffers,
     ],
 )
-def test_trial_of_the_protocol_passes(kind: type[Experts]) -> None:
+def test_trial_of_protocol_finds_no_deviation(kind: type[Experts]) -> None:
     assert find_deviation(kind()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_trial_needs_no_weights_of_the_model(device: str, dtype: torch.dtype) -> None:
+def test_trial_on_meta_or_any_dtype_needs_no_weights(device: str, dtype: torch.dtype) -> None:
     if dtype == torch.int8:
         experts = Experts(device)
         for name in ("up", "down"):
@@ -270,7 +270,7 @@ def test_trial_needs_no_weights_of_the_model(device: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trial_of_hugging_face_families_passes(family: str, implementation: str) -> None:
+def test_trial_of_hugging_face_families_finds_no_deviation(family: str, implementation: str) -> None:
     for experts in experts_of(family):
         experts.config._experts_implementation = implementation  # type: ignore[union-attr]
         assert find_deviation(experts) is None
@@ -296,7 +296,7 @@ class Counts(Experts):
         return super().forward(self.norm(hidden), index, weights)
 
 
-def test_trial_leaves_no_trace() -> None:
+def test_trial_of_stateful_experts_leaves_no_trace() -> None:
     experts, called = Counts(), []
     experts.norm.register_forward_hook(lambda *args: called.append(args))
     experts.register_forward_hook(lambda *args: called.append(args))
@@ -318,9 +318,9 @@ def test_trial_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in experts.parameters())
 
 
-def test_trial_of_layers_that_are_alike_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_of_equal_layers_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[nn.Module] = []
-    monkeypatch.setattr("lightning_eplb.parallel.protocol_trial.find_deviation", tried.append)
+    monkeypatch.setattr("lightning_eplb.parallel.protocol_check.find_deviation", tried.append)
     layers: dict[str, nn.Module] = {name: Experts() for name in "abc"} | {"d": Experts(dtype=torch.float64)}
     check_protocol(layers)
     assert tried == [layers["a"], layers["d"]]
@@ -334,7 +334,7 @@ def refused_at_conversion(kind: Callable[[], nn.Module]) -> str:
     return ""
 
 
-def test_conversion_refuses_on_all_ranks(workers: Workers) -> None:
+def test_conversion_of_other_protocol_raises_on_all_ranks(workers: Workers) -> None:
     for message in workers.run(2, refused_at_conversion, Normalizes):
         assert message.startswith("experts (Normalizes) looks like experts, but a weight of 2 gives the output")
         assert "The protocol is: forward(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) returns" in message
@@ -342,7 +342,7 @@ def test_conversion_refuses_on_all_ranks(workers: Workers) -> None:
     assert workers.run(2, refused_at_conversion, Experts) == ["", ""]
 
 
-def test_one_rank_runs_what_departs_from_the_protocol() -> None:
+def test_conversion_of_other_protocol_on_one_rank_passes() -> None:
     assert refused_at_conversion(Normalizes) == ""
 
 
@@ -357,6 +357,6 @@ def refused_top_2() -> str:
     return ""
 
 
-def test_experts_that_read_one_choice_are_refused_two(workers: Workers) -> None:
+def test_experts_that_read_one_choice_raise_for_top_2(workers: Workers) -> None:
     for message in workers.run(2, refused_top_2):
         assert "was called with 2 choices a token, and only the first of a token's choices counts" in message
