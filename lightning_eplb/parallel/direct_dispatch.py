@@ -120,10 +120,7 @@ class DirectDispatcher(TokenDispatcher):
         """Send tokens, if their slots don't depend on counts, and wait for the counts of all ranks."""
         reason = self.why_not(batch) or self._prepare(batch)
         if reason is None and batch.slot_of_expert is None:
-            _, counts_L = batch.sorted_pairs
-            without_expert = batch.index.numel() - counts_L.sum(dim=0, keepdim=True)
-            counts, payloads_R = gather_counts(torch.cat((counts_L, without_expert)), self.groups, payload)
-            self._read_report(batch)  # of the trip before, which has arrived with the counts
+            counts, payloads_R = self._gather(batch, payload)
             max_tokens = int(counts.sum(axis=1).max()) // batch.top_k
             if (reason := self._fit(batch, max_tokens)) is None:
                 self.reason = None
@@ -141,6 +138,18 @@ class DirectDispatcher(TokenDispatcher):
             reason = self._fit(batch, max_tokens)  # then all ranks send again
         self.reason = reason
         return self.all_to_all.count(batch, payload)
+
+    def _gather(self, batch: TokenBatch, payload: int) -> tuple[np.ndarray, np.ndarray]:
+        """Gather the pairs of each rank and expert, those of no expert last, and the payloads.
+
+        The identity of the trip travels along, since ranks in different layers would send different weights next.
+        """
+        _, counts_L = batch.sorted_pairs
+        without_expert = batch.index.numel() - counts_L.sum(dim=0, keepdim=True)
+        identity = to_device(np.array(self._buffers.next_trip(self._layer_id, DISPATCH)), counts_L.device)
+        counts, payloads_R = gather_counts(torch.cat((counts_L, without_expert, identity)), self.groups, payload)
+        self._buffers.check(counts[:, -2:], self._report_values(batch)[-ERROR_WORDS:])
+        return counts[:, :-2], payloads_R
 
     def divides_gradients(self, batch: TokenBatch) -> bool:
         """Divide gradients in the kernels that copy them, where that is exact: by a power of two, in a wide range."""
@@ -268,15 +277,13 @@ class DirectDispatcher(TokenDispatcher):
     def _wait(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
         """Wait for headers and counts of all ranks, ``[R, 8]`` and ``[R, P]``."""
         self._buffers.wait(self._buffers.report(batch.slots.size).event, batch.layer)
-        return self._read_report(batch)
-
-    def _read_report(self, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Return headers and counts of the last report, and raise if ranks took part in different trips."""
-        report = self._buffers.report(batch.slots.size)
-        values, first = report.host.numpy().copy(), self.groups.size * HEADER_WORDS
+        values, first = self._report_values(batch), self.groups.size * HEADER_WORDS
         headers_R8 = values[:first].reshape(self.groups.size, HEADER_WORDS)
-        self._buffers.check(headers_R8, values[-ERROR_WORDS:])
+        self._buffers.check(headers_R8[:, :2], values[-ERROR_WORDS:])
         return headers_R8, values[first:-ERROR_WORDS].reshape(self.groups.size, batch.slots.size)
+
+    def _report_values(self, batch: TokenBatch) -> np.ndarray:
+        return self._buffers.report(batch.slots.size).host.numpy().copy()
 
 
 @dataclass(eq=False)

@@ -251,8 +251,12 @@ class SymmetricBuffers:
     def start_trip(self, layer: int, kind: int, tokens: int = 0, payload: int = 0) -> tuple[Region, Header]:
         """Return the regions of the next trip, and its header."""
         self._follow_stream()
-        self.sequence = (self.sequence + 1) % 2**30
-        return self._regions[self.sequence % 2], Header(layer * len(KINDS) + kind, self.sequence, tokens, payload)
+        tag, self.sequence = self.next_trip(layer, kind)
+        return self._regions[self.sequence % 2], Header(tag, self.sequence, tokens, payload)
+
+    def next_trip(self, layer: int, kind: int) -> tuple[int, int]:
+        """Return tag and sequence number of the next trip, if it is of this kind."""
+        return layer * len(KINDS) + kind, (self.sequence + 1) % 2**30
 
     def report(self, num_slots: int) -> "Report":
         """Return where the device reports headers and counts of ``num_slots`` slots, one for all trips."""
@@ -283,20 +287,20 @@ class SymmetricBuffers:
                 )
             time.sleep(0)  # lets other threads run
 
-    def check(self, headers_R8: np.ndarray, error: np.ndarray) -> None:
+    def check(self, trips_R2: np.ndarray, error: np.ndarray) -> None:
         """Raise ``RuntimeError`` if ranks took part in different trips.
 
         Args:
-            headers_R8: Headers of all ranks in a trip.
+            trips_R2: Tag and sequence number of each rank's trip, int64.
             error: First mismatch that a kernel found in an earlier one.
         """
-        tag, sequence = headers_R8[self.groups.rank, :2].tolist()
-        others = np.flatnonzero((headers_R8[:, :2] != headers_R8[self.groups.rank, :2]).any(axis=1))
+        tag, sequence = trips_R2[self.groups.rank].tolist()
+        others = np.flatnonzero((trips_R2 != trips_R2[self.groups.rank]).any(axis=1))
         if error[0]:
             tag, sequence, rank, their_tag, their_sequence = error[1:6].tolist()
         elif len(others):
             rank = int(others[0])
-            their_tag, their_sequence = headers_R8[rank, :2].tolist()
+            their_tag, their_sequence = trips_R2[rank].tolist()
         else:
             return
         raise RuntimeError(

@@ -287,7 +287,7 @@ def other_layers_with_redundant_experts() -> str:
     return ""
 
 
-def test_ranks_that_call_other_layers_with_redundant_experts_are_told_one_call_later(workers: Workers) -> None:
+def test_ranks_that_call_other_layers_with_redundant_experts_are_told_both(workers: Workers) -> None:
     zero, one = workers.run(2, other_layers_with_redundant_experts)
     assert "of EP rank 0 is the dispatch of first, and exchange 5 of EP rank 1 is the dispatch of second" in zero
     assert "of EP rank 1 is the dispatch of second, and exchange 5 of EP rank 0 is the dispatch of first" in one
