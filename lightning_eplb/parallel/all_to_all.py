@@ -53,7 +53,7 @@ class AllToAllDispatcher(TokenDispatcher):
     @property
     def way(self) -> str:
         """Phrase for messages."""
-        return "by all_to_all_single"
+        return "by all_to_all_single" if type(self) is AllToAllDispatcher else super().way
 
     @property
     def bytes_in_parts(self) -> float:

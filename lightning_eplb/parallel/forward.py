@@ -130,7 +130,7 @@ class ParallelExperts(nn.Module):
             counts = TokenCounts(*joined, layer.dispatcher.for_uneven_calls)
         else:  # the one device synchronization
             counts = layer.dispatcher.count(batch, payload)
-        layer.report_path()
+            layer.report_path()  # that of training: uneven evaluation has another
         payloads_R = counts.payloads
         has_hooks = gradient_hooks.check_hooks(payloads_R & ~HAS_EXTRA_ARGUMENTS, self, layer)
         if (payloads_R & HAS_EXTRA_ARGUMENTS).any():
