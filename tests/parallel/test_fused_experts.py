@@ -388,6 +388,14 @@ def test_float8_is_left_to_the_module_that_knows_its_scale(dtype: torch.dtype):
 def test_several_ranks_on_the_cpu_keep_the_modules_kernels_unless_asked():
     module = experts_of("qwen3_moe", torch.bfloat16)
     choice = choose([module], None, 2)[0]
+    assert choice.form_for(module, list(module.parameters()), False) is None
+    assert choice.reason == "the kernels need a GPU and Triton"
+
+
+def test_weights_left_on_the_cpu_of_a_machine_with_a_gpu_keep_the_modules_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = experts_of("qwen3_moe", torch.bfloat16)
+    choice = choose([module], None, 2)[0]
     assert choice.form is not None
     assert choice.form_for(module, list(module.parameters()), False) is None
     assert choice.reason == "the kernels need a GPU and Triton, and weights are on cpu"
@@ -402,7 +410,10 @@ def test_several_ranks_on_the_cpu_keep_the_modules_kernels_unless_asked():
         (torch.bfloat16, "eager", "its implementation is 'eager'"),
     ],
 )
-def test_several_ranks_on_a_gpu_fuse_what_is_fast(dtype: torch.dtype, implementation: str, reason: str | None):
+def test_several_ranks_on_a_gpu_fuse_what_is_fast(
+    dtype: torch.dtype, implementation: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module = experts_of("qwen3_moe", dtype)
     module.config._experts_implementation = implementation  # type: ignore[union-attr]
     choice = choose([module], None, 2)[0]
