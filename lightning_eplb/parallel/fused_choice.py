@@ -10,7 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eplb import _compat
+from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS
 from lightning_eplb.parallel.fused_form import FusedForm, recognize, why_not_plain
+
+KEEPS_FORWARD = 2 * HAS_EXTRA_ARGUMENTS
+"""Flag in the payload of a rank that does not fuse a call. Ranks may differ, as by a hook for a log on one of them."""
 
 FAST_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which experts are fused unless the user says otherwise. In others products take most of the time, and
