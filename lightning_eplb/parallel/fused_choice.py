@@ -175,11 +175,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _are_equal(module: nn.Module, settings: dict[str, Any]) -> bool:
     """Return ``True`` if a module has ``settings``, and no new attribute that hides one of its class."""
-    current = _settings(module)
-    for name, value in current.items():
-        if name not in settings:
-            if hasattr(type(module), name):
-                return False
-        elif value is not settings[name] and not (isinstance(value, PLAIN) and value == settings[name]):
+    own = vars(module)
+    for name, value in settings.items():
+        current = own.get(name, settings)  # no attribute is this dictionary
+        if current is not value and not (isinstance(value, PLAIN) and current == value):
             return False
-    return settings.keys() <= current.keys()
+    return not any(hasattr(type(module), name) for name in own.keys() - OF_EVERY_MODULE - settings.keys())
