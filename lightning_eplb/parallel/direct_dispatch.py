@@ -190,6 +190,8 @@ class DirectDispatcher(TokenDispatcher):
 
     def send_back(self, handle: "_Handle", part: int, primaries_MD: Tensor, redundant_MD: Tensor) -> None:
         """Keep the outputs for :meth:`combine`."""
+        if primaries_MD.shape[1] != redundant_MD.shape[1]:  # no redundant experts, and outputs of another width
+            redundant_MD = primaries_MD.new_empty(0, primaries_MD.shape[1])
         handle.rows = primaries_MD, redundant_MD
 
     def combine(self, handle: "_Handle") -> Tensor:

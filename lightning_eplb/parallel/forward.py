@@ -23,6 +23,7 @@ from lightning_eplb.parallel.dispatch_plan import Routing, count_tokens, route
 from lightning_eplb.parallel.dtensor import local_shard
 from lightning_eplb.parallel.expert_layer import ExpertLayer, LayerLoad, is_recomputing
 from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS, CallArguments, CallSizes, ExtraArguments
+from lightning_eplb.parallel.fused_choice import KEEPS_FORWARD
 from lightning_eplb.parallel.fused_experts import FusedForm, compute_tokens, fused_experts
 from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
@@ -123,6 +124,8 @@ class ParallelExperts(nn.Module):
             layer.gradient_sync.watch(layer.index, list(self.parameters(recurse=False)))
         payload = gradient_hooks.wrap_hooks(self, layer) | HAS_EXTRA_ARGUMENTS * extra.is_given
         form = layer.fused_choice.form_for(self, self._local_parameters(), has_other_arguments=bool(extra.values))
+        if form is None and layer.slot_map.slots.shape[1] > layer.num_primaries:
+            payload |= KEEPS_FORWARD
         batch = layer.batch(hidden_TD, index_TK, weights_TK, form is not None)
         if layer.join is not None:
             counts_L = batch.sorted_pairs[1]
@@ -132,7 +135,9 @@ class ParallelExperts(nn.Module):
             counts = layer.dispatcher.count(batch, payload)
             layer.report_path()  # that of training: uneven evaluation has another
         payloads_R = counts.payloads
-        has_hooks = gradient_hooks.check_hooks(payloads_R & ~HAS_EXTRA_ARGUMENTS, self, layer)
+        if (payloads_R & KEEPS_FORWARD).any():  # all ranks divide gradients alike, or redundant experts' are wrong
+            batch.experts_weigh = False
+        has_hooks = gradient_hooks.check_hooks(payloads_R % HAS_EXTRA_ARGUMENTS, self, layer)
         if (payloads_R & HAS_EXTRA_ARGUMENTS).any():
             layer.extra_arguments.resolve(extra, len(hidden_TD), self._sizes(hidden_TD, index_TK), groups)
         # Other EP groups average these gradients, too, and may have tokens.

@@ -10,7 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_eplb import _compat
+from lightning_eplb.parallel.extra_arguments import HAS_EXTRA_ARGUMENTS
 from lightning_eplb.parallel.fused_form import FusedForm, recognize, why_not_plain
+
+KEEPS_FORWARD = 2 * HAS_EXTRA_ARGUMENTS
+"""Flag in the payload of a rank that does not fuse a call. Ranks may differ, as by a hook for a log on one of them."""
 
 FAST_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes in which experts are fused unless the user says otherwise. In others products take most of the time, and
@@ -26,8 +30,8 @@ REPLACED = (None, "grouped_mm")
 REPLACED_IF_ASKED = (*REPLACED, "eager", "batched_mm")
 """Implementations that ``fused_experts=True`` replaces. The rest are kernels of their own, such as ``deepgemm``."""
 
-DERIVED_FROM = ("act_fn", "limit", "swiglu_limit", "alpha", "swiglu_alpha")
-"""Attributes from which a form was derived."""
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"expert_layer", "num_experts"}
+"""Attributes that are no settings of a module."""
 
 
 class FusedChoice:
@@ -47,9 +51,9 @@ class FusedChoice:
         self._no_form = self.reason
         self.names = self.form.names if self.form is not None else ()
         """Names of the parameters that the form is computed from."""
-        self._derived_from = [name for name in DERIVED_FROM if hasattr(module, name)]
-        self._signature = self._current_signature(module)
         self._children = list(module.modules())[1:]
+        self._settings = [_settings(each) for each in (module, *self._children)]
+        self._forward = self._current_forward(module)
 
     def form_for(self, module: nn.Module, weights: Sequence[Tensor], has_other_arguments: bool) -> FusedForm | None:
         """Return the form if this call is to be fused, and keep why not.
@@ -77,16 +81,20 @@ class FusedChoice:
         implementation = _compat.experts_implementation(module)
         if implementation not in (REPLACED_IF_ASKED if asked else REPLACED):
             return f"its implementation is {implementation!r}"
-        if self._signature != self._current_signature(module):
+        if self._forward != self._current_forward(module):
+            return "its forward was changed"
+        children = list(module.modules())[1:]
+        if list(map(id, children)) != list(map(id, self._children)):
             return "its activation was changed"
-        return "a submodule has hooks" if any(map(_compat.has_call_hooks, self._children)) else None
+        if not all(map(_are_equal, (module, *children), self._settings)):
+            return "an attribute was changed"
+        return "a submodule has hooks" if any(map(_compat.has_call_hooks, children)) else None
 
-    def _current_signature(self, module: nn.Module) -> tuple:
-        """Return the parts of a module, beside its parameters, that the form was derived from."""
+    def _current_forward(self, module: nn.Module) -> tuple:
+        """Return the functions that compute a module, before or after its conversion."""
         layer = getattr(module, "expert_layer", None)
         original = type(module) if layer is None else layer.original_class
-        forwards = original.forward, vars(module).get("forward")
-        return *forwards, *_compat.gates(module), *[getattr(module, name, None) for name in self._derived_from]
+        return original.forward, vars(module).get("forward"), *_compat.gates(module)
 
 
 def choose(modules: Iterable[nn.Module], setting: bool | None, num_ranks: int) -> list[FusedChoice]:
@@ -149,6 +157,27 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _key(module: nn.Module) -> Any:
     """Return a key that is equal for modules of one class that compute the same of their parameters."""
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters(recurse=False))
-    attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    plain = {k: v if isinstance(v, (int, float, str, type(None))) else id(v) for k, v in attributes.items()}
-    return type(module), shapes, repr(plain), repr(list(module.children()))
+    parts = []
+    for name, part in module.named_modules():
+        settings = {k: v if isinstance(v, PLAIN) else id(v) for k, v in _settings(part).items()}
+        parts.append((name, type(part), repr(settings)))
+    return shapes, tuple(parts)
+
+
+PLAIN = (int, float, str, type(None))
+"""Types whose values are compared. Objects of others are compared by identity."""
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of one module that its forward may read, without its submodules and tensors."""
+    return {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+
+
+def _are_equal(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Return ``True`` if a module has ``settings``, and no new attribute that hides one of its class."""
+    own = vars(module)
+    for name, value in settings.items():
+        current = own.get(name, settings)  # no attribute is this dictionary
+        if current is not value and not (isinstance(value, PLAIN) and current == value):
+            return False
+    return not any(hasattr(type(module), name) for name in own.keys() - OF_EVERY_MODULE - settings.keys())

@@ -77,11 +77,14 @@ class FusedForm:
         return "up_proj" if self.activation.layout == PLAIN else "gate_up_proj"
 
     def parts(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return both weights as ``[S, in, out]``, views, and both biases, of parameters in the order of ``names``."""
+        """Return weights as ``[S, in, out]``, views, and contiguous biases, of parameters in the order of ``names``."""
         named = dict(zip(self.names, parameters, strict=True))
         weights = named[self.up_name], named["down_proj"]
         up, down = weights if self.is_transposed else (weight.transpose(-2, -1) for weight in weights)
-        return up, down, named.get(f"{self.up_name}_bias"), named.get("down_proj_bias")
+        up_bias, down_bias = named.get(f"{self.up_name}_bias"), named.get("down_proj_bias")
+        if up_bias is None or down_bias is None:
+            return up, down, None, None
+        return up, down, up_bias.contiguous(), down_bias.contiguous()  # as kernels read them
 
     def parts_needed(self, needs: Sequence[bool]) -> tuple[bool, ...]:
         """Return ``needs``, given in the order of ``names``, in the order of :meth:`parts`. ``False`` for no bias."""
@@ -138,8 +141,15 @@ def recognize(module: nn.Module) -> FusedForm | str:
     shapes = [tuple(own[name].shape[1:]) for name in (first, "down_proj")]
     if any(len(shape) != 2 for shape in shapes):
         return "its weights are not matrices"
+    num_experts = {len(parameter) for parameter in own.values()}
+    if len(num_experts) != 1:
+        return "its parameters have different numbers of experts"
     halves = 2 if first == "gate_up_proj" else 1
     for is_transposed in _transpositions(module, shapes, halves):
+        widths = [shape[1 if is_transposed else 0] for shape in shapes]
+        biases = [own[f"{name}_bias"].shape[1:] for name in (first, "down_proj")] if has_bias else []
+        if biases and biases != [(width,) for width in widths]:
+            return "its biases are not as wide as the outputs"
         trial = _Trial(module, tuple(own), is_transposed, halves, has_bias)
         try:
             found = trial.find()
@@ -161,6 +171,8 @@ def why_not_plain(module: nn.Module) -> str | None:
         return "its weights are quantized"
     if next(module.buffers(), None) is not None:
         return "it has buffers"
+    if any(isinstance(value, Tensor) for each in module.modules() for value in vars(each).values()):
+        return "it has tensors that are no parameters"
     if any(True for child in module.children() for _ in child.parameters()):
         return "its submodules have parameters"
     is_converted = getattr(module, "expert_layer", None) is not None  # then FSDP2 may have added hooks of its own

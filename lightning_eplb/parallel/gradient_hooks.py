@@ -26,7 +26,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.row_exchange import all_gather_single
 
-FINGERPRINT_BITS = 22
+FINGERPRINT_BITS = 21
 """Bits of the number that ranks compare."""
 
 NOT_UNDER_FSDP = (

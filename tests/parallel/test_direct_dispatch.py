@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, StaticPolicy, parallelize_experts
+from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.parallel.symmetric_buffers import SymmetricBuffers
 from tests.parallel.shared_memory import CPUDirectDispatcher
 from tests.parallel.test_extra_arguments import difference as difference_with_arguments
 from tests.parallel.test_extra_arguments import with_all
-from tests.parallel.test_forward import EXPERTS, compare, largest, layer, routing
+from tests.parallel.test_forward import EXPERTS, WIDTH, compare, largest, layer, routing, summed
 from tests.workers import Workers
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -71,6 +72,63 @@ def two_experts(redundant: int) -> float:
 @pytest.mark.parametrize("redundant", [0, 2])
 def test_ranks_that_compute_nothing(redundant: int, workers: Workers) -> None:
     assert max(workers.run(2, two_experts, redundant)) < 1e-12
+
+
+def hooked_on_one_rank() -> float:
+    """Difference of gradients of experts where rank 0 keeps the module's own forward and rank 1 fuses."""
+    original, converted = layer(), layer()
+    holder = nn.ModuleDict({"experts": converted})
+    parallelize_experts(holder, num_redundant_experts=2, fused_experts=True, dispatcher=CountingDispatcher)
+    (expert_layer, _), *_ = expert_layers(holder)
+    slots = np.arange(EXPERTS).reshape(2, -1)
+    slots = np.concatenate((slots, [[EXPERTS - 1], [0]]), axis=1)  # each rank computes an expert of the other
+    expert_layer.set_placement(ExpertPlacement(slots.reshape(1, -1), EXPERTS, 2))
+    if dist.get_rank() == 0:
+        converted.act_fn.register_forward_hook(lambda *_: None)  # type: ignore[operator]
+    for module in (original, converted):
+        module(*routing(9, 2)).sum().backward()
+    assert (expert_layer.fused_choice.form_for(converted, list(converted.parameters()), False) is None) == (
+        dist.get_rank() == 0
+    )
+    expected = {name: grad / 2 for name, grad in summed(original).items()}
+    rows = expert_layer.local_experts
+    return max(largest(p.grad, expected[name][rows]) for name, p in converted.named_parameters())
+
+
+def test_fused_on_one_rank_only_has_the_gradients_of_redundant_experts(workers: Workers) -> None:
+    assert max(workers.run(2, hooked_on_one_rank)) < 1e-12
+
+
+class WiderExperts(nn.Module):
+    """Experts whose outputs are wider than hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_experts = EXPERTS
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH, 3 * WIDTH, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = hidden.new_zeros(len(hidden), self.weight.shape[-1])
+        for expert in range(self.num_experts):
+            token, k = torch.where(top_k_index == expert)
+            output = output.index_add(0, token, hidden[token] @ self.weight[expert] * top_k_weights[token, k, None])
+        return output
+
+
+def wider_outputs() -> float:
+    original, converted = WiderExperts(), WiderExperts()
+    parallelize_experts(nn.ModuleDict({"experts": converted}), dispatcher=CountingDispatcher)
+    hidden, index, weights = routing(6, 2)
+    results = []
+    for module in (original, converted):
+        output = module(x := hidden.clone().requires_grad_(), index, weights)
+        results.append((output.detach(), *torch.autograd.grad(output.square().sum(), x)))
+    return max(map(largest, *results))
+
+
+def test_outputs_wider_than_hidden_states(workers: Workers) -> None:
+    assert max(workers.run(2, wider_outputs)) < 1e-9
 
 
 def no_token() -> float:

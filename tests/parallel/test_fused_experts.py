@@ -457,6 +457,80 @@ def test_other_limit_after_the_conversion_keeps_the_modules_forward(calls: list[
     assert calls == []
 
 
+def double(value: Tensor) -> Tensor:
+    return 2 * value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: vars(module.act_fn).update(approximate="tanh"),
+        lambda module: vars(module.act_fn).update(forward=double),
+        lambda module: vars(module).update(factor=2.0),
+        lambda module: vars(module).update(after=double),
+    ],
+    ids=["in the activation", "forward of the activation", "attribute", "method"],
+)
+def test_attributes_changed_after_the_conversion_keep_the_modules_forward(
+    change: Callable[[nn.Module], None], calls: list[int]
+):
+    module, expected = converted(WithFactor(1.0)), WithFactor(1.0)
+    inputs = routed(5, 2, torch.float64)
+    torch.testing.assert_close(module(*inputs), expected(*inputs))
+    assert calls == [5]
+    change(module)
+    change(expected)
+    torch.testing.assert_close(module(*inputs), expected(*inputs))
+    assert calls == [5]
+
+
+class WithFactor(nn.Module):
+    """Experts whose outputs are multiplied by an attribute."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.num_experts, self.factor, self._factor = EXPERTS, 1.0, factor
+        self.up_proj = nn.Parameter(torch.randn(EXPERTS, 12, WIDTH, dtype=torch.float64, device=DEVICE))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, 12, dtype=torch.float64, device=DEVICE))
+        self.act_fn = nn.GELU()
+
+    def after(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, k = torch.where(top_k_index == expert)
+            rows = self.act_fn(hidden[token] @ self.up_proj[expert].t()) @ self.down_proj[expert].t()
+            rows = self.after(rows) * self.factor * self._factor
+            output = output.index_add(0, token, rows * top_k_weights[token, k, None])
+        return output
+
+
+def test_layers_that_differ_in_a_private_attribute_or_an_activation_are_tried_each():
+    class Gate(nn.GELU):
+        def extra_repr(self) -> str:
+            return ""
+
+    models = [WithFactor(1.0), WithFactor(0.5), WithFactor(1.0)]
+    for model, approximate in zip(models, ("none", "none", "tanh"), strict=True):
+        model.act_fn = Gate(approximate)
+    forms = [choice.form for choice in choose(models, True, 1)]
+    assert forms[0] is not None
+    assert forms[1] is None
+    assert forms[2] not in (None, forms[0])
+
+
+def test_biases_in_another_layout_are_read_as_the_module_reads_them():
+    module = experts_of("gpt_oss")
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        bias = getattr(module, name).detach()
+        setattr(module, name, nn.Parameter(bias.t().contiguous().t()))
+    assert not module.down_proj_bias.is_contiguous()  # type: ignore[operator]
+    compare(module, routed(9, 3, torch.float64)[1], torch.float64, 1e-13)
+
+
 def test_hook_on_the_module_itself_sees_the_fused_output(calls: list[int]):
     module, seen = converted(experts_of("qwen3_moe")), []
     module.register_forward_hook(lambda *args: seen.append(args[-1]))

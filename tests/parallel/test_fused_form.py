@@ -188,6 +188,33 @@ class WithOneBias(Experts):
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 12))
 
 
+class WithTensor(Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(())
+
+    def after(self, output: Tensor) -> Tensor:
+        return output * self.scale
+
+
+class Biased(Experts):
+    """Biases of any shape that can be added."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gate_up_proj_bias = nn.Parameter(torch.randn(4, 12))
+        self.down_proj_bias = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        for expert in range(self.num_experts):
+            token, k = torch.where(top_k_index == expert)
+            inner = nn.functional.linear(hidden[token], self.gate_up_proj[expert]) + self.gate_up_proj_bias[expert]
+            rows = nn.functional.linear(self.gate(inner), self.down_proj[expert]) + self.down_proj_bias[expert]
+            output = output.index_add(0, token, rows * top_k_weights[token, k, None])
+        return output
+
+
 class Raises(Experts):
     def gate(self, inner: Tensor) -> Tensor:
         raise RuntimeError("needs bfloat16")
@@ -198,6 +225,7 @@ OTHER = "its forward computes something else than the known forms"
 
 def test_modules_of_the_same_protocol_are_recognized():
     assert isinstance(recognize(Experts()), FusedForm)
+    assert isinstance(recognize(Biased(4, 8)), FusedForm)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +237,10 @@ def test_modules_of_the_same_protocol_are_recognized():
         (Detached(), OTHER),
         (WithNorm(), "its submodules have parameters"),
         (WithBuffer(), "it has buffers"),
+        (WithTensor(), "it has tensors that are no parameters"),
+        (Biased(4, 1), "its biases are not as wide as the outputs"),
+        (Biased(4, 1, 8), "its biases are not as wide as the outputs"),
+        (Biased(5, 8), "its parameters have different numbers of experts"),
         (WithOneBias(), "its parameters are gate_up_proj, down_proj, gate_up_proj_bias"),
         (Raises(), "its forward raised RuntimeError for random tokens"),
     ],
