@@ -223,7 +223,7 @@ def test_has_call_hooks(register: str) -> None:
     assert not _compat.has_call_hooks(module)
 
 
-def test_non_persistent_buffers() -> None:
+def test_non_persistent_buffers_of_module_with_one_names_it() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("left_out", torch.zeros(1), persistent=False)
@@ -585,7 +585,7 @@ def test_gates() -> None:
     assert _compat.gates(nn.Linear(1, 1)) == (None, None)
 
 
-def test_apply_gate() -> None:
+def test_apply_gate_of_mixtral_multiplies_activated_gate_with_up() -> None:
     gate_up = torch.randn(3, 48, dtype=torch.float64)
     gate, up = gate_up.chunk(2, dim=-1)
     torch.testing.assert_close(_compat.apply_gate(mixtral_experts(), gate_up), nn.functional.silu(gate) * up)
