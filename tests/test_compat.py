@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import lightning_eplb
 from lightning_eplb import _compat
+from tests.fresh_interpreter import FreshInterpreter
 from tests.models import hugging_face_model
 from tests.workers import Workers
 
@@ -164,7 +164,7 @@ def test_other_attribute_error_is_raised_unchanged() -> None:
         _compat.apply_to_tensors(nn.Linear(1, 1), fails)
 
 
-def test_import_without_private_modules_succeeds() -> None:
+def test_import_without_private_modules_succeeds(fresh_interpreter: FreshInterpreter) -> None:
     """A private module that a release renames breaks no import."""
     script = """
 import sys
@@ -177,7 +177,7 @@ for name in ("torch.distributed.algorithms._comm_hooks", "torch.distributed.tens
 del torch.utils.checkpoint._CachingTorchDispatchMode
 import lightning_eplb
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    fresh_interpreter.run(script)
 
 
 # torch.nn.Module

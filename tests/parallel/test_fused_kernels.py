@@ -1,9 +1,6 @@
 """Kernels of fused experts against tensor operations: on a GPU, or in Triton's interpreter on the CPU."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -190,22 +187,3 @@ def test_place_pairs_without_tokens_has_no_row():
     assert ends_found.tolist() == counts.tolist() == [0, 0, 0]
     rows, _ = expand_tokens(draw(0, 4), place)
     assert rows.shape == sum_rows(rows, place)[0].shape == (0, 4)
-
-
-def test_kernels_compile_for_a_gpu_that_is_not_there():
-    script = Path(__file__).with_name("compile_kernels.py")
-    root = str(script.parents[2])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, script, "90"], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == {
-        "_activate",
-        "_activate_backward",
-        "_add_bias",
-        "_count_pairs",
-        "_dot_bias",
-        "_expand",
-        "_place_pairs",
-        "_sum",
-        "_sum_by_expert",
-    }
