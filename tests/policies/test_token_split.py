@@ -32,7 +32,7 @@ def split_of_all(counts_RL, slots_RS, node_R=None, weight_R=None):
 
 @settings(max_examples=100)
 @given(st.data())
-def test_every_token_is_sent_once_and_the_ranks_are_as_level_as_quotas_make_them(data):
+def test_split_tokens_of_any_batch_sends_each_token_once_and_levels_ranks(data):
     ranks = data.draw(st.integers(1, 5))
     experts = ranks * data.draw(st.integers(1, 3))
     slots_RS = ExpertPlacement.initial(1, experts, ranks, ranks * data.draw(st.integers(0, 3))).by_rank[0]
@@ -49,7 +49,7 @@ def test_every_token_is_sent_once_and_the_ranks_are_as_level_as_quotas_make_them
     assert tokens_R.max() <= max(best, LEVEL_ENOUGH * counts_RL.sum() / ranks) + 2 + 0.01 * best
 
 
-def test_tokens_stay_on_their_rank_and_then_on_their_node():
+def test_split_tokens_on_two_nodes_prefers_own_rank_then_own_node():
     # Expert 0 on ranks 0, 2 and 3, of two nodes; the others' tokens fill the ranks so that it gets 4 on each.
     slots_RS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0], [6, 7, 0]])
     counts_RL = np.array([[6, 0, 0, 0, 0, 0, 0, 0], [0, 0, 4, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0], [3] + [0] * 7])
@@ -64,7 +64,7 @@ def test_tokens_stay_on_their_rank_and_then_on_their_node():
     assert sent[1, 0, 0] == 1
 
 
-def test_a_slow_rank_gets_less_and_a_drained_one_nothing():
+def test_split_tokens_with_weights_gives_slow_ranks_less():
     slots_RS = np.array([[0, 1], [1, 0]])
     counts_RL = np.array([[300, 300], [300, 300]])
     assert split_of_all(counts_RL, slots_RS, weight_R=rank_weights(np.array([1, 0.5])))[1].tolist() == [800, 400]
@@ -116,7 +116,7 @@ def quotas_of(expert, replicas):
 
 @settings(max_examples=50)
 @given(layers())
-def test_replicas_are_listed_expert_by_expert(layer):
+def test_find_replicas_of_any_slots_lists_them_by_expert_then_rank(layer):
     load_L, slots_RS, _ = layer
     replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
     for expert in range(load_L.size):
@@ -129,7 +129,7 @@ def test_replicas_are_listed_expert_by_expert(layer):
 
 @settings(max_examples=100)
 @given(layers())
-def test_even_quotas_differ_by_one_token_at_most(layer):
+def test_even_quotas_of_any_load_differ_by_one_token_at_most(layer):
     load_L, slots_RS, _ = layer
     replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
     for _ in range(2):  # whatever was there before
@@ -143,7 +143,7 @@ def test_even_quotas_differ_by_one_token_at_most(layer):
 
 @settings(max_examples=150)
 @given(layers(), st.booleans())
-def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
+def test_level_quotas_of_any_load_have_the_lowest_fullest_rank(layer, is_alike):
     load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
     weight_R = np.ones(ranks) if is_alike else generator.choice([0.5, 1.0, 1.7, 4.0], ranks)
@@ -159,7 +159,7 @@ def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
 
 @settings(max_examples=100)
 @given(layers())
-def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
+def test_level_quotas_with_more_sweeps_raise_the_fullest_rank_by_rounding_at_most(layer):
     load_L, slots_RS, _ = layer
     replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
     even_quotas(load_L, replicas)
@@ -171,7 +171,7 @@ def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
         peak = after
 
 
-def test_quotas_that_are_level_enough_stay():
+def test_level_quotas_that_are_level_enough_stay():
     load_L, slots_RS = np.array([100, 90]), np.array([[0, 1], [1, 0]])
     replicas = find_replicas(slots_RS, 2, np.ones(2))
     replicas.quota_P[:], replicas.tokens_R[:] = [100, 0, 0, 90], [100, 90]
@@ -183,7 +183,7 @@ def test_quotas_that_are_level_enough_stay():
 
 @settings(max_examples=60)
 @given(st.lists(layers(), min_size=1, max_size=1), st.booleans())
-def test_level_tokens_of_a_layer_are_the_best_there_are(some, has_capacity):
+def test_level_tokens_of_any_layer_have_the_lowest_fullest_rank(some, has_capacity):
     (load_L, slots_RS, generator) = some[0]
     ranks = len(slots_RS)
     capacity_R = generator.choice([0.25, 0.5, 1.0], ranks) if has_capacity else None
@@ -194,7 +194,7 @@ def test_level_tokens_of_a_layer_are_the_best_there_are(some, has_capacity):
     assert (tokens_YR[0] * weight_R).max() <= best * (1 + 1e-3) + slots_RS.size * weight_R.max()
 
 
-def test_level_tokens_leave_out_a_rank_without_capacity():
+def test_level_tokens_with_a_rank_without_capacity_leave_it_out():
     slots_YRS = np.array([[[0, 1], [1, 0], [2, 3], [3, 2]]])
     load_YL = np.array([[1000, 3000, 500, 700]])
     tokens_R = level_tokens(load_YL, slots_YRS, np.array([1.0, 0.0, 1.0, 1.0]))[0]
@@ -213,7 +213,7 @@ def test_level_tokens_leave_out_a_rank_without_capacity():
         ([[1] * 8], [0, 0], "capacity_R="),
     ],
 )
-def test_what_does_not_fit_is_refused(load, capacity, message):
+def test_level_tokens_of_load_or_capacity_that_does_not_fit_raise(load, capacity, message):
     slots_YRS = ExpertPlacement.initial(1, 8, 2, 2).by_rank
     with pytest.raises(ValueError, match=message):
         level_tokens(np.array(load), slots_YRS, capacity)
