@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.balanced import SLACK, plan_layer
 from lightning_eplb.policies.forecast import Forecast, plain_mean
 from lightning_eplb.policies.pack import replicate
 from lightning_eplb.policies.token_split import level_tokens
@@ -96,9 +95,9 @@ def test_rearrange_in_any_situation_makes_no_layer_worse(situation):
     load_YL, before, topology = situation
     after = BalancedPolicy().rearrange(load_YL, before, topology)
     peak_before, peak_after = fullest_rank(load_YL, before), fullest_rank(load_YL, after)
-    # A plan that is more robust may be less level, by so much.
+    # A plan that is more robust may be less level, by 1/128 of a rank's mean.
     mean = load_YL.astype(float).sum(axis=1) / before.num_ranks
-    assert (peak_after <= peak_before + SLACK * mean + 1 + 1e-6 * peak_before).all()
+    assert (peak_after <= peak_before + mean / 128 + 1 + 1e-6 * peak_before).all()
     is_same = same_layers(before, after)
     assert (is_same | load_YL.any(axis=1)).all()
 
@@ -142,11 +141,12 @@ def test_max_moves_of_zero_changes_replicas_only():
     assert (fullest_rank(load_YL, after) < fullest_rank(load_YL, before)).all()
 
 
+@pytest.mark.parametrize("policy", [BalancedPolicy(), DeepSeekPolicy()])
 @settings(max_examples=60)
 @given(situation=situations())
-def test_rearrange_in_any_situation_keeps_slots_of_experts_that_stay(situation):
+def test_rearrange_in_any_situation_keeps_slots_of_experts_that_stay(policy, situation):
     load_YL, before, topology = situation
-    after = BalancedPolicy().rearrange(load_YL, before, topology)
+    after = policy.rearrange(load_YL, before, topology)
     n = before.primaries_per_rank
     for layer, rank in np.ndindex(before.num_layers, before.num_ranks):
         for part in (slice(0, n), slice(n, None)):
@@ -387,14 +387,22 @@ def test_warm_up_with_any_groups_succeeds(num_groups):
     assert policy.rearrange(load_YL, placement, Topology.even(8, 2)) != placement
 
 
-@pytest.mark.parametrize(("ranks", "per_rank", "redundant"), [(4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1)])
-def test_plan_layer_after_warm_up_with_groups_on_nodes_has_one_signature(ranks, per_rank, redundant):
+def test_warm_up_with_groups_on_nodes_leaves_nothing_to_compile(fresh_interpreter):
+    program = """
+import numpy as np
+from numba.core.event import install_recorder
+from lightning_eplb import BalancedPolicy, ExpertPlacement, Topology
+for ranks, per_rank, redundant in (4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1):
     experts = ranks * per_rank
     placement = ExpertPlacement.initial(2, experts, ranks, ranks * redundant)
     policy = BalancedPolicy(num_groups=2)
     policy.warm_up(placement)
-    policy.rearrange(lognormal_load(2, experts), placement, Topology.even(ranks, 2))
-    assert len(plan_layer.signatures) == 1
+    load_YL = np.int64(np.random.default_rng(0).lognormal(0, 1.2, (2, experts)) * 10**6)
+    with install_recorder("numba:compiler_lock") as recorder:
+        policy.rearrange(load_YL, placement, Topology.even(ranks, 2))
+    print(len(recorder.buffer))
+"""
+    assert fresh_interpreter.run(program).split() == ["0"] * 4
 
 
 def test_capacity_in_any_unit_gives_the_same_plan():

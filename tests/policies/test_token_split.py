@@ -6,7 +6,6 @@ from scipy.optimize import linprog
 
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.token_split import (
-    LEVEL_ENOUGH,
     even_quotas,
     find_replicas,
     level_quotas,
@@ -46,7 +45,8 @@ def test_split_tokens_of_any_batch_sends_each_token_once_and_levels_ranks(data):
     for expert in range(experts):
         assert (sent[:, slots_RS == expert].sum(axis=1) == counts_RL[:, expert]).all()
     best = level_tokens(counts_RL.sum(axis=0)[None], slots_RS[None])[0].max()
-    assert tokens_R.max() <= max(best, LEVEL_ENOUGH * counts_RL.sum() / ranks) + 2 + 0.01 * best
+    enough = (1 + 1 / 1024) * counts_RL.sum() / ranks  # of the mean: a batch is divided no further
+    assert tokens_R.max() <= max(best, enough) + 2 + 0.01 * best
 
 
 def test_split_tokens_on_two_nodes_prefers_own_rank_then_own_node():
@@ -141,33 +141,20 @@ def test_even_quotas_of_any_load_differ_by_one_token_at_most(layer):
         assert (np.diff(quotas) <= 0).all()  # the first slots get what does not divide
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(layers(), st.booleans())
-def test_level_quotas_of_any_load_have_the_lowest_fullest_rank(layer, is_alike):
+def test_level_quotas_with_more_sweeps_raise_the_fullest_rank_by_rounding_at_most(layer, is_alike):
     load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
     weight_R = np.ones(ranks) if is_alike else generator.choice([0.5, 1.0, 1.7, 4.0], ranks)
     replicas = find_replicas(slots_RS, load_L.size, weight_R)
     even_quotas(load_L, replicas)
-    peak = level_quotas(load_L, replicas, 1000, 0.0)
-    assert_quotas_add_up(load_L, replicas)
-    assert peak == (replicas.tokens_R * weight_R).max()
-    best = lowest_fullest_rank(load_L, slots_RS, weight_R)
-    rounding = slots_RS.size * weight_R.max()  # a token a slot
-    assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
-
-
-@settings(max_examples=100)
-@given(layers())
-def test_level_quotas_with_more_sweeps_raise_the_fullest_rank_by_rounding_at_most(layer):
-    load_L, slots_RS, _ = layer
-    replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
-    even_quotas(load_L, replicas)
-    peak = replicas.tokens_R.max()
+    peak = (replicas.tokens_R * weight_R).max()
     for _ in range(5):
         after = level_quotas(load_L, replicas, 1, 0.0)
         assert_quotas_add_up(load_L, replicas)
-        assert after <= peak + slots_RS.size
+        assert after == (replicas.tokens_R * weight_R).max()
+        assert after <= peak + slots_RS.size * weight_R.max()  # a token a slot
         peak = after
 
 
@@ -181,17 +168,19 @@ def test_level_quotas_that_are_level_enough_stay():
     assert replicas.tokens_R.tolist() == [95, 95]
 
 
-@settings(max_examples=60)
-@given(st.lists(layers(), min_size=1, max_size=1), st.booleans())
-def test_level_tokens_of_any_layer_have_the_lowest_fullest_rank(some, has_capacity):
-    (load_L, slots_RS, generator) = some[0]
+@settings(max_examples=150)
+@given(layers(), st.booleans())
+def test_level_tokens_of_any_layer_have_the_lowest_fullest_rank(layer, has_capacity):
+    load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
-    capacity_R = generator.choice([0.25, 0.5, 1.0], ranks) if has_capacity else None
+    capacity_R = generator.choice([0.25, 0.5, 0.6, 1.0, 2.0], ranks) if has_capacity else None
     weight_R = 1 / capacity_R if has_capacity else np.ones(ranks)
     tokens_YR = level_tokens(np.stack([load_L, load_L * 0]), np.stack([slots_RS, slots_RS]), capacity_R, sweeps=1000)
     assert tokens_YR.sum(axis=1).tolist() == [load_L.sum(), 0]
     best = lowest_fullest_rank(load_L, slots_RS, weight_R)
-    assert (tokens_YR[0] * weight_R).max() <= best * (1 + 1e-3) + slots_RS.size * weight_R.max()
+    peak = (tokens_YR[0] * weight_R).max()
+    rounding = slots_RS.size * weight_R.max()  # a token a slot
+    assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
 
 
 def test_level_tokens_with_a_rank_without_capacity_leave_it_out():
