@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.deepseek import _match_primaries, rebalance_experts
+from lightning_eplb.policies.deepseek import _match_primaries, order_slots, rebalance_experts
 from lightning_eplb.policies.forecast import plain_mean
 
 README_WEIGHT = [
@@ -256,6 +256,12 @@ def test_match_primaries_of_any_plan_is_a_maximum_matching(ranks, per_rank, data
         return max(options)
 
     assert sum(at is not None for at in chosen) == most(0, (per_rank,) * ranks)
+
+
+def test_order_slots_of_changed_experts_fills_free_rows_by_index():
+    current_RS = np.array([[4, 2, 7, 1], [0, 3, -1, 6]])
+    slots_RS = order_slots([[2, 9], [3, 5]], [[1, 8], [6]], current_RS)
+    assert slots_RS.tolist() == [[9, 2, 8, 1], [5, 3, -1, 6]]
 
 
 @pytest.mark.parametrize("name", ["row_within_node", "row_between_nodes", "copy"])
