@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.fresh_interpreter import FreshInterpreter
+
 if not torch.cuda.is_available():  # before any module imports triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -35,6 +37,13 @@ def workers() -> Iterator["object"]:
     BalancedPolicy().warm_up(ExpertPlacement.initial(1, 4, 2, 2))
     dispatch_plan.warm_up()
     shared = Workers()
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture(scope="session")
+def fresh_interpreter() -> Iterator[FreshInterpreter]:
+    shared = FreshInterpreter()
     yield shared
     shared.stop()
 

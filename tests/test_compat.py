@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import lightning_eplb
 from lightning_eplb import _compat
+from tests.fresh_interpreter import FreshInterpreter
 from tests.models import hugging_face_model
 from tests.workers import Workers
 
@@ -164,7 +164,7 @@ def test_other_attribute_error_is_raised_unchanged() -> None:
         _compat.apply_to_tensors(nn.Linear(1, 1), fails)
 
 
-def test_import_without_private_modules_succeeds() -> None:
+def test_import_without_private_modules_succeeds(fresh_interpreter: FreshInterpreter) -> None:
     """A private module that a release renames breaks no import."""
     script = """
 import sys
@@ -177,7 +177,7 @@ for name in ("torch.distributed.algorithms._comm_hooks", "torch.distributed.tens
 del torch.utils.checkpoint._CachingTorchDispatchMode
 import lightning_eplb
 """
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    fresh_interpreter.run(script)
 
 
 # torch.nn.Module
@@ -223,7 +223,7 @@ def test_has_call_hooks(register: str) -> None:
     assert not _compat.has_call_hooks(module)
 
 
-def test_non_persistent_buffers() -> None:
+def test_non_persistent_buffers_of_module_with_one_names_it() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("left_out", torch.zeros(1), persistent=False)
@@ -585,7 +585,7 @@ def test_gates() -> None:
     assert _compat.gates(nn.Linear(1, 1)) == (None, None)
 
 
-def test_apply_gate() -> None:
+def test_apply_gate_of_mixtral_multiplies_activated_gate_with_up() -> None:
     gate_up = torch.randn(3, 48, dtype=torch.float64)
     gate, up = gate_up.chunk(2, dim=-1)
     torch.testing.assert_close(_compat.apply_gate(mixtral_experts(), gate_up), nn.functional.silu(gate) * up)

@@ -2,16 +2,16 @@
 
 import ast
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.fresh_interpreter import FreshInterpreter
 
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "lightning_eplb"
 SCRIPT = """
 import sys
-import lightning.pytorch
 before = set(sys.modules)
 import lightning_eplb
 print(*sorted({name.split(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))
@@ -25,9 +25,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "typing_extensions": "typing-extensions", "wan
 """Names of distributions that differ from the module's."""
 
 
-def test_import_after_lightning_adds_only_numba() -> None:
-    answer = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    new, unwanted, hashes = answer.stdout.splitlines()
+def test_import_after_lightning_adds_only_numba(fresh_interpreter: FreshInterpreter) -> None:
+    new, unwanted, hashes = fresh_interpreter.run(SCRIPT).splitlines()
     assert unwanted == ""
     assert hashes == "0"  # sources are read at the first call of a loop
     assert new.split() == ["lightning_eplb", "llvmlite", "numba"]

@@ -1,8 +1,6 @@
 """ExpertLoad: the window slides by steps, is kept by logical id, and adds up over ranks."""
 
 import inspect
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.placement import ExpertPlacement
+from tests.fresh_interpreter import FreshInterpreter
 from tests.workers import Workers
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -271,18 +270,19 @@ def test_placement_of_other_model_raises():
         metric.placement = ExpertPlacement.initial(num_layers=1, num_logical_experts=4, num_ranks=2)
 
 
-def test_import_of_metrics_is_light():
+def test_import_of_metrics_is_light(fresh_interpreter: FreshInterpreter):
     """The room imports nothing heavy by itself: torchmetrics has matplotlib, and the package's top has Lightning."""
-    program = (
-        "import sys, torchmetrics, types; before = set(sys.modules);"
-        "top = sys.modules['lightning_eplb'] = types.ModuleType('lightning_eplb');"
-        "top.__path__ = [sys.argv[1]];"
-        "import lightning_eplb.metrics;"
-        "print({m.split('.')[0] for m in set(sys.modules) - before} & {'matplotlib', 'wandb', 'lightning', 'PIL'})"
-    )
-    command = [sys.executable, "-c", program, str(Path(inspect.getfile(ExpertLoad)).parent)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert printed.stdout.strip() == "set()"
+    program = f"""
+import sys, types
+heavy = {{"matplotlib", "wandb", "lightning", "PIL"}}
+for name in [name for name in sys.modules if name.split(".")[0] in heavy]:
+    del sys.modules[name]
+top = sys.modules["lightning_eplb"] = types.ModuleType("lightning_eplb")
+top.__path__ = [{str(Path(inspect.getfile(ExpertLoad)).parent)!r}]
+import lightning_eplb.metrics
+print({{name.split(".")[0] for name in sys.modules}} & heavy)
+"""
+    assert fresh_interpreter.run(program).strip() == "set()"
 
 
 # -- over ranks

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_eplb.cli import COMMANDS, main
+from tests.fresh_interpreter import FreshInterpreter
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -45,11 +46,18 @@ def test_main_with_invalid_arguments_has_status_2(words: list[str], capsys: pyte
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_module_run_as_program_has_exit_status(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_eplb", "inspect", str(tmp_path / "nowhere.ckpt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: .*nowhere.ckpt.*\n", done.stderr)
+def test_module_run_as_program_has_exit_status(tmp_path: Path, fresh_interpreter: FreshInterpreter) -> None:
+    program = f"""
+import contextlib, io, runpy, sys
+sys.argv, errors = ["lightning_eplb", "inspect", {str(tmp_path / "nowhere.ckpt")!r}], io.StringIO()
+with contextlib.redirect_stderr(errors):
+    try:
+        runpy.run_module("lightning_eplb", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code
+print(status, errors.getvalue(), end="")
+"""
+    assert re.fullmatch(r"2 error: .*nowhere.ckpt.*\n", fresh_interpreter.run(program))
 
 
 def test_program_with_closed_pipe_is_silent(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Heatmaps: what is drawn, at every size, and nothing of pyplot is touched."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_eplb.logging.heatmap import draw_before_after, draw_expert_load, draw_rank_load, draw_slot_load
+from tests.fresh_interpreter import FreshInterpreter
 
 SIZES = [(1, 4), (1, 1024), (4, 16), (24, 16), (61, 256), (100, 4), (100, 1024)]
 
@@ -91,14 +90,13 @@ def test_heatmap_of_other_shape_raises():
         draw_before_after([[1, 2]], [[1, 2, 3]])
 
 
-def test_heatmap_when_drawn_leaves_pyplot_alone():
+def test_heatmap_when_drawn_leaves_pyplot_alone(fresh_interpreter: FreshInterpreter):
     program = (
         "import sys, io; from lightning_eplb.logging import draw_before_after;"
         "draw_before_after([[1, 2]], [[2, 1]]).savefig(io.BytesIO());"
         "pyplot = sys.modules.get('matplotlib.pyplot'); print(pyplot.get_fignums() if pyplot else [])"
     )
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert printed.stdout.strip() == "[]"
+    assert fresh_interpreter.run(program).strip() == "[]"
 
 
 def test_slot_heatmap_before_and_after_needs_one_shape():

@@ -1,7 +1,5 @@
 """Pictures reach W&B: in the run's history, on the axis of everything else, from rank zero only."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from lightning_eplb.logging import draw_expert_load, draw_rank_load, log_heatmaps, takes_pictures
+from tests.fresh_interpreter import FreshInterpreter
 from tests.logging.offline_run import image_paths, read_history, run_dirs
 
 
@@ -105,14 +104,13 @@ def test_log_heatmaps_with_csv_logger_does_nothing(tmp_path: Path):
     log_heatmaps([], 3, {"eplb/rank_load": draw_rank_load([[1, 2]])})
 
 
-def test_log_heatmaps_without_wandb_logger_does_not_import_it(tmp_path: Path):
+def test_log_heatmaps_without_wandb_logger_does_not_import_it(tmp_path: Path, fresh_interpreter: FreshInterpreter):
     program = (
         "import sys; from lightning.pytorch.loggers import CSVLogger; from lightning_eplb.logging import *;"
         f"log_heatmaps([CSVLogger({str(tmp_path)!r})], 3, {{'load': draw_rank_load([[1, 2]])}});"
         "print('wandb' in sys.modules)"
     )
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert printed.stdout.strip() == "False"
+    assert fresh_interpreter.run(program).strip() == "False"
 
 
 def test_read_history_of_long_run_is_complete(wandb_logger: WandbLogger, tmp_path: Path):

@@ -50,7 +50,7 @@ def ragged(redundant: int, redundancy: str, top_k: int, name: str) -> float:
 
 @REDUNDANCY
 @pytest.mark.parametrize(("top_k", "name"), [(1, "mixtral"), (3, "gpt_oss")])
-def test_ranks_with_other_numbers_of_tokens(
+def test_direct_dispatch_with_unequal_token_counts_computes_as_unmodified(
     redundant: int, redundancy: str, top_k: int, name: str, workers: Workers
 ) -> None:
     assert max(workers.run(2, ragged, redundant, redundancy, top_k, name)) < 1e-12
@@ -61,7 +61,9 @@ def four_ranks(redundant: int, redundancy: str) -> float:
 
 
 @REDUNDANCY
-def test_four_ranks_of_which_one_has_no_token(redundant: int, redundancy: str, workers: Workers) -> None:
+def test_direct_dispatch_with_a_rank_without_tokens_computes_as_unmodified(
+    redundant: int, redundancy: str, workers: Workers
+) -> None:
     assert max(workers.run(4, four_ranks, redundant, redundancy)) < 1e-12
 
 
@@ -70,7 +72,9 @@ def two_experts(redundant: int) -> float:
 
 
 @pytest.mark.parametrize("redundant", [0, 2])
-def test_ranks_that_compute_nothing(redundant: int, workers: Workers) -> None:
+def test_direct_dispatch_with_ranks_that_compute_nothing_computes_as_unmodified(
+    redundant: int, workers: Workers
+) -> None:
     assert max(workers.run(2, two_experts, redundant)) < 1e-12
 
 
@@ -135,7 +139,7 @@ def no_token() -> float:
     return compared(lambda rank: 0)
 
 
-def test_no_token_anywhere(workers: Workers) -> None:
+def test_direct_dispatch_without_tokens_on_any_rank_computes_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, no_token)) == 0.0
 
 
@@ -148,7 +152,9 @@ def checkpointed(reentrant: bool, redundant: int) -> float:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("redundant", [0, 2])
-def test_activation_checkpointing(reentrant: bool, redundant: int, workers: Workers) -> None:
+def test_direct_dispatch_under_checkpointing_computes_as_unmodified(
+    reentrant: bool, redundant: int, workers: Workers
+) -> None:
     assert max(workers.run(2, checkpointed, reentrant, redundant)) < 1e-12
 
 
@@ -157,7 +163,7 @@ def two_groups() -> float:
     return compared(lambda rank: 3 + rank, 2, ep_group=group)
 
 
-def test_two_groups_of_two(workers: Workers) -> None:
+def test_direct_dispatch_in_two_ep_groups_computes_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(4, two_groups)) < 1e-12
 
 
@@ -165,7 +171,7 @@ def with_extra_arguments() -> float:
     return difference_with_arguments(with_all, (9, 5), "window", CountingDispatcher)
 
 
-def test_arguments_with_a_row_for_each_token(workers: Workers) -> None:
+def test_direct_dispatch_with_rows_of_arguments_computes_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, with_extra_arguments)) < 1e-12
 
 
@@ -191,7 +197,7 @@ def masked_choices(no_expert: int) -> float:
 
 
 @pytest.mark.parametrize("no_expert", [EXPERTS, -1])
-def test_ids_of_no_expert_have_no_output_and_no_gradient(no_expert: int, workers: Workers) -> None:
+def test_direct_dispatch_with_ids_of_no_expert_drops_them(no_expert: int, workers: Workers) -> None:
     assert max(workers.run(2, masked_choices, no_expert)) < 1e-12
 
 
@@ -214,7 +220,7 @@ def longer_batches() -> tuple[float, list[int]]:
     return max(errors), capacities
 
 
-def test_buffers_grow_for_longer_batches(workers: Workers) -> None:
+def test_direct_dispatch_with_longer_batches_grows_buffers(workers: Workers) -> None:
     for error, capacities in workers.run(2, longer_batches):
         assert error < 1e-12
         assert capacities == [4, 6, 6, 10]
@@ -253,7 +259,7 @@ def buffers_of(converted: nn.Module) -> SymmetricBuffers:
     return next(value for value in expert_groups(converted).shared.values() if isinstance(value, SymmetricBuffers))
 
 
-def test_a_rank_without_memory_makes_all_take_the_other_way(workers: Workers) -> None:
+def test_direct_dispatch_on_rank_without_memory_falls_back_on_all_ranks(workers: Workers) -> None:
     for error, is_direct in workers.run(2, without_memory):
         assert error < 1e-12
         assert not is_direct
@@ -281,7 +287,9 @@ def in_one_block(reentrant: bool) -> float:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_two_layers_in_one_checkpointed_block(reentrant: bool, workers: Workers) -> None:
+def test_direct_dispatch_of_two_layers_in_one_checkpoint_computes_as_unmodified(
+    reentrant: bool, workers: Workers
+) -> None:
     assert max(workers.run(2, in_one_block, reentrant)) < 1e-12
 
 
@@ -303,7 +311,7 @@ def looped_and_accumulated() -> float:
     return largest(*found)
 
 
-def test_looped_layers_accumulation_and_inference_mode(workers: Workers) -> None:
+def test_direct_dispatch_in_loops_accumulation_and_inference_mode_computes_as_unmodified(workers: Workers) -> None:
     assert max(workers.run(2, looped_and_accumulated)) < 1e-12
 
 
@@ -319,7 +327,7 @@ def other_layers() -> str:
     return ""
 
 
-def test_ranks_that_call_other_layers_are_told_both(workers: Workers) -> None:
+def test_direct_dispatch_of_different_layers_raises_with_both_names(workers: Workers) -> None:
     zero, one = workers.run(2, other_layers)
     assert "of EP rank 0 is the dispatch of first, and exchange 5 of EP rank 1 is the dispatch of second" in zero
     assert "of EP rank 1 is the dispatch of second, and exchange 5 of EP rank 0 is the dispatch of first" in one
@@ -344,7 +352,7 @@ def other_layers_with_redundant_experts() -> str:
     return ""
 
 
-def test_ranks_that_call_other_layers_with_redundant_experts_are_told_both(workers: Workers) -> None:
+def test_direct_dispatch_of_different_layers_with_redundant_experts_raises_with_both_names(workers: Workers) -> None:
     zero, one = workers.run(2, other_layers_with_redundant_experts)
     assert "of EP rank 0 is the dispatch of first, and exchange 5 of EP rank 1 is the dispatch of second" in zero
     assert "of EP rank 1 is the dispatch of second, and exchange 5 of EP rank 0 is the dispatch of first" in one
@@ -363,7 +371,7 @@ def other_order_of_backward_passes() -> str:
     return ""
 
 
-def test_ranks_that_go_back_in_another_order_are_told_in_the_next_forward(workers: Workers) -> None:
+def test_direct_dispatch_after_backward_in_another_order_raises_in_next_forward(workers: Workers) -> None:
     zero, _ = workers.run(2, other_order_of_backward_passes)
     assert "is the backward pass of dispatch of second, and exchange" in zero
     assert "of EP rank 1 is the backward pass of dispatch of first. All ranks must call the same layers" in zero

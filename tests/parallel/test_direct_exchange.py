@@ -92,7 +92,7 @@ def ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ra
     return Ranks(*request.param)
 
 
-def test_rows_are_ordered_by_slot_then_rank_then_token(ranks: Ranks) -> None:
+def test_place_pairs_of_all_ranks_orders_rows_by_slot_then_rank_then_token(ranks: Ranks) -> None:
     _, placed, reports = ranks.dispatch()
     for rank in range(ranks.size):
         expected, found, region = ranks.rows_of(rank), placed[rank], ranks.regions[rank]
@@ -115,7 +115,7 @@ def test_rows_are_ordered_by_slot_then_rank_then_token(ranks: Ranks) -> None:
         assert not error.any()
 
 
-def test_rows_are_those_of_their_tokens(ranks: Ranks) -> None:
+def test_expand_of_received_tokens_copies_them_to_their_rows(ranks: Ranks) -> None:
     _, placed, _ = ranks.dispatch()
     for rank, found in enumerate(placed):
         expected = ranks.rows_of(rank)
@@ -134,7 +134,7 @@ def test_rows_are_those_of_their_tokens(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("num_others", [0, 4])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_tokens_get_the_sums_of_their_rows_and_gradients_of_weights(
+def test_receive_sums_of_weighted_rows_returns_sums_and_gradients_of_weights(
     ranks: Ranks, num_others: int, is_weighted: bool
 ) -> None:
     slots, placed, _ = ranks.dispatch()
@@ -179,7 +179,7 @@ def test_tokens_get_the_sums_of_their_rows_and_gradients_of_weights(
         assert not ranks.errors.any()
 
 
-def test_the_first_mismatch_of_headers_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_receive_sums_with_two_mismatched_headers_keeps_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks([2, 2], 1, 1, 4, torch.float32)
     slots, _, _ = ranks.dispatch()
     for sequence in (2, 3):

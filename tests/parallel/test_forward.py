@@ -437,7 +437,7 @@ def test_dispatchers_without_the_contracts_methods_are_refused_by_name(dispatche
         parallelize_experts(nn.ModuleDict({"experts": layer()}), dispatcher=dispatcher)
 
 
-def test_one_rank_runs_the_module_as_it_was() -> None:
+def test_forward_on_one_rank_runs_the_unmodified_module() -> None:
     original, converted = layer(), layer()
     weight = converted.gate_up_proj
     holder = nn.ModuleDict({"experts": converted})

@@ -74,24 +74,24 @@ def compare(module: nn.Module, index: Tensor, dtype: torch.dtype, tolerance: flo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_float64_is_what_the_module_computes(name: str):
+def test_fused_experts_in_float64_compute_as_the_module(name: str):
     compare(experts_of(name), routed(9, 3, torch.float64)[1], torch.float64, 1e-13)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_lower_precision_is_within_rounding(name: str, dtype: torch.dtype, tolerance: float):
+def test_fused_experts_in_lower_precision_are_within_rounding(name: str, dtype: torch.dtype, tolerance: float):
     compare(experts_of(name, dtype), routed(9, 3, dtype)[1], dtype, tolerance)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_ids_of_no_expert_add_nothing(name: str):
+def test_fused_experts_with_ids_of_no_expert_add_nothing(name: str):
     index = routed(9, 3, torch.float64)[1]
     index[0], index[3, 1], index[index == 2], index[8, 0] = EXPERTS, -1, EXPERTS + 3, 2**40
     compare(experts_of(name), index, torch.float64, 1e-13)
 
 
-def test_no_id_of_an_expert_gives_zeros():
+def test_fused_experts_with_only_ids_of_no_expert_return_zeros():
     module = experts_of("gpt_oss")
     hidden, index, weights = routed(4, 2, torch.float64)
     inputs = [hidden.requires_grad_(), weights.requires_grad_(), *module.parameters()]
@@ -103,7 +103,7 @@ def test_no_id_of_an_expert_gives_zeros():
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("counts", [[3, 2, 4, 1, 0, 2, 0, 1], [0, 0, 5, 0, 0, 0, 0, 0], [0] * EXPERTS])
 @pytest.mark.parametrize("is_weighted", [True, False])
-def test_sorted_rows_and_their_gradients(name: str, counts: list[int], is_weighted: bool):
+def test_fused_experts_of_sorted_rows_compute_as_the_module(name: str, counts: list[int], is_weighted: bool):
     module, form = experts_of(name), form_of(experts_of(name))
     slots = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(counts)).to(DEVICE)
     ends = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
@@ -121,7 +121,7 @@ def test_sorted_rows_and_their_gradients(name: str, counts: list[int], is_weight
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_rows_of_no_expert_reach_no_gradient(name: str):
+def test_fused_experts_with_rows_of_no_expert_leave_gradients_alone(name: str):
     module, form = experts_of(name), form_of(experts_of(name))
     ends = torch.tensor([2, 3, 3, 4, 4, 4, 5, 6], dtype=torch.int32, device=DEVICE)
     rows = torch.randn(9, WIDTH, dtype=torch.float64, device=DEVICE)
@@ -141,7 +141,7 @@ def test_rows_of_no_expert_reach_no_gradient(name: str):
         torch.testing.assert_close(with_tail, without)
 
 
-def test_warm_up_launches_every_kernel_of_sorted_rows(monkeypatch: pytest.MonkeyPatch):
+def test_warm_up_of_sorted_rows_launches_every_kernel(monkeypatch: pytest.MonkeyPatch):
     def kernels_of(function: Callable[[], None]) -> set[tuple]:
         """Each kernel that is launched, with what it is compiled for."""
         launched: set[tuple] = set()
@@ -173,7 +173,7 @@ def test_warm_up_launches_every_kernel_of_sorted_rows(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("trained", range(6))
-def test_only_what_is_trained_gets_a_gradient(trained: int):
+def test_fused_experts_partly_frozen_compute_only_trained_gradients(trained: int):
     module, form = experts_of("gpt_oss"), form_of(experts_of("gpt_oss"))
     hidden, index, weights = routed(5, 2, torch.float64)
     inputs = [hidden, weights, *(p.detach() for p in module.parameters())]
@@ -186,7 +186,7 @@ def test_only_what_is_trained_gets_a_gradient(trained: int):
 
 
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_gradients_can_be_computed_again_while_the_graph_is_retained(is_sorted: bool):
+def test_fused_experts_with_retained_graph_compute_gradients_again(is_sorted: bool):
     module = experts_of("gpt_oss")
     form, parameters = form_of(module), list(module.parameters())
     hidden, index, weights = routed(5, 1, torch.float64)
@@ -203,7 +203,7 @@ def test_gradients_can_be_computed_again_while_the_graph_is_retained(is_sorted: 
         torch.autograd.grad(output.sum(), inputs)
 
 
-def test_first_product_is_freed_before_the_gradients_of_the_weights(monkeypatch: pytest.MonkeyPatch):
+def test_fused_experts_in_backward_free_the_first_product_before_weight_gradients(monkeypatch: pytest.MonkeyPatch):
     module = experts_of("mixtral")
     hidden, index, weights = routed(5, 2, torch.float64)
     inner: list[weakref.ref[Tensor]] = []
@@ -217,7 +217,7 @@ def test_first_product_is_freed_before_the_gradients_of_the_weights(monkeypatch:
     assert alive == [None, None]
 
 
-def test_second_derivatives_raise():
+def test_fused_experts_with_second_derivatives_raise():
     module = experts_of("mixtral")
     hidden, index, weights = routed(5, 2, torch.float64)
     hidden.requires_grad_()
@@ -226,7 +226,7 @@ def test_second_derivatives_raise():
         torch.autograd.grad(output.sum(), hidden, create_graph=True)
 
 
-def test_autocast_keeps_the_products_in_the_weights_dtype_as_grouped_mm_does():
+def test_fused_experts_under_autocast_compute_in_dtype_of_weights():
     module = experts_of("mixtral", torch.float32)
     hidden, index, weights = routed(5, 2, torch.float32)
     form, parameters = form_of(module), list(module.parameters())
@@ -271,7 +271,7 @@ def check_same(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_model_on_one_rank_is_the_unmodified_model_and_its_load_is_counted(name: str, calls: list[int]):
+def test_fused_model_on_one_rank_computes_as_unmodified_and_counts_load(name: str, calls: list[int]):
     plain, fused = (hugging_face_model(name).to(DEVICE) for _ in range(2))
     parallelize_experts(fused, fused_experts=True)
     counting = parallelize_experts(hugging_face_model(name).to(DEVICE))
@@ -287,7 +287,7 @@ def test_model_on_one_rank_is_the_unmodified_model_and_its_load_is_counted(name:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_recomputes_and_counts_once(reentrant: bool, calls: list[int]):
+def test_fused_model_under_checkpointing_counts_tokens_once(reentrant: bool, calls: list[int]):
     plain, fused = (hugging_face_model("qwen3_moe").to(DEVICE) for _ in range(2))
     parallelize_experts(fused, fused_experts=True)
     fused.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
@@ -300,7 +300,7 @@ def test_activation_checkpointing_recomputes_and_counts_once(reentrant: bool, ca
     assert stats.load.sum() == 2 * 8 * 2 * 2
 
 
-def test_selective_checkpointing_that_keeps_products_recomputes_the_rest():
+def test_fused_model_under_selective_checkpointing_recomputes_only_what_is_not_kept():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(_: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
@@ -322,7 +322,7 @@ def test_selective_checkpointing_that_keeps_products_recomputes_the_rest():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_evaluation(mode: type, calls: list[int]):
+def test_fused_model_in_evaluation_calls_the_kernels(mode: type, calls: list[int]):
     plain, fused = (hugging_face_model("mixtral").to(DEVICE).eval() for _ in range(2))
     parallelize_experts(fused, fused_experts=True)
     tokens = token_batches(2).to(DEVICE)
@@ -331,7 +331,7 @@ def test_evaluation(mode: type, calls: list[int]):
     assert len(calls) == 2
 
 
-def test_frozen_experts_get_no_gradient(calls: list[int]):
+def test_fused_model_with_frozen_experts_computes_no_gradient_of_them(calls: list[int]):
     plain, fused = (hugging_face_model("mixtral").to(DEVICE) for _ in range(2))
     parallelize_experts(fused, fused_experts=True)
     for model in (plain, fused):
@@ -341,14 +341,14 @@ def test_frozen_experts_get_no_gradient(calls: list[int]):
     assert len(calls) == 2
 
 
-def test_no_token_is_left_to_the_module(calls: list[int]):
+def test_fused_model_without_tokens_runs_the_module(calls: list[int]):
     module = converted(experts_of("qwen3_moe"))
     hidden, index, weights = routed(0, 2, torch.float64)
     assert module(hidden, index, weights).shape == (0, WIDTH)
     assert calls == []
 
 
-def test_compiled_model_calls_the_kernels_outside_of_its_graphs(calls: list[int]):
+def test_fused_model_when_compiled_calls_kernels_outside_of_graphs(calls: list[int]):
     plain, fused = (experts_of("qwen3_moe") for _ in range(2))
     converted(fused)
     inputs = routed(5, 2, torch.float64)
@@ -370,14 +370,14 @@ def layer_of(module: nn.Module) -> ExpertLayer:
 
 
 @pytest.mark.parametrize("setting", [None, False])
-def test_one_rank_keeps_the_modules_kernels_unless_asked(setting: bool | None, calls: list[int]):
+def test_fused_setting_on_one_rank_fuses_only_if_true(setting: bool | None, calls: list[int]):
     module = converted(experts_of("qwen3_moe"), setting)
     module(*routed(5, 2, torch.float64))
     assert calls == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_is_left_to_the_module_that_knows_its_scale(dtype: torch.dtype):
+def test_fused_setting_with_float8_keeps_the_modules_forward(dtype: torch.dtype):
     module = converted(experts_of("qwen3_moe"))
     weights = [parameter.detach().to(dtype) for parameter in module.parameters()]
     assert layer_of(module).fused_choice.form_for(module, weights, False) is None
@@ -385,14 +385,14 @@ def test_float8_is_left_to_the_module_that_knows_its_scale(dtype: torch.dtype):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they are fused")
-def test_several_ranks_on_the_cpu_keep_the_modules_kernels_unless_asked():
+def test_fused_setting_on_several_cpu_ranks_fuses_only_if_true():
     module = experts_of("qwen3_moe", torch.bfloat16)
     choice = choose([module], None, 2)[0]
     assert choice.form_for(module, list(module.parameters()), False) is None
     assert choice.reason == "the kernels need a GPU and Triton"
 
 
-def test_weights_left_on_the_cpu_of_a_machine_with_a_gpu_keep_the_modules_kernels(monkeypatch: pytest.MonkeyPatch):
+def test_fused_setting_with_weights_on_cpu_of_a_gpu_machine_keeps_own_forward(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module = experts_of("qwen3_moe", torch.bfloat16)
     choice = choose([module], None, 2)[0]
@@ -410,7 +410,7 @@ def test_weights_left_on_the_cpu_of_a_machine_with_a_gpu_keep_the_modules_kernel
         (torch.bfloat16, "eager", "its implementation is 'eager'"),
     ],
 )
-def test_several_ranks_on_a_gpu_fuse_what_is_fast(
+def test_fused_setting_on_several_gpu_ranks_fuses_what_is_fast(
     dtype: torch.dtype, implementation: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -430,7 +430,7 @@ class OnGpu:
         self.dtype, self.device, self.is_cuda = dtype, torch.device("cuda"), True
 
 
-def test_changes_after_the_conversion_keep_the_modules_forward(calls: list[int]):
+def test_fused_model_changed_after_conversion_keeps_the_modules_forward(calls: list[int]):
     inputs = routed(5, 2, torch.float64)
     module = converted(experts_of("qwen3_moe"))
     handle = module.act_fn.register_forward_hook(lambda *_: None)  # type: ignore[operator]
@@ -447,7 +447,7 @@ def test_changes_after_the_conversion_keep_the_modules_forward(calls: list[int])
     assert calls == []
 
 
-def test_other_limit_after_the_conversion_keeps_the_modules_forward(calls: list[int]):
+def test_fused_model_with_limit_changed_after_conversion_keeps_the_modules_forward(calls: list[int]):
     module = converted(experts_of("gpt_oss"))
     module.limit = 0.1
     expected = experts_of("gpt_oss")
@@ -531,7 +531,7 @@ def test_biases_in_another_layout_are_read_as_the_module_reads_them():
     compare(module, routed(9, 3, torch.float64)[1], torch.float64, 1e-13)
 
 
-def test_hook_on_the_module_itself_sees_the_fused_output(calls: list[int]):
+def test_fused_model_with_hook_on_module_passes_it_the_fused_output(calls: list[int]):
     module, seen = converted(experts_of("qwen3_moe")), []
     module.register_forward_hook(lambda *args: seen.append(args[-1]))
     output = module(*routed(5, 2, torch.float64))
@@ -539,14 +539,14 @@ def test_hook_on_the_module_itself_sees_the_fused_output(calls: list[int]):
     assert calls == [5]
 
 
-def test_copy_of_a_converted_module_is_fused(calls: list[int]):
+def test_fused_model_when_copied_is_fused(calls: list[int]):
     module = converted(experts_of("gpt_oss"))
     inputs = routed(5, 2, torch.float64)
     assert torch.equal(copy.deepcopy(module)(*inputs), module(*inputs))
     assert calls == [5, 5]
 
 
-def test_layers_that_differ_are_tried_each():
+def test_fused_form_of_layers_that_differ_is_tried_for_each():
     first, second = experts_of("mixtral"), experts_of("mixtral")
     second.act_fn = nn.Mish()
     parallelize_experts(nn.ModuleList([first, second]), fused_experts=True)
@@ -554,7 +554,7 @@ def test_layers_that_differ_are_tried_each():
     assert layer_of(second).fused_choice.form is None
 
 
-def test_path_is_told_once(caplog: pytest.LogCaptureFixture):
+def test_fused_model_with_equal_layers_logs_the_path_once(caplog: pytest.LogCaptureFixture):
     model = parallelize_experts(hugging_face_model("qwen3_moe").to(DEVICE), fused_experts=True)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
@@ -563,7 +563,7 @@ def test_path_is_told_once(caplog: pytest.LogCaptureFixture):
     assert told == ["experts of model.layers.0.mlp.experts compute by fused kernels"]
 
 
-def test_model_without_a_known_form_warns_why():
+def test_fused_setting_with_unknown_form_warns_why():
     model = hugging_face_model("qwen3_moe")
     for module in model.modules():
         if type(module).__name__ == "Qwen3MoeExperts":
@@ -573,7 +573,7 @@ def test_model_without_a_known_form_warns_why():
 
 
 @pytest.mark.parametrize("value", [1, "yes"])
-def test_wrong_setting_is_an_error(value: object):
+def test_fused_setting_of_wrong_value_raises(value: object):
     with pytest.raises(ValueError, match=r"fused_experts=.* must be True or False"):
         parallelize_experts(hugging_face_model("mixtral"), fused_experts=value)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"fused_experts=.* must be True or False"):
@@ -581,7 +581,7 @@ def test_wrong_setting_is_an_error(value: object):
 
 
 @pytest.mark.parametrize("converts", [True, False])
-def test_callback_passes_the_setting_on(converts: bool, calls: list[int], tmp_path: object):
+def test_fused_setting_of_callback_reaches_the_layers(converts: bool, calls: list[int], tmp_path: object):
     class Model(LanguageModel):
         def configure_model(self) -> None:
             if converts:
@@ -633,7 +633,7 @@ def logical_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize(("num_redundant_experts", "by_batch"), [(0, False), (2, True)])
-def test_fused_experts_over_ranks_are_the_unmodified_model(
+def test_fused_experts_over_ranks_compute_as_unmodified(
     workers: Workers, name: str, num_redundant_experts: int, by_batch: bool
 ):
     results = workers.run(2, train_over_ranks, name, num_redundant_experts, by_batch)
@@ -667,7 +667,7 @@ def train_sharded(efsdp: int, ep: int, name: str) -> tuple[list[float], set]:
 
 
 @pytest.mark.parametrize(("efsdp", "ep"), [(1, 2), (2, 1)])
-def test_fused_experts_under_fsdp2_train_as_the_unmodified_model(workers: Workers, efsdp: int, ep: int):
+def test_fused_experts_under_fsdp2_train_as_unmodified(workers: Workers, efsdp: int, ep: int):
     results = workers.run(2, train_sharded, efsdp, ep, "gpt_oss")
     plain = hugging_face_model("gpt_oss")
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)

@@ -55,7 +55,7 @@ def family(name: str, class_name: str, config: str, **settings: Any) -> nn.Modul
         ("gpt_oss", "GptOssExperts", "GptOssConfig", ActivationArguments(SIGMOID, 1.702, 7.0, 1.0, INTERLEAVED)),
     ],
 )
-def test_families_of_transformers_are_recognized(
+def test_fused_form_of_transformers_family_is_recognized(
     name: str, class_name: str, config: str, expected: ActivationArguments
 ):
     form = recognize(family(name, class_name, config))
@@ -66,7 +66,7 @@ def test_families_of_transformers_are_recognized(
 
 
 @pytest.mark.slow
-def test_every_family_of_transformers_is_recognized_but_those_that_differ():
+def test_fused_form_of_all_transformers_families_is_recognized_but_those_that_differ():
     found: dict[str, FusedForm | str] = {}
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         if "@use_experts_implementation" in path.read_text(encoding="utf-8"):
@@ -109,14 +109,14 @@ def experts_of_family(name: str) -> Iterator[tuple[str, nn.Module]]:
         ("relu2", ActivationArguments(RELU_SQUARED)),
     ],
 )
-def test_activations_are_told_apart(act: str, expected: ActivationArguments):
+def test_fused_form_of_known_activation_has_its_arguments(act: str, expected: ActivationArguments):
     form = recognize(family("mixtral", "MixtralExperts", "MixtralConfig", hidden_act=act))
     assert isinstance(form, FusedForm)
     assert form.activation == expected
 
 
 @pytest.mark.parametrize("act", ["mish", "tanh", "gelu_10", "laplace", "leaky_relu"])
-def test_other_activations_are_left_to_the_module(act: str):
+def test_fused_form_of_other_activation_gives_the_reason(act: str):
     found = recognize(family("mixtral", "MixtralExperts", "MixtralConfig", hidden_act=act))
     assert found == "its forward computes something else than the known forms"
 
@@ -223,7 +223,7 @@ class Raises(Experts):
 OTHER = "its forward computes something else than the known forms"
 
 
-def test_modules_of_the_same_protocol_are_recognized():
+def test_fused_form_of_module_with_same_protocol_is_recognized():
     assert isinstance(recognize(Experts()), FusedForm)
     assert isinstance(recognize(Biased(4, 8)), FusedForm)
 
@@ -246,11 +246,11 @@ def test_modules_of_the_same_protocol_are_recognized():
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
 )
-def test_modules_that_differ_keep_their_own_forward(module: nn.Module, reason: str):
+def test_fused_form_of_module_that_differs_gives_the_reason(module: nn.Module, reason: str):
     assert recognize(module) == reason
 
 
-def test_hooks_parametrizations_and_own_forwards_keep_the_forward():
+def test_fused_form_of_module_with_hooks_parametrizations_or_own_forward_gives_the_reason():
     hooked, inner, parametrized, replaced = (Experts() for _ in range(4))
     hooked.register_forward_hook(lambda *_: None)
     assert recognize(hooked) == "it has hooks"
@@ -262,7 +262,7 @@ def test_hooks_parametrizations_and_own_forwards_keep_the_forward():
     assert recognize(replaced) == "its forward was replaced on the module itself"
 
 
-def test_norm_after_the_experts_and_another_gate_are_told_by_the_decorator():
+def test_fused_form_of_module_with_norm_after_experts_gives_the_reason():
     @use_experts_implementation(has_post_expert_norm=True)
     class Normed(Experts):
         pass
@@ -270,7 +270,7 @@ def test_norm_after_the_experts_and_another_gate_are_told_by_the_decorator():
     assert recognize(Normed(None)) == "a norm follows the experts"
 
 
-def test_trial_leaves_the_module_and_the_random_state_alone():
+def test_fused_form_after_trial_leaves_module_and_random_state_unchanged():
     model = hugging_face_model("gpt_oss", layers=1)
     module = next(m for m in model.modules() if type(m).__name__ == "GptOssExperts")
     before, state = [p.clone() for p in module.parameters()], torch.get_rng_state()
@@ -281,7 +281,7 @@ def test_trial_leaves_the_module_and_the_random_state_alone():
     assert list(inspect.signature(type(module).forward).parameters)
 
 
-def test_shapes_of_no_known_form_are_left_to_the_module():
+def test_fused_form_of_unknown_shapes_gives_the_reason():
     module = Experts()
     module.gate_up_proj = nn.Parameter(torch.randn(4, 13, 8))
     assert recognize(module) == "the shapes of its weights are unknown"

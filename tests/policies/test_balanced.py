@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from lightning_eplb.functional import balancedness, rank_tokens
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Outlook, Topology
-from lightning_eplb.policies.balanced import SLACK, plan_layer
 from lightning_eplb.policies.forecast import Forecast, plain_mean
 from lightning_eplb.policies.pack import replicate
 from lightning_eplb.policies.token_split import level_tokens
@@ -74,7 +73,7 @@ def lognormal_load(layers, experts, tokens=10**6, seed=0):
 
 @settings(max_examples=100)
 @given(situation=situations())
-def test_plan_is_valid_and_repeatable(situation):
+def test_rearrange_in_any_situation_is_valid_and_repeatable(situation):
     load_YL, before, topology = situation
     load_before, slots_before = load_YL.copy(), before.physical_to_logical.copy()
     after = BalancedPolicy().rearrange(load_YL, before, topology)
@@ -92,20 +91,20 @@ def test_plan_is_valid_and_repeatable(situation):
 
 @settings(max_examples=100)
 @given(situation=situations())
-def test_no_layer_is_worse_than_before(situation):
+def test_rearrange_in_any_situation_makes_no_layer_worse(situation):
     load_YL, before, topology = situation
     after = BalancedPolicy().rearrange(load_YL, before, topology)
     peak_before, peak_after = fullest_rank(load_YL, before), fullest_rank(load_YL, after)
-    # A plan that is more robust may be less level, by so much.
+    # A plan that is more robust may be less level, by 1/128 of a rank's mean.
     mean = load_YL.astype(float).sum(axis=1) / before.num_ranks
-    assert (peak_after <= peak_before + SLACK * mean + 1 + 1e-6 * peak_before).all()
+    assert (peak_after <= peak_before + mean / 128 + 1 + 1e-6 * peak_before).all()
     is_same = same_layers(before, after)
     assert (is_same | load_YL.any(axis=1)).all()
 
 
 @settings(max_examples=60)
 @given(situation=situations(), max_moves=st.sampled_from([0, 1, 2, 3, 5, 8]), nodes=st.integers(1, 3))
-def test_max_moves_bounds_the_primaries_that_change_rank_over_all_layers(situation, max_moves, nodes):
+def test_max_moves_in_any_situation_bounds_moved_primaries_over_all_layers(situation, max_moves, nodes):
     load_YL, before, topology = situation
     nodes = nodes if before.num_ranks % nodes == 0 else 1
     topology = Topology.even(before.num_ranks, nodes)
@@ -114,7 +113,7 @@ def test_max_moves_bounds_the_primaries_that_change_rank_over_all_layers(situati
 
 
 @pytest.mark.parametrize("max_moves", [0, 1, 2, 5, 6])
-def test_max_moves_holds_for_all_nodes_together_where_groups_stay_on_theirs(max_moves):
+def test_max_moves_with_groups_on_nodes_bounds_moves_over_all_nodes(max_moves):
     before = ExpertPlacement.initial(3, 32, 4)
     topology = Topology.even(4, 2)
     load_YL = lognormal_load(3, 32)
@@ -123,7 +122,7 @@ def test_max_moves_holds_for_all_nodes_together_where_groups_stay_on_theirs(max_
     assert moved_primaries(before, after) <= max_moves
 
 
-def test_more_moves_are_used_where_they_are_allowed():
+def test_max_moves_when_raised_levels_ranks_further():
     before, topology = ExpertPlacement.initial(4, 32, 4), Topology.even(4)
     load_YL = lognormal_load(4, 32)
     reached = []
@@ -133,7 +132,7 @@ def test_more_moves_are_used_where_they_are_allowed():
     assert reached == sorted(set(reached))
 
 
-def test_copies_still_change_when_no_primary_may_move():
+def test_max_moves_of_zero_changes_replicas_only():
     before, topology = ExpertPlacement.initial(2, 32, 4, 8), Topology.even(4)
     load_YL = lognormal_load(2, 32)
     after = BalancedPolicy(0).rearrange(load_YL, before, topology)
@@ -142,11 +141,12 @@ def test_copies_still_change_when_no_primary_may_move():
     assert (fullest_rank(load_YL, after) < fullest_rank(load_YL, before)).all()
 
 
+@pytest.mark.parametrize("policy", [BalancedPolicy(), DeepSeekPolicy()])
 @settings(max_examples=60)
 @given(situation=situations())
-def test_what_stays_on_its_rank_keeps_its_slot(situation):
+def test_rearrange_in_any_situation_keeps_slots_of_experts_that_stay(policy, situation):
     load_YL, before, topology = situation
-    after = BalancedPolicy().rearrange(load_YL, before, topology)
+    after = policy.rearrange(load_YL, before, topology)
     n = before.primaries_per_rank
     for layer, rank in np.ndindex(before.num_layers, before.num_ranks):
         for part in (slice(0, n), slice(n, None)):
@@ -155,19 +155,19 @@ def test_what_stays_on_its_rank_keeps_its_slot(situation):
             assert (then[stays] == now[stays]).all()
 
 
-def test_zero_load_changes_nothing():
+def test_rearrange_without_load_returns_the_placement():
     before = ExpertPlacement.initial(2, 8, 4, 8)
     load_YL = np.zeros((2, 8), dtype=np.int64)
     assert BalancedPolicy().rearrange(load_YL, before, Topology.even(4)) is before
 
 
-def test_zero_load_changes_nothing_where_groups_stay_on_their_nodes():
+def test_rearrange_without_load_with_groups_on_nodes_returns_the_placement():
     before = ExpertPlacement.initial(2, 8, 4, 8)  # its copies are on other nodes as well
     load_YL = np.zeros((2, 8), dtype=np.int64)
     assert BalancedPolicy(num_groups=2).rearrange(load_YL, before, Topology.even(4, 2)) is before
 
 
-def test_a_layer_without_tokens_stays_while_another_moves():
+def test_rearrange_with_a_layer_without_tokens_changes_only_the_other():
     before = ExpertPlacement.initial(2, 4, 2, 0)
     load_YL = np.array([[0, 0, 0, 0], [9, 9, 0, 0]]) * 1000
     after = BalancedPolicy().rearrange(load_YL, before, Topology.even(2))
@@ -175,32 +175,32 @@ def test_a_layer_without_tokens_stays_while_another_moves():
     assert balancedness(rank_tokens(load_YL, after)) == 1.0
 
 
-def test_a_level_layer_stays():
+def test_rearrange_of_level_load_returns_the_placement():
     before = ExpertPlacement.initial(1, 8, 4, 0)
     load_YL = np.full((1, 8), 50_000)
     assert BalancedPolicy().rearrange(load_YL, before, Topology.even(4)) is before
 
 
-def test_what_sampling_noise_explains_is_left_alone():
+def test_rearrange_of_load_within_sampling_noise_returns_the_placement():
     before = ExpertPlacement.initial(1, 8, 4, 0)
     load_YL = np.array([[100, 102, 101, 100, 99, 101, 100, 100]])
     assert BalancedPolicy().rearrange(load_YL, before, Topology.even(4)) is before
 
 
-def test_one_swap_levels_ranks_that_one_swap_can_level():
+def test_max_moves_of_two_finds_the_swap_that_levels():
     load_YL, before = np.array([[6, 6, 2, 2, 2, 2]]) * 10**6, ExpertPlacement.initial(1, 6, 3)
     after = BalancedPolicy(max_moves=2).rearrange(load_YL, before, Topology.even(3))
     assert rank_tokens(load_YL, after).max() == 8 * 10**6
     assert moved_primaries(before, after) == 2
 
 
-def test_of_equal_experts_the_lower_index_is_copied():
+def test_replicate_with_equal_experts_copies_the_lower_index():
     count_L = np.ones(4, dtype=np.int64)
     replicate(np.array([6.0, 6.0, 1.0, 1.0]), 2, 1, count_L)
     assert count_L.tolist() == [2, 1, 1, 1]
 
 
-def test_copies_alone_are_preferred_when_they_level_as_well():
+def test_look_ahead_where_replicas_level_as_well_moves_no_primary():
     # Half of expert 0 on rank 1 levels the ranks, and no primary needs to move, which takes as long as 2,000 tokens.
     before = ExpertPlacement([[0, 1, -1, 2, 3, -1]], 4, 2)
     look = outlook(np.array([[30, 10, 5, 5]]) * 1000, Costs(token=1.0, row_within_node=2000.0))
@@ -208,14 +208,14 @@ def test_copies_alone_are_preferred_when_they_level_as_well():
     assert after.physical_to_logical.tolist() == [[0, 1, -1, 2, 3, 0]]
 
 
-def test_two_slots_a_rank_level_a_skewed_load_without_moves():
+def test_rearrange_with_two_redundant_slots_a_rank_levels_without_moves():
     load_YL = lognormal_load(4, 64)
     before = ExpertPlacement.initial(4, 64, 8, 16)
     after = BalancedPolicy(max_moves=0).rearrange(load_YL, before, Topology.even(8))
     assert (fullest_rank(load_YL, after) <= 1.001 * load_YL.sum(axis=1) / 8).all()
 
 
-def test_skew_to_one_rank_is_levelled():
+def test_rearrange_of_load_on_one_rank_levels_it():
     # 60 % of the tokens on the four experts of rank 0 of four.
     load_YL = np.full((1, 16), 40 * 1000 // 12)
     load_YL[0, :4] = 60 * 1000 // 4
@@ -226,7 +226,7 @@ def test_skew_to_one_rank_is_levelled():
 
 
 @pytest.mark.parametrize(("sigma", "at_least"), [(0.7, 0.96), (1.2, 0.99)])
-def test_one_copy_a_rank_levels_ranks_of_many_experts_without_moves(sigma, at_least):
+def test_rearrange_with_one_redundant_slot_a_rank_levels_without_moves(sigma, at_least):
     load_YL = np.int64(np.random.default_rng(0).lognormal(0, sigma, (16, 384)) * 1e5)
     before = ExpertPlacement.initial(16, 384, 64, 64)
     after = BalancedPolicy(max_moves=0).rearrange(load_YL, before, Topology.even(64))
@@ -237,14 +237,14 @@ def test_one_copy_a_rank_levels_ranks_of_many_experts_without_moves(sigma, at_le
     ("experts", "redundant", "ranks", "at_least"),
     [(256, 32, 32, 0.99), (256, 0, 16, 0.9), (64, 8, 8, 0.998), (64, 16, 8, 0.998), (16, 2, 2, 0.998)],
 )
-def test_lognormal_load(experts, redundant, ranks, at_least):
+def test_rearrange_of_lognormal_load_reaches_balancedness(experts, redundant, ranks, at_least):
     load_YL = lognormal_load(8, experts)
     before = ExpertPlacement.initial(8, experts, ranks, redundant)
     after = BalancedPolicy().rearrange(load_YL, before, Topology.even(ranks))
     assert load_YL.sum() / ranks / fullest_rank(load_YL, after).sum() > at_least
 
 
-def test_a_rank_of_half_the_capacity_gets_half_the_tokens():
+def test_capacity_of_half_gets_half_the_tokens():
     before = ExpertPlacement.initial(3, 64, 4, 8)
     capacity = (1.0, 0.5, 1.0, 1.0)
     load_YL = lognormal_load(3, 64)
@@ -255,7 +255,7 @@ def test_a_rank_of_half_the_capacity_gets_half_the_tokens():
     assert (tokens_YR[:, 1] >= wanted_YR[:, 1] * 0.99).all()
 
 
-def test_a_rank_without_capacity_gets_no_token_that_others_can_serve():
+def test_capacity_of_zero_gets_no_token_that_others_can_compute():
     before = ExpertPlacement.initial(3, 16, 4, 16)
     load_YL = lognormal_load(3, 16)
     capacity = (1.0, 1.0, 0.0, 1.0)
@@ -266,7 +266,7 @@ def test_a_rank_without_capacity_gets_no_token_that_others_can_serve():
     assert (tokens_YR <= 1.01 * total_Y[:, None] / 3).all()
 
 
-def test_primaries_that_are_left_to_a_rank_without_capacity_are_the_coldest():
+def test_capacity_of_zero_without_redundancy_holds_the_coldest_primaries():
     load_YL = np.array([[9, 8, 1, 2, 7, 8]]) * 10**5
     before = ExpertPlacement.initial(1, 6, 3)
     topology = Topology((0, 0, 0), (0.0, 1.0, 1.0))
@@ -274,7 +274,7 @@ def test_primaries_that_are_left_to_a_rank_without_capacity_are_the_coldest():
     assert rank_tokens(load_YL, after)[0, 0] == 3 * 10**5
 
 
-def test_groups_stay_on_their_nodes_with_their_copies():
+def test_num_groups_on_nodes_keeps_groups_and_replicas_on_their_nodes():
     before = ExpertPlacement.initial(3, 32, 4, 8)
     load_YL = lognormal_load(3, 32)
     for topology in (Topology.even(4, 2), Topology((0, 1, 1, 1))):
@@ -289,7 +289,7 @@ def test_groups_stay_on_their_nodes_with_their_copies():
                 assert node_of[before.primary_rank[layer, expert]] == node_of[rank]
 
 
-def test_groups_that_are_spread_over_nodes_are_planned_together_with_one_warning():
+def test_num_groups_spread_over_nodes_warns_once_and_plans_globally():
     generator = np.random.default_rng(0)
     before, topology = shuffled_placement(generator, 2, 4, 4, 1), Topology.even(4, 2)
     load_YL = lognormal_load(2, 16)
@@ -303,14 +303,14 @@ def test_groups_that_are_spread_over_nodes_are_planned_together_with_one_warning
     assert first != before
 
 
-def test_nodes_of_unequal_size():
+def test_rearrange_on_nodes_of_unequal_size_levels_ranks():
     before, topology = ExpertPlacement.initial(2, 40, 5, 5), Topology((0, 0, 1, 1, 1))
     load_YL = lognormal_load(2, 40)
     after = BalancedPolicy().rearrange(load_YL, before, topology)
     assert (fullest_rank(load_YL, after) <= 1.1 * load_YL.sum(axis=1) / 5).all()
 
 
-def test_swaps_stay_within_nodes_when_only_those_between_nodes_cost():
+def test_costs_between_nodes_alone_keep_moves_within_nodes():
     before, topology = ExpertPlacement.initial(2, 32, 4), Topology.even(4, 2)
     load_YL = lognormal_load(2, 32)
     costs = Costs(token=1.0, row_between_nodes=1e12)
@@ -319,13 +319,13 @@ def test_swaps_stay_within_nodes_when_only_those_between_nodes_cost():
     assert (after.primary_rank // 2 == before.primary_rank // 2).all()
 
 
-def test_nothing_moves_when_nothing_pays():
+def test_costs_above_any_gain_return_the_placement():
     before, topology = ExpertPlacement.initial(2, 32, 4), Topology.even(4, 2)
     costs = Costs(token=1e-6, row_within_node=1e3, row_between_nodes=1e3)
     assert BalancedPolicy().look_ahead(outlook(lognormal_load(2, 32), costs), before, topology) is before
 
 
-def test_a_longer_interval_makes_more_moves_pay():
+def test_interval_when_longer_moves_more_primaries():
     before, topology = ExpertPlacement.initial(4, 32, 4), Topology.even(4)
     load_YL = lognormal_load(4, 32)
     moved = []
@@ -338,7 +338,7 @@ def test_a_longer_interval_makes_more_moves_pay():
 
 
 @pytest.mark.parametrize("copy", [1e9, 1e15, 1e30, float("inf")])
-def test_slots_stay_empty_when_copies_do_not_pay(copy):
+def test_costs_of_replicas_above_their_gain_leave_slots_empty(copy):
     slots = np.full((1, 4, 10), -1)
     slots[:, :, :8] = np.arange(32).reshape(4, 8)
     before = ExpertPlacement(slots.reshape(1, -1), 32, 4)
@@ -360,26 +360,26 @@ def test_slots_stay_empty_when_copies_do_not_pay(copy):
         ({"split": "even"}, "split='even' was removed: .* `simulate --split even` judges plans by an even split"),
     ],
 )
-def test_refuses_bad_arguments(arguments, message):
+def test_balanced_policy_with_bad_arguments_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         BalancedPolicy(**arguments)
 
 
-def test_refuses_groups_that_do_not_divide_the_experts():
+def test_rearrange_with_groups_that_do_not_divide_experts_raises():
     before = ExpertPlacement.initial(1, 4, 2)
     with pytest.raises(ValueError, match="num_groups=3 must divide the 4 logical experts"):
         BalancedPolicy(num_groups=3).rearrange(np.ones((1, 4), dtype=np.int64), before, Topology.even(2))
 
 
 @pytest.mark.slow
-def test_plans_are_the_same_with_other_threads_and_other_instructions_of_the_processor(digest_on_plain_processor):
+def test_plans_with_other_threads_and_processor_instructions_are_the_same(digest_on_plain_processor):
     default, threads = (printed_by(start(name)) for name in ("default", "threads"))
     assert len(default) == 64
     assert threads == digest_on_plain_processor == default
 
 
 @pytest.mark.parametrize("num_groups", [1, 8, 32])
-def test_warmed_up_whatever_the_groups(num_groups):
+def test_warm_up_with_any_groups_succeeds(num_groups):
     policy = BalancedPolicy(num_groups=num_groups)
     placement = ExpertPlacement.initial(1, 64, 8, 8)
     policy.warm_up(placement)
@@ -387,17 +387,25 @@ def test_warmed_up_whatever_the_groups(num_groups):
     assert policy.rearrange(load_YL, placement, Topology.even(8, 2)) != placement
 
 
-@pytest.mark.parametrize(("ranks", "per_rank", "redundant"), [(4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1)])
-def test_the_first_plan_of_node_limited_groups_compiles_nothing(ranks, per_rank, redundant):
+def test_warm_up_with_groups_on_nodes_leaves_nothing_to_compile(fresh_interpreter):
+    program = """
+import numpy as np
+from numba.core.event import install_recorder
+from lightning_eplb import BalancedPolicy, ExpertPlacement, Topology
+for ranks, per_rank, redundant in (4, 1, 1), (4, 1, 0), (2, 1, 0), (4, 2, 1):
     experts = ranks * per_rank
     placement = ExpertPlacement.initial(2, experts, ranks, ranks * redundant)
     policy = BalancedPolicy(num_groups=2)
     policy.warm_up(placement)
-    policy.rearrange(lognormal_load(2, experts), placement, Topology.even(ranks, 2))
-    assert len(plan_layer.signatures) == 1
+    load_YL = np.int64(np.random.default_rng(0).lognormal(0, 1.2, (2, experts)) * 10**6)
+    with install_recorder("numba:compiler_lock") as recorder:
+        policy.rearrange(load_YL, placement, Topology.even(ranks, 2))
+    print(len(recorder.buffer))
+"""
+    assert fresh_interpreter.run(program).split() == ["0"] * 4
 
 
-def test_capacities_of_any_unit():
+def test_capacity_in_any_unit_gives_the_same_plan():
     load_YL, placement = lognormal_load(2, 16), ExpertPlacement.initial(2, 16, 4, 4)
     plans = [
         BalancedPolicy().rearrange(load_YL, placement, Topology((0, 0, 0, 0), capacity=(unit,) * 4))
@@ -407,7 +415,7 @@ def test_capacities_of_any_unit():
 
 
 @pytest.mark.parametrize("part", ["load", "first", "spread"])
-def test_a_forecast_that_does_not_fit_is_refused(part):
+def test_look_ahead_with_forecast_that_does_not_fit_raises(part):
     load_YL = lognormal_load(1, 4)
     placement = ExpertPlacement.initial(1, 4, 2, 2)
     for wrong_YL in (-load_YL, load_YL[:, :3], load_YL.astype(float)):
@@ -417,12 +425,12 @@ def test_a_forecast_that_does_not_fit_is_refused(part):
 
 
 @pytest.mark.parametrize("max_moves", [2.5, float("inf"), 10**20])
-def test_moves_are_counted_in_whole_numbers(max_moves):
+def test_max_moves_of_no_whole_number_raises(max_moves):
     with pytest.raises(ValueError, match="max_moves="):
         BalancedPolicy(max_moves=max_moves)
 
 
 @pytest.mark.parametrize("policy", [BalancedPolicy, DeepSeekPolicy])
-def test_groups_that_do_not_divide_the_experts_are_refused_at_set_up(policy):
+def test_warm_up_with_groups_that_do_not_divide_experts_raises(policy):
     with pytest.raises(ValueError, match=r"num_groups=3 must divide the 4 logical experts; one of \[1, 2, 4\]"):
         policy(num_groups=3).warm_up(ExpertPlacement.initial(1, 4, 2, 2))

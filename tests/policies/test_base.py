@@ -5,14 +5,14 @@ from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy, Topology
 
 
-def test_topology_counts_ranks_and_nodes():
+def test_topology_of_nodes_counts_ranks_and_nodes():
     topology = Topology((0, 1, 1, 0, 2))
     assert (topology.num_ranks, topology.num_nodes) == (5, 3)
     assert Topology.even(4, 2) == Topology((0, 0, 1, 1))
     assert Topology.even(3).node_of_rank == (0, 0, 0)
 
 
-def test_topology_takes_a_list_as_yaml_gives_one():
+def test_topology_of_list_keeps_a_tuple():
     assert Topology([0, 0, 1]).node_of_rank == (0, 0, 1)  # type: ignore[arg-type]
 
 
@@ -20,18 +20,18 @@ def test_topology_takes_a_list_as_yaml_gives_one():
     ("node_of_rank", "message"),
     [((), "names no rank"), ((0, 2), r"nodes \[0, 2\].*numbered 0 to 1"), ((-1, 0), r"nodes \[-1, 0\]")],
 )
-def test_topology_refuses_nodes_that_are_not_numbered_from_zero(node_of_rank, message):
+def test_topology_with_nodes_not_numbered_from_zero_raises(node_of_rank, message):
     with pytest.raises(ValueError, match=message):
         Topology(node_of_rank)
 
 
 @pytest.mark.parametrize(("num_ranks", "num_nodes"), [(5, 2), (0, 1), (4, 0)])
-def test_even_topology_refuses_what_does_not_divide(num_ranks, num_nodes):
+def test_topology_even_with_nodes_that_do_not_divide_ranks_raises(num_ranks, num_nodes):
     with pytest.raises(ValueError, match=f"num_ranks={num_ranks} must be a positive multiple of num_nodes={num_nodes}"):
         Topology.even(num_ranks, num_nodes)
 
 
-def test_capacity_is_kept_as_numbers():
+def test_topology_with_capacity_keeps_floats():
     assert Topology((0, 0)).capacity is None
     topology = Topology((0, 0, 1), [2, 1, "0.5"])  # type: ignore[arg-type, list-item]
     assert topology.capacity == (2.0, 1.0, 0.5)
@@ -51,28 +51,28 @@ def test_capacity_is_kept_as_numbers():
         ((1.0, float("nan")), "must be finite"),
     ],
 )
-def test_topology_refuses_capacities_that_make_no_sense(capacity, message):
+def test_topology_with_invalid_capacity_raises(capacity, message):
     with pytest.raises(ValueError, match=message):
         Topology((0, 0), capacity)
 
 
-def test_costs_are_free_but_for_tokens():
+def test_costs_without_arguments_are_zero_but_for_tokens():
     costs = Costs(token=2.0)
     assert (costs.row_within_node, costs.row_between_nodes, costs.copy) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("token", [0.0, -1.0, float("nan")])
-def test_costs_refuse_tokens_that_take_no_time(token):
+def test_costs_with_tokens_that_take_no_time_raise(token):
     with pytest.raises(ValueError, match=f"token={token} must be finite and above zero"):
         Costs(token)
 
 
-def test_policy_is_abstract():
+def test_policy_without_rearrange_raises():
     with pytest.raises(TypeError, match="rearrange"):
         Policy()  # type: ignore[abstract]
 
 
-def test_the_example_of_the_manual_works():
+def test_policy_of_docstring_example_plans():
     class HottestFirst(Policy):
         def rearrange(self, load_YL, placement, topology):
             order_YL = np.argsort(-load_YL, axis=1, kind="stable")
@@ -98,6 +98,6 @@ def test_the_example_of_the_manual_works():
         (np.zeros((1, 4), dtype=np.int64), 4, "topology has 4 ranks and placement has 2"),
     ],
 )
-def test_policies_refuse_what_does_not_fit(policy, load, num_ranks, message):
+def test_rearrange_with_load_or_topology_that_does_not_fit_raises(policy, load, num_ranks, message):
     with pytest.raises(ValueError, match=message):
         policy.rearrange(load, ExpertPlacement.initial(1, 4, 2, 2), Topology.even(num_ranks))

@@ -20,7 +20,7 @@ def served(load_L, slots_RS, weight_R=None):
 
 @settings(max_examples=200)
 @given(st.data())
-def test_copies_are_possible_and_pay_and_never_make_it_worse(data):
+def test_choose_copies_of_any_batch_is_valid_and_never_worse(data):
     ranks, per_rank, redundant = (data.draw(st.integers(*ends)) for ends in ((1, 6), (1, 4), (0, 3)))
     experts = ranks * per_rank
     load_L = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=experts, max_size=experts)))
@@ -37,7 +37,7 @@ def test_copies_are_possible_and_pay_and_never_make_it_worse(data):
         assert (slots_RS[:, per_rank:] == -1).all()
 
 
-def test_a_copy_may_take_over_more_than_its_rank_is_above_the_mean():
+def test_choose_copies_with_a_fuller_rank_takes_over_more_than_the_excess():
     """121 tokens above the mean; 131 are given away, as another rank stays above the mean and these two share."""
     placed_RS = ExpertPlacement.initial(1, 6, 3, 3).by_rank[0]
     load_L = np.array([0, 0, 0, 262, 161, 0])
@@ -46,20 +46,20 @@ def test_a_copy_may_take_over_more_than_its_rank_is_above_the_mean():
     assert served(load_L, slots_RS).tolist() == [131, 131, 161]
 
 
-def test_a_level_batch_gets_no_copy_and_neither_does_one_without_tokens():
+def test_choose_copies_of_level_or_empty_batch_leaves_slots_empty():
     placed_RS = ExpertPlacement.initial(1, 8, 4, 8).by_rank[0]
     for load_L in (np.full(8, 100), np.zeros(8, dtype=np.int64)):
         assert (choose_copies(load_L, placed_RS, 2, np.ones(4), 1)[:, 2:] == -1).all()
 
 
-def test_the_heaviest_expert_of_the_fullest_rank_goes_to_the_emptiest():
+def test_choose_copies_of_skewed_batch_copies_heaviest_expert_to_emptiest_rank():
     placed_RS = ExpertPlacement.initial(1, 4, 2, 2).by_rank[0]
     assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 1).tolist() == [[0, 1, -1], [2, 3, 0]]
     assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 20)[1, 2] == 0
     assert choose_copies(np.array([50, 10, 10, 10]), placed_RS, 2, np.ones(2), 21)[1, 2] == -1
 
 
-def test_slow_ranks_get_fewer():
+def test_choose_copies_with_a_slow_rank_gives_it_fewer_tokens():
     placed_RS = ExpertPlacement.initial(1, 4, 2, 4).by_rank[0]
     load_L = np.array([30, 30, 30, 30])
     weight_R = rank_weights(np.array([2, 1]))
@@ -71,7 +71,7 @@ def test_slow_ranks_get_fewer():
 @pytest.mark.parametrize(
     "name", ["balanced", "lognormal-0.7", "lognormal-1.2", "zipf", "hot-expert", "rotating", "burst", "one-expert"]
 )
-def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
+def test_choose_copies_with_two_slots_a_rank_levels_within_one_percent(name, ranks):
     """At 64 tokens a rank and expert: the fullest rank has at most 1 % more than the mean."""
     experts = 8 * ranks
     for load_L in synthetic_load(name, 60, 1, experts, tokens_per_step=64 * ranks * experts, num_ranks=ranks)[:, 0]:
@@ -80,13 +80,13 @@ def test_two_copies_a_rank_level_heat_in_experts(name, ranks):
         assert tokens_R.max() <= 1.01 * tokens_R.mean()
 
 
-def test_a_drained_rank_gives_away_what_another_can_take():
+def test_choose_copies_with_a_rank_without_capacity_empties_it():
     weight_R = rank_weights(np.array([1, 0, 1]))
     slots_RS = choose_copies(np.array([4, 7, 17]), np.array([[2, -1], [0, 2], [1, 2]]), 1, weight_R, 1)
     assert served(np.array([4, 7, 17]), slots_RS, weight_R).tolist() == [14, 0, 14]
 
 
-def test_no_rank_gets_a_copy_of_its_own_expert():
+def test_grow_tree_that_closes_a_ring_copies_to_no_rank_its_own_expert():
     load_L = np.array([116, 42, 56, 113, 1, 44, 58, 81, 21, 88, 129, 121]) * 1000
     slots_RS = np.array([[0, 1, 2, 3, -1], [4, 5, 6, 7, -1], [8, 9, 10, 11, -1]])
     grow_tree(load_L, slots_RS, 4, np.full(3, load_L.sum() // 3 + 1), 1, (1 / 16, 0.5))

@@ -57,7 +57,7 @@ def rebalance_plainly(weights, num_replicas, num_groups, num_nodes, num_gpus):
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda w: torch.tensor(w, dtype=torch.bfloat16)])
-def test_published_example(kind):
+def test_rebalance_experts_of_published_example_equals_its_result(kind):
     weight = kind(README_WEIGHT) if kind is not list else README_WEIGHT
     phy2log, log2phy, logcnt = rebalance_experts(weight, num_replicas=16, num_groups=4, num_nodes=2, num_gpus=8)
     assert phy2log.tolist() == README_PHY2LOG
@@ -81,7 +81,7 @@ SHAPES = [  # experts, replicas, groups, nodes, gpus
 
 @settings(max_examples=50)
 @given(st.sampled_from(SHAPES), st.sampled_from([1, 2, 10, 1000, 10**9, 0.5]), st.integers(0, 2**32))
-def test_equals_a_plain_reference(shape, scale, seed):
+def test_rebalance_experts_of_any_load_equals_a_plain_reference(shape, scale, seed):
     generator = np.random.default_rng(seed)
     if isinstance(scale, float):
         weight = generator.lognormal(0, 1.2, (3, shape[0]))
@@ -111,14 +111,14 @@ def test_equals_a_plain_reference(shape, scale, seed):
         ([[1] * 6], (9, 2, 2, 3), "num_gpus=3 must be a multiple of num_nodes=2; 4 would do"),
     ],
 )
-def test_refuses_numbers_that_do_not_fit(weight, numbers, message):
+def test_rebalance_experts_with_numbers_that_do_not_fit_raises(weight, numbers, message):
     with pytest.raises(ValueError, match=message):
         rebalance_experts(weight, *numbers)
 
 
 @settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.sampled_from([2, 100, 10**12]), st.data())
-def test_policy_is_valid_and_repeatable(ranks, per_rank, redundant, most, data):
+def test_rearrange_of_any_load_is_valid_and_repeatable(ranks, per_rank, redundant, most, data):
     experts = ranks * per_rank
     row = st.lists(st.integers(0, most), min_size=experts, max_size=experts) | st.just([0] * experts)
     before, topology = ExpertPlacement.initial(2, experts, ranks, redundant * ranks), Topology.even(ranks)
@@ -132,7 +132,7 @@ def test_policy_is_valid_and_repeatable(ranks, per_rank, redundant, most, data):
         before = after
 
 
-def test_policy_keeps_the_published_plan_where_it_can():
+def test_rearrange_of_published_load_keeps_the_published_plan_where_it_can():
     load_YL = np.array(README_WEIGHT)
     before = ExpertPlacement.initial(1, 12, 4, 4)
     topology = Topology.even(4, 2)
@@ -144,13 +144,13 @@ def test_policy_keeps_the_published_plan_where_it_can():
     assert balancedness(rank_tokens(load_YL[:1], after)) > balancedness(rank_tokens(load_YL[:1], before))
 
 
-def test_policy_moves_nothing_when_asked_again():
+def test_rearrange_when_asked_again_moves_nothing():
     load_YL = np.array([[40, 10, 10, 10], [1, 2, 3, 4]])
     once = DeepSeekPolicy().rearrange(load_YL, ExpertPlacement.initial(2, 4, 2, 0), Topology.even(2))
     assert DeepSeekPolicy().rearrange(load_YL, once, Topology.even(2)) == once
 
 
-def test_policy_keeps_groups_on_one_node_also_when_ranks_of_nodes_alternate():
+def test_rearrange_with_alternating_nodes_keeps_groups_on_one_node():
     load_YL = np.random.default_rng(0).integers(1, 100, (3, 16))
     topology = Topology((0, 1, 0, 1))
     with warnings.catch_warnings():
@@ -162,7 +162,7 @@ def test_policy_keeps_groups_on_one_node_also_when_ranks_of_nodes_alternate():
 
 
 @pytest.mark.parametrize(("copy", "num_copies"), [(0.0, 3), (0.2, 3), (5.0, 0)])
-def test_policy_leaves_out_copies_that_cost_more_than_they_bring(copy, num_copies):
+def test_look_ahead_with_replicas_that_do_not_pay_leaves_them_out(copy, num_copies):
     """One expert with half of the tokens needs copies unless their travel takes longer; an even layer needs none."""
     load_YL = np.array([[70, 10, 10, 10, 10, 10, 10, 10], [10] * 8])
     before = ExpertPlacement.initial(2, 8, 4, 4)
@@ -179,7 +179,7 @@ def test_policy_leaves_out_copies_that_cost_more_than_they_bring(copy, num_copie
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("costs", [Costs(1.0), Costs(1.0, copy=float("inf")), Costs(sys.float_info.min, copy=1.0)])
 @pytest.mark.parametrize("num_redundant", [0, 4])
-def test_policy_leaves_layers_without_tokens_as_they_are(costs, num_redundant):
+def test_look_ahead_with_a_layer_without_tokens_leaves_it_unchanged(costs, num_redundant):
     load_YL = np.array([[0] * 8, [7] * 8])
     before = ExpertPlacement.initial(2, 8, 4, num_redundant)
     outlook = Outlook(load_YL, 1, plain_mean(load_YL), 1, costs)
@@ -188,7 +188,7 @@ def test_policy_leaves_layers_without_tokens_as_they_are(costs, num_redundant):
     assert (planned.by_rank[1, :, 2:] == -1).all()
 
 
-def test_policy_weighs_copies_by_what_ranks_can_do():
+def test_look_ahead_with_a_slow_rank_makes_replicas_pay():
     """Ranks that are level by tokens are not when one is slow: its experts' copies are worth their travel."""
     load_YL = np.array([[105, 104, 103, 102, 98, 97, 96, 95]])
     before = ExpertPlacement.initial(1, 8, 4, 4)
@@ -207,7 +207,7 @@ def test_policy_weighs_copies_by_what_ranks_can_do():
         (4, Topology((0, 0, 0, 1)), r"the nodes have \[3, 1\] ranks"),
     ],
 )
-def test_policy_warns_once_and_plans_globally(num_groups, topology, reason):
+def test_rearrange_with_groups_that_do_not_fit_nodes_warns_once_and_plans_globally(num_groups, topology, reason):
     load_YL = np.random.default_rng(0).integers(1, 100, (2, 16))
     before = ExpertPlacement.initial(2, 16, 4, 4)
     policy = DeepSeekPolicy(num_groups)
@@ -219,14 +219,14 @@ def test_policy_warns_once_and_plans_globally(num_groups, topology, reason):
     assert first == second == DeepSeekPolicy().rearrange(load_YL, before, Topology.even(4))
 
 
-def test_policy_refuses_groups_that_do_not_fit():
+def test_num_groups_that_do_not_fit_raises():
     with pytest.raises(ValueError, match="num_groups=0 must be 1 or more"):
         DeepSeekPolicy(0)
     with pytest.raises(ValueError, match="num_groups=3 must divide the 4 logical experts; one of"):
         DeepSeekPolicy(3).rearrange(np.ones((1, 4), dtype=np.int64), ExpertPlacement.initial(1, 4, 2), Topology.even(2))
 
 
-def test_matching_keeps_present_ranks_and_augments_where_it_must():
+def test_match_primaries_of_small_plans_keeps_present_ranks_where_it_can():
     assert _match_primaries([{0, 1}, {0, 1}], [0, 1], per_rank=1) == [0, 1]
     assert _match_primaries([{0, 1}, {0, 1}], [1, 0], per_rank=1) == [1, 0]
     # Expert 1 is on rank 0 alone, where expert 0 is now: expert 0 steps aside to rank 1.
@@ -237,7 +237,7 @@ def test_matching_keeps_present_ranks_and_augments_where_it_must():
 
 @settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(1, 2), st.data())
-def test_matching_is_a_maximum_one(ranks, per_rank, data):
+def test_match_primaries_of_any_plan_is_a_maximum_matching(ranks, per_rank, data):
     experts = ranks * per_rank
     held = [set(data.draw(st.lists(st.integers(0, experts - 1), max_size=experts))) for _ in range(ranks)]
     current = data.draw(st.permutations([rank for rank in range(ranks) for _ in range(per_rank)]))
@@ -258,19 +258,15 @@ def test_matching_is_a_maximum_one(ranks, per_rank, data):
     assert sum(at is not None for at in chosen) == most(0, (per_rank,) * ranks)
 
 
-def test_order_slots_keeps_rows_of_what_stays():
+def test_order_slots_of_changed_experts_fills_free_rows_by_index():
     current_RS = np.array([[4, 2, 7, 1], [0, 3, -1, 6]])
     slots_RS = order_slots([[2, 9], [3, 5]], [[1, 8], [6]], current_RS)
     assert slots_RS.tolist() == [[9, 2, 8, 1], [5, 3, -1, 6]]
 
 
-def test_order_slots_does_not_keep_the_row_of_a_copy_that_becomes_a_primary():
-    assert order_slots([[2, 1]], [[4]], np.array([[4, 2, 1]])).tolist() == [[1, 2, 4]]
-
-
 @pytest.mark.parametrize("name", ["row_within_node", "row_between_nodes", "copy"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_costs_are_zero_or_more(name, value):
+def test_costs_below_zero_raise(name, value):
     assert getattr(Costs(1.0, **{name: float("inf")}), name) == float("inf")
     with pytest.raises(ValueError, match=f"{name}="):
         Costs(1.0, **{name: value})

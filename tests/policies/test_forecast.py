@@ -27,7 +27,7 @@ def steps(*parts: tuple[int, np.ndarray], tokens: int = 1000) -> np.ndarray:
 
 @pytest.mark.parametrize("tokens", [512, 65_536])
 @pytest.mark.parametrize("name", ["zipf", "lognormal-0.7", "hot-expert"])
-def test_where_nothing_lasts_it_is_the_mean(name: str, tokens: int) -> None:
+def test_forecast_of_noise_is_the_mean(name: str, tokens: int) -> None:
     """In nearly all layers, rounded; noise is rarely taken for a change."""
     window_WYL = synthetic_load(name, 100, 64, 32, tokens_per_step=tokens)
     sum_YL = window_WYL.sum(axis=0)
@@ -35,7 +35,7 @@ def test_where_nothing_lasts_it_is_the_mean(name: str, tokens: int) -> None:
     assert is_mean_Y.mean() > 0.95
 
 
-def test_a_load_without_noise_is_forecast_as_it_is() -> None:
+def test_forecast_of_constant_load_is_that_load() -> None:
     window_WYL = steps((100, BEFORE))
     found = forecast(window_WYL)
     assert np.array_equal(found.load, window_WYL.sum(axis=0))
@@ -45,7 +45,7 @@ def test_a_load_without_noise_is_forecast_as_it_is() -> None:
 
 @pytest.mark.parametrize("num_steps", [96, 100, 50, 25])
 @pytest.mark.parametrize("part", [0.25, 0.46, 0.5, 0.54, 0.75])
-def test_a_lasting_change_is_forecast_to_last(num_steps: int, part: float) -> None:
+def test_forecast_after_a_lasting_change_is_the_latest_level(num_steps: int, part: float) -> None:
     """Wherever it happened, also between two blocks or within one: the latest level, and no trend beyond it."""
     old = int(part * num_steps)
     window_WYL = steps((old, BEFORE), (num_steps - old, AFTER))
@@ -56,14 +56,14 @@ def test_a_lasting_change_is_forecast_to_last(num_steps: int, part: float) -> No
 
 
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.7])
-def test_after_a_change_of_everything_the_latest_level_holds_for_now(part: float) -> None:
+def test_forecast_after_a_change_of_everything_begins_at_the_latest_level(part: float) -> None:
     old = int(100 * part)
     window_WYL = steps((old, BEFORE), (100 - old, BEFORE[::-1]))
     assert np.abs(shares(forecast(window_WYL).first) - BEFORE[::-1] / 100).max() < 0.01
 
 
 @pytest.mark.parametrize("tokens", [1024, 65_536])
-def test_a_trend_goes_on(tokens: int) -> None:
+def test_forecast_of_a_trend_halves_the_error_of_the_mean(tokens: int) -> None:
     random = np.random.default_rng(0)
     start_L, end_L = random.dirichlet(np.ones(32), 2)
     load_WYL = np.array([random.multinomial(tokens, start_L + (end_L - start_L) * t / 200)[None] for t in range(200)])
@@ -73,7 +73,7 @@ def test_a_trend_goes_on(tokens: int) -> None:
 
 @pytest.mark.parametrize("at", [0, 37, 50, 99])
 @pytest.mark.parametrize("length", [1, 12])
-def test_a_burst_is_brought_into_line(at: int, length: int) -> None:
+def test_forecast_after_a_burst_halves_the_error_of_the_mean(at: int, length: int) -> None:
     """One step, or as many as a block has, of which the first four of the window belong to none."""
     if length > 1:
         at = 4 + (at - 4) // 12 * 12 if at > 4 else 4
@@ -84,7 +84,7 @@ def test_a_burst_is_brought_into_line(at: int, length: int) -> None:
     assert error < 0.5 * plain_mean(window_WYL.sum(axis=0)).error(came_YL)
 
 
-def test_nobody_knows_where_hot_experts_will_come_up_next() -> None:
+def test_forecast_of_rotating_hot_experts_shrinks_towards_even() -> None:
     """They do rotate, so the level shrinks towards even; the first steps are still those of the latest ones."""
     window_WYL = synthetic_load("rotating", 125, 3, 32)[25:]
     found = forecast(window_WYL)
@@ -95,7 +95,7 @@ def test_nobody_knows_where_hot_experts_will_come_up_next() -> None:
         assert latest_YL[layer].max() > 0.12
 
 
-def test_nothing_is_expected_where_nothing_was() -> None:
+def test_forecast_of_a_layer_without_tokens_is_zero() -> None:
     window_WYL = steps((10, BEFORE)).repeat(2, axis=1)
     window_WYL[:, 1] = 0
     found = forecast(window_WYL)
@@ -107,7 +107,7 @@ def test_nothing_is_expected_where_nothing_was() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
-def test_a_few_steps_are_their_mean_with_a_spread_that_is_not_known(num_steps: int) -> None:
+def test_forecast_of_a_few_steps_is_the_mean_with_default_spread(num_steps: int) -> None:
     window_WYL = steps((num_steps, BEFORE))
     found, mean = forecast(window_WYL), plain_mean(window_WYL.sum(axis=0))
     assert np.array_equal(found.load, mean.load)
@@ -115,7 +115,7 @@ def test_a_few_steps_are_their_mean_with_a_spread_that_is_not_known(num_steps: i
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 100])
-def test_huge_counts_do_not_overflow(num_steps: int) -> None:
+def test_forecast_of_huge_counts_does_not_overflow(num_steps: int) -> None:
     most = 2**62 // num_steps
     window_WYL = np.tile(np.array([most // 2, most // 4, most // 8, 0]), (num_steps, 1, 1))
     for found in (forecast(window_WYL), plain_mean(window_WYL.sum(axis=0))):
@@ -134,7 +134,7 @@ windows = st.tuples(st.integers(1, 30), st.integers(1, 3), st.integers(1, 8)).fl
 @given(windows)
 @example(np.eye(5, dtype=np.int64)[:, None])
 @example(1000 * np.eye(5, dtype=np.int64)[:, None])
-def test_whole_numbers_of_the_windows_sum(window_WYL: np.ndarray) -> None:
+def test_forecast_of_any_window_is_whole_numbers_of_its_sum(window_WYL: np.ndarray) -> None:
     given_WYL = window_WYL.copy()
     found, again = forecast(window_WYL), forecast(window_WYL)
     assert np.array_equal(window_WYL, given_WYL)
@@ -151,7 +151,7 @@ def test_whole_numbers_of_the_windows_sum(window_WYL: np.ndarray) -> None:
 
 @settings(max_examples=100)
 @given(windows, st.randoms(use_true_random=False))
-def test_layers_are_forecast_each_by_itself(window_WYL: np.ndarray, random) -> None:
+def test_forecast_of_layers_in_another_order_is_the_same(window_WYL: np.ndarray, random) -> None:
     order = random.sample(range(window_WYL.shape[1]), window_WYL.shape[1])
     for part, shuffled in zip(parts(forecast(window_WYL)), parts(forecast(window_WYL[:, order])), strict=True):
         assert np.array_equal(part[order], shuffled)
@@ -159,7 +159,7 @@ def test_layers_are_forecast_each_by_itself(window_WYL: np.ndarray, random) -> N
 
 @settings(max_examples=100)
 @given(windows, st.integers(2, 5))
-def test_idle_layers_change_nothing_in_the_others(window_WYL: np.ndarray, more: int) -> None:
+def test_forecast_with_idle_layers_changes_nothing_in_the_others(window_WYL: np.ndarray, more: int) -> None:
     assume(window_WYL.any())
     wider_WYL = np.concatenate([window_WYL, np.zeros((len(window_WYL), more, window_WYL.shape[2]), np.int64)], axis=1)
     found, wider = forecast(window_WYL), forecast(wider_WYL)
@@ -171,7 +171,7 @@ def parts(found: Forecast) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return found.load, found.first, found.spread
 
 
-def test_errors_by_hand() -> None:
+def test_error_of_known_loads_equals_values_by_hand() -> None:
     expected = plain_mean(np.array([[30, 10], [1, 1], [0, 0]]))
     assert expected.error(np.array([[3, 1], [7, 7], [0, 0]])) == 0.0  # shares count, not tokens
     assert expected.error(np.array([[0, 4], [0, 0], [5, 5]])) == pytest.approx((2 * 0.75**2) ** 0.5)  # only layer 0
@@ -180,7 +180,7 @@ def test_errors_by_hand() -> None:
     assert plain_mean(np.zeros((3, 2))).error(np.ones((3, 2))) == 0.0
 
 
-def test_the_spread_of_a_plain_mean() -> None:
+def test_plain_mean_of_any_load_has_spread_in_proportion() -> None:
     load_YL = np.array([[0, 1, 10, 1000, 10_240, 2**60]])
     assert np.allclose(plain_mean(load_YL).spread, 0.1 * load_YL, rtol=0.01, atol=1)
     assert plain_mean(load_YL, 0.5).spread.tolist() == [[0, 0, 5, 500, 5120, 2**59]]
@@ -198,19 +198,19 @@ def mean_errors(load_WYL: np.ndarray, interval: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", SYNTHETIC_LOADS)
-def test_not_worse_than_the_mean(name: str) -> None:
+def test_forecast_of_synthetic_load_is_not_worse_than_the_mean(name: str) -> None:
     loads = [synthetic_load(name, 325, 4, 64, tokens_per_step=524_288, seed=seed) for seed in range(4)]
     ours, mean = np.mean([mean_errors(load_WYL, 100) for load_WYL in loads], axis=0)
     assert ours <= 1.005 * mean
 
 
-def test_not_worse_than_the_mean_on_a_recorded_load() -> None:
+def test_forecast_of_recorded_load_is_better_than_the_mean() -> None:
     ours, mean = mean_errors(read_trace(TRACE), 50)
     assert ours < mean
 
 
 @pytest.mark.parametrize("name", ["drift-10", "drift-30"])
-def test_better_than_the_mean_of_a_drifting_load(name: str) -> None:
+def test_forecast_of_drifting_load_is_better_than_the_mean(name: str) -> None:
     ours, mean = mean_errors(synthetic_load(name, 325, 4, 64, seed=1), 100)
     assert ours < 0.6 * mean
 
@@ -218,6 +218,6 @@ def test_better_than_the_mean_of_a_drifting_load(name: str) -> None:
 @pytest.mark.parametrize(
     "steps", [np.ones((2, 3), dtype=int), np.ones((0, 1, 2), dtype=int), np.ones((2, 1, 2)), -np.ones((2, 1, 2), int)]
 )
-def test_what_is_no_load_is_refused(steps: np.ndarray) -> None:
+def test_forecast_of_invalid_steps_raises(steps: np.ndarray) -> None:
     with pytest.raises(ValueError, match="steps_WYL"):
         forecast(steps)

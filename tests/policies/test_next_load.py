@@ -30,7 +30,7 @@ def fullest_ranks(load_YL, placement):
 
 @pytest.mark.parametrize("redundant_per_rank", [0, 1, 2])
 @pytest.mark.parametrize("loads", [sorted_loads, grouped_loads])
-def test_plan_for_correlated_loads_is_not_behind_the_published_one(loads, redundant_per_rank):
+def test_rearrange_for_correlated_loads_is_as_level_as_the_published_plan(loads, redundant_per_rank):
     ours, theirs = [], []
     for seed in range(4):
         now_YL, next_YL = loads(np.random.default_rng(seed))
@@ -44,7 +44,7 @@ def test_plan_for_correlated_loads_is_not_behind_the_published_one(loads, redund
 
 
 @pytest.mark.parametrize("loads", [sorted_loads, grouped_loads])
-def test_redundant_experts_never_make_a_plan_worse(loads):
+def test_rearrange_with_redundant_experts_is_no_worse_than_without(loads):
     load_YL, _ = loads(np.random.default_rng(0))
     found = []
     for redundant in (0, 8, 16):
@@ -55,7 +55,7 @@ def test_redundant_experts_never_make_a_plan_worse(loads):
     assert max(found[1:]) <= found[0] + 0.002
 
 
-def test_published_plan_stays_level_where_ranks_hold_too_many_single_experts():
+def test_rearrange_of_deepseek_with_many_single_experts_stays_level():
     """Most experts have one replica, so that some ranks hold more of these than a rank has primaries."""
     load_YL = np.int64(np.random.default_rng(3).lognormal(0, 0.7, (8, 256)) * 1e5)
     before = ExpertPlacement.initial(8, 256, 64, 64)

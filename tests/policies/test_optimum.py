@@ -79,7 +79,7 @@ def lowest_fullest_rank(load_L, ranks, redundant, known):
     return max(lowest, found.mip_dual_bound)
 
 
-def test_the_program_finds_what_trying_everything_finds():
+def test_integer_program_of_small_loads_finds_what_enumeration_finds():
     generator = np.random.default_rng(1)
     for _ in range(10):
         load_L = np.int64(generator.lognormal(0, 1.2, 9) * 10**6)
@@ -94,7 +94,7 @@ def test_the_program_finds_what_trying_everything_finds():
     assert abs(lowest_fullest_rank(np.array([9, 1, 1, 1]), 4, 0, known=4.0) - 3.0) <= 2 * CLOSE
 
 
-def test_excess_over_the_optimum():
+def test_rearrange_of_random_loads_is_close_to_the_optimum():
     generator = np.random.default_rng(0)
     policy = BalancedPolicy()
     excess = []

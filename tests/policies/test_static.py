@@ -8,11 +8,11 @@ LOAD = np.array([[9, 1, 1, 1], [0, 0, 0, 7]])
 PLACEMENT = ExpertPlacement.initial(num_layers=2, num_logical_experts=4, num_ranks=2, num_redundant_experts=2)
 
 
-def test_keeps_the_placement():
+def test_static_policy_without_placement_keeps_the_present_one():
     assert StaticPolicy().rearrange(LOAD, PLACEMENT, Topology.even(2)) is PLACEMENT
 
 
-def test_moves_to_the_given_placement_and_stays():
+def test_static_policy_with_placement_moves_to_it_and_stays():
     given = [[3, 0, 1, 2, 1, -1], [0, 1, 2, 2, 3, 0]]
     policy = StaticPolicy(given)
     moved = policy.rearrange(LOAD, PLACEMENT, Topology.even(2))
@@ -29,7 +29,7 @@ def test_moves_to_the_given_placement_and_stays():
         ([[0, 1, 1, 2, 2, 3]] * 2, "expert 3 is missing among the primaries"),
     ],
 )
-def test_refuses_at_use_what_is_not_a_placement_of_this_model(given, message):
+def test_rearrange_with_placement_of_another_model_raises(given, message):
     policy = StaticPolicy(given)
     with pytest.raises(ValueError, match=message):
         policy.rearrange(LOAD, PLACEMENT, Topology.even(2))
@@ -44,6 +44,6 @@ def test_refuses_at_use_what_is_not_a_placement_of_this_model(given, message):
         ([[0, True]], "holds True"),
     ],
 )
-def test_refuses_at_once_what_is_no_table_of_experts(given, message):
+def test_static_policy_with_no_table_of_experts_raises(given, message):
     with pytest.raises(ValueError, match=message):
         StaticPolicy(given)

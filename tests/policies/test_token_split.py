@@ -6,7 +6,6 @@ from scipy.optimize import linprog
 
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.token_split import (
-    LEVEL_ENOUGH,
     even_quotas,
     find_replicas,
     level_quotas,
@@ -32,7 +31,7 @@ def split_of_all(counts_RL, slots_RS, node_R=None, weight_R=None):
 
 @settings(max_examples=100)
 @given(st.data())
-def test_every_token_is_sent_once_and_the_ranks_are_as_level_as_quotas_make_them(data):
+def test_split_tokens_of_any_batch_sends_each_token_once_and_levels_ranks(data):
     ranks = data.draw(st.integers(1, 5))
     experts = ranks * data.draw(st.integers(1, 3))
     slots_RS = ExpertPlacement.initial(1, experts, ranks, ranks * data.draw(st.integers(0, 3))).by_rank[0]
@@ -46,10 +45,11 @@ def test_every_token_is_sent_once_and_the_ranks_are_as_level_as_quotas_make_them
     for expert in range(experts):
         assert (sent[:, slots_RS == expert].sum(axis=1) == counts_RL[:, expert]).all()
     best = level_tokens(counts_RL.sum(axis=0)[None], slots_RS[None])[0].max()
-    assert tokens_R.max() <= max(best, LEVEL_ENOUGH * counts_RL.sum() / ranks) + 2 + 0.01 * best
+    enough = (1 + 1 / 1024) * counts_RL.sum() / ranks  # of the mean: a batch is divided no further
+    assert tokens_R.max() <= max(best, enough) + 2 + 0.01 * best
 
 
-def test_tokens_stay_on_their_rank_and_then_on_their_node():
+def test_split_tokens_on_two_nodes_prefers_own_rank_then_own_node():
     # Expert 0 on ranks 0, 2 and 3, of two nodes; the others' tokens fill the ranks so that it gets 4 on each.
     slots_RS = np.array([[0, 1, -1], [2, 3, -1], [4, 5, 0], [6, 7, 0]])
     counts_RL = np.array([[6, 0, 0, 0, 0, 0, 0, 0], [0, 0, 4, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 0], [3] + [0] * 7])
@@ -64,7 +64,7 @@ def test_tokens_stay_on_their_rank_and_then_on_their_node():
     assert sent[1, 0, 0] == 1
 
 
-def test_a_slow_rank_gets_less_and_a_drained_one_nothing():
+def test_split_tokens_with_weights_gives_slow_ranks_less():
     slots_RS = np.array([[0, 1], [1, 0]])
     counts_RL = np.array([[300, 300], [300, 300]])
     assert split_of_all(counts_RL, slots_RS, weight_R=rank_weights(np.array([1, 0.5])))[1].tolist() == [800, 400]
@@ -116,7 +116,7 @@ def quotas_of(expert, replicas):
 
 @settings(max_examples=50)
 @given(layers())
-def test_replicas_are_listed_expert_by_expert(layer):
+def test_find_replicas_of_any_slots_lists_them_by_expert_then_rank(layer):
     load_L, slots_RS, _ = layer
     replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
     for expert in range(load_L.size):
@@ -129,7 +129,7 @@ def test_replicas_are_listed_expert_by_expert(layer):
 
 @settings(max_examples=100)
 @given(layers())
-def test_even_quotas_differ_by_one_token_at_most(layer):
+def test_even_quotas_of_any_load_differ_by_one_token_at_most(layer):
     load_L, slots_RS, _ = layer
     replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
     for _ in range(2):  # whatever was there before
@@ -141,37 +141,24 @@ def test_even_quotas_differ_by_one_token_at_most(layer):
         assert (np.diff(quotas) <= 0).all()  # the first slots get what does not divide
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(layers(), st.booleans())
-def test_level_quotas_have_the_lowest_fullest_rank(layer, is_alike):
+def test_level_quotas_with_more_sweeps_raise_the_fullest_rank_by_rounding_at_most(layer, is_alike):
     load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
     weight_R = np.ones(ranks) if is_alike else generator.choice([0.5, 1.0, 1.7, 4.0], ranks)
     replicas = find_replicas(slots_RS, load_L.size, weight_R)
     even_quotas(load_L, replicas)
-    peak = level_quotas(load_L, replicas, 1000, 0.0)
-    assert_quotas_add_up(load_L, replicas)
-    assert peak == (replicas.tokens_R * weight_R).max()
-    best = lowest_fullest_rank(load_L, slots_RS, weight_R)
-    rounding = slots_RS.size * weight_R.max()  # a token a slot
-    assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
-
-
-@settings(max_examples=100)
-@given(layers())
-def test_sweeps_never_raise_the_fullest_rank_by_more_than_rounding(layer):
-    load_L, slots_RS, _ = layer
-    replicas = find_replicas(slots_RS, load_L.size, np.ones(len(slots_RS)))
-    even_quotas(load_L, replicas)
-    peak = replicas.tokens_R.max()
+    peak = (replicas.tokens_R * weight_R).max()
     for _ in range(5):
         after = level_quotas(load_L, replicas, 1, 0.0)
         assert_quotas_add_up(load_L, replicas)
-        assert after <= peak + slots_RS.size
+        assert after == (replicas.tokens_R * weight_R).max()
+        assert after <= peak + slots_RS.size * weight_R.max()  # a token a slot
         peak = after
 
 
-def test_quotas_that_are_level_enough_stay():
+def test_level_quotas_that_are_level_enough_stay():
     load_L, slots_RS = np.array([100, 90]), np.array([[0, 1], [1, 0]])
     replicas = find_replicas(slots_RS, 2, np.ones(2))
     replicas.quota_P[:], replicas.tokens_R[:] = [100, 0, 0, 90], [100, 90]
@@ -181,20 +168,22 @@ def test_quotas_that_are_level_enough_stay():
     assert replicas.tokens_R.tolist() == [95, 95]
 
 
-@settings(max_examples=60)
-@given(st.lists(layers(), min_size=1, max_size=1), st.booleans())
-def test_level_tokens_of_a_layer_are_the_best_there_are(some, has_capacity):
-    (load_L, slots_RS, generator) = some[0]
+@settings(max_examples=150)
+@given(layers(), st.booleans())
+def test_level_tokens_of_any_layer_have_the_lowest_fullest_rank(layer, has_capacity):
+    load_L, slots_RS, generator = layer
     ranks = len(slots_RS)
-    capacity_R = generator.choice([0.25, 0.5, 1.0], ranks) if has_capacity else None
+    capacity_R = generator.choice([0.25, 0.5, 0.6, 1.0, 2.0], ranks) if has_capacity else None
     weight_R = 1 / capacity_R if has_capacity else np.ones(ranks)
     tokens_YR = level_tokens(np.stack([load_L, load_L * 0]), np.stack([slots_RS, slots_RS]), capacity_R, sweeps=1000)
     assert tokens_YR.sum(axis=1).tolist() == [load_L.sum(), 0]
     best = lowest_fullest_rank(load_L, slots_RS, weight_R)
-    assert (tokens_YR[0] * weight_R).max() <= best * (1 + 1e-3) + slots_RS.size * weight_R.max()
+    peak = (tokens_YR[0] * weight_R).max()
+    rounding = slots_RS.size * weight_R.max()  # a token a slot
+    assert best * (1 - 1e-6) - 1e-6 <= peak <= best * (1 + 1e-3) + rounding
 
 
-def test_level_tokens_leave_out_a_rank_without_capacity():
+def test_level_tokens_with_a_rank_without_capacity_leave_it_out():
     slots_YRS = np.array([[[0, 1], [1, 0], [2, 3], [3, 2]]])
     load_YL = np.array([[1000, 3000, 500, 700]])
     tokens_R = level_tokens(load_YL, slots_YRS, np.array([1.0, 0.0, 1.0, 1.0]))[0]
@@ -213,7 +202,7 @@ def test_level_tokens_leave_out_a_rank_without_capacity():
         ([[1] * 8], [0, 0], "capacity_R="),
     ],
 )
-def test_what_does_not_fit_is_refused(load, capacity, message):
+def test_level_tokens_of_load_or_capacity_that_does_not_fit_raise(load, capacity, message):
     slots_YRS = ExpertPlacement.initial(1, 8, 2, 2).by_rank
     with pytest.raises(ValueError, match=message):
         level_tokens(np.array(load), slots_YRS, capacity)
