@@ -24,7 +24,7 @@ STEPS, SEQUENCES, CLIP = 8, 2, 0.5
 class Several:
     """What is trained. ``alternating``: the models take turns, each with an optimizer of its own."""
 
-    kind: Literal["pair", "alternating", "hybrid", "teacher"]
+    kind: Literal["pair", "alternating", "hybrid", "teachers"]
     redundant: int = 0
     use_async: bool = False
     redundancy: Literal["window", "batch"] = "window"
@@ -41,14 +41,18 @@ class Several:
 
 
 def models_of(kind: str) -> dict[str, nn.Module]:
-    """The models by attribute: of 8 and 16 experts, one with layers of both, or a student with a teacher of 7."""
+    """The models by attribute: of 8 and 16 experts, one with layers of both, or a student with two frozen teachers.
+
+    One teacher has 16 experts, and one a single expert, which ranks can't share.
+    """
     if kind == "hybrid":
         model, other = hugging_face_model("mixtral", 8, layers=3), hugging_face_model("mixtral", 16, layers=3)
         model.model.layers[1].mlp = other.model.layers[1].mlp  # type: ignore[index, union-attr]
         return {"model": model}
-    if kind == "teacher":
-        teacher = hugging_face_model("mixtral", 7).requires_grad_(False)
-        return {"student": hugging_face_model("mixtral", 8), "teacher": teacher}
+    if kind == "teachers":
+        large = hugging_face_model("qwen3_moe", 16, layers=1).requires_grad_(False)
+        small = hugging_face_model("mixtral", 1, top_k=1).requires_grad_(False)
+        return {"student": hugging_face_model("mixtral", 8), "large": large, "small": small}
     return {"main": hugging_face_model("mixtral", 8), "draft": hugging_face_model("qwen3_moe", 16, layers=1)}
 
 
@@ -59,9 +63,9 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def loss_of(kind: str, models: dict[str, nn.Module], tokens: Tensor, turn: int) -> Tensor:
     if kind == "hybrid":
         return language_loss(models["model"], tokens)
-    if kind == "teacher":
+    if kind == "teachers":
         with torch.no_grad():
-            wanted = logits_of(models["teacher"], tokens)
+            wanted = logits_of(models["large"], tokens) + logits_of(models["small"], tokens)
         return (logits_of(models["student"], tokens) - wanted).square().mean()
     if kind == "alternating":  # as a generator and a discriminator: the other one has tokens in some steps only
         if turn % 2:

@@ -20,11 +20,11 @@ CASES = [
     Several("pair", redundant=2, clips=True, is_sharded=True),
     Several("alternating", redundant=2),
     Several("alternating", use_async=True),
-    Several("teacher", redundant=2, clips=True),
-    Several("teacher", redundant=2, ranks=4, ep_size=2),
+    Several("teachers", redundant=2, clips=True),
+    Several("teachers", redundant=2, ranks=4, ep_size=2),
 ]
-TOKENS = 2 * SEQUENCES * 8
-"""A layer's in a step of a rank: top-2, sequences of 8."""
+TOKENS = SEQUENCES * 8
+"""Of a rank in a step: sequences of 8."""
 EXPECTED: dict[str, Any] = {
     "pair": {"shapes": {"main": (2, 8), "draft": (1, 16)}, "steps": {"main": STEPS, "draft": STEPS}},
     "hybrid": {
@@ -36,7 +36,10 @@ EXPECTED: dict[str, Any] = {
         "shapes": {"main": (2, 8), "draft": (1, 16)},
         "steps": {"main": STEPS // 2, "draft": 3 * STEPS // 4},
     },
-    "teacher": {"shapes": {"student": (2, 8), "teacher": (2, 7)}, "steps": {"student": STEPS, "teacher": STEPS}},
+    "teachers": {
+        "shapes": {"student": (2, 8), "large": (1, 16), "small": (2, 1)},
+        "steps": {"student": STEPS, "large": STEPS, "small": STEPS},
+    },
 }
 
 
@@ -48,19 +51,21 @@ def test_training_of_several_models_with_moving_experts_equals_one_process(case:
         assert told["rearrangements"] >= (STEPS // 4 if case.use_async else STEPS)
         assert told["bytes"] > 0
         assert {key: told[key] for key in ("shapes", "steps")} == EXPECTED[case.kind]
-        assert told["moved"] == {name: name != "teacher" for name in told["shapes"]}
+        assert told["moved"] == {name: name != "small" for name in told["shapes"]}
         for name, (layers, _) in told["shapes"].items():
-            assert told["tokens"][name] == told["steps"][name] * layers * case.ranks * TOKENS
+            top_k = 1 if name == "small" else 2
+            assert told["tokens"][name] == told["steps"][name] * layers * case.ranks * TOKENS * top_k
 
 
-@pytest.mark.parametrize("kind", ["alternating", "teacher"])
+@pytest.mark.parametrize("kind", ["alternating", "teachers"])
 def test_resumed_training_of_several_models_equals_one_process(kind: Any, workers: Workers, tmp_path: Path) -> None:
     case = Several(kind, redundant=2)
     outcomes = workers.run(2, resumed, case, str(tmp_path), seconds=120)
     assert largest_difference(reference(case), outcomes) < TOLERANCE
     files = {path.name: read_trace(path).shape for path in tmp_path.glob("*.npy")}
-    if kind == "teacher":  # the student is the only one that is distributed
-        assert files == {"trace.npy": (STEPS, 2, 8), "trace.teacher.npy": (STEPS, 2, 7)}
+    if kind == "teachers":
+        student = {"trace.student.npy": (STEPS, 2, 8)}
+        assert files == student | {"trace.large.npy": (STEPS, 1, 16), "trace.small.npy": (STEPS, 2, 1)}
     else:
         assert files == {"trace.main.npy": (STEPS // 2, 2, 8), "trace.draft.npy": (3 * STEPS // 4, 1, 16)}
 

@@ -67,9 +67,9 @@ def _why_whole(name: str, module: nn.Module, size: int, num_redundant_experts: i
     num_experts = module.num_experts
     assert isinstance(num_experts, int)
     if num_experts % size:
-        return f"its {num_experts} experts can't be divided over {size} ranks"
+        return f"num_experts={num_experts} can't be divided over {size} ranks"
     if num_redundant_experts > max_redundant(num_experts, size):
-        return f"{size} ranks can't use num_redundant_experts={num_redundant_experts} of its {num_experts} experts"
+        return f"{size} ranks can't use num_redundant_experts={num_redundant_experts} with num_experts={num_experts}"
     try:
         _check_module(name, module)
     except ValueError as error:

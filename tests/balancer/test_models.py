@@ -288,9 +288,9 @@ def test_state_dict_of_several_models_restores_each_window(workers: Workers) -> 
 
 
 def with_a_teacher() -> None:
-    model = holder(student=holder(blocks=blocks(4)), teacher=frozen(holder(blocks=blocks(3, 3))))
+    model = holder(student=holder(blocks=blocks(4)), teacher=frozen(holder(blocks=blocks(1, 1))))
     balancer = balancer_of(model)
-    assert len(model.teacher.blocks[0].experts.weight) == 3  # type: ignore[index, union-attr]
+    assert len(model.teacher.blocks[0].experts.weight) == 1  # type: ignore[index, union-attr]
     hidden = torch.ones(3 * (1 + dist.get_rank()), WIDTH, dtype=torch.float64)
     for part in (model.student, model.teacher):
         part.blocks(hidden)  # type: ignore[operator, union-attr]
@@ -298,7 +298,7 @@ def with_a_teacher() -> None:
     assert stats is not None
     assert stats.load.tolist() == [[3, 3, 2, 1]]  # the only one that is distributed
     assert stats.max_tokens == 5  # a redundant expert on each rank levels nine tokens
-    assert stats.models["teacher"].load.tolist() == [[3, 3, 3]] * 2  # of both ranks
+    assert stats.models["teacher"].load.tolist() == [[9]] * 2  # of both ranks
     assert balancer.placement.num_logical_experts == 4
     assert balancer.models["teacher"].load.num_steps == 1
     assert balancer.models["teacher"].is_whole
