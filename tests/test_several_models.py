@@ -23,6 +23,13 @@ CASES = [
     Several("teachers", redundant=2, clips=True),
     Several("teachers", redundant=2, ranks=4, ep_size=2),
 ]
+MORE = [
+    Several("alternating", redundant=2, ranks=4, ep_size=2),
+    Several("pair", redundant=4, ranks=4, ep_size=2, redundancy="batch", clips=True, use_async=True),
+    Several("hybrid", redundant=4, ranks=4, use_async=True),
+    Several("hybrid", redundant=2, is_sharded=True, redundancy="batch"),
+    Several("teachers", use_async=True),
+]
 TOKENS = SEQUENCES * 8
 """Of a rank in a step: sequences of 8."""
 EXPECTED: dict[str, Any] = {
@@ -43,7 +50,7 @@ EXPECTED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_training_of_several_models_with_moving_experts_equals_one_process(case: Several, workers: Workers) -> None:
     answers = workers.run(case.ranks, distributed, case, seconds=120)
     assert largest_difference(reference(case), [outcome for outcome, _ in answers]) < TOLERANCE

@@ -85,7 +85,8 @@ class BalancedPolicy(Policy):
             theirs that save most time for each move. ``None``: as many as pay.
         num_groups: Groups of experts that the router picks from first (node-limited routing). Where each group's
             experts are on one node, as they are at the start when the groups divide over nodes of equal size, they
-            stay on it, their replicas too (but for layers without tokens). 1: experts may go anywhere.
+            stay on it, their replicas too (but for layers without tokens). 1: experts may go anywhere. Of several
+            models it is that of each: override ``rearrange_models`` where their routers differ.
         split: Removed. Tokens are always divided by levelled quotas, as the layers divide them.
 
     Raises:
