@@ -6,6 +6,7 @@ from lightning_eplb.checkpoint import logical_parameters
 from lightning_eplb.checkpoint.weights import load_weights
 from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.ddp import leave_experts_out_of_ddp
+from lightning_eplb.integrations.preemption import PreemptionCheckpoint
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.clipping import clip_grad_norm_
 from lightning_eplb.parallel.fully_shard import fully_shard_moe
@@ -26,6 +27,7 @@ __all__ = [
     "ExpertParallelStrategy",
     "ExpertPlacement",
     "Policy",
+    "PreemptionCheckpoint",
     "StaticPolicy",
     "Topology",
     "balancedness",
