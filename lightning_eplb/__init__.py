@@ -14,6 +14,7 @@ from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.parallelize import parallelize_experts
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, DeepSeekPolicy, Policy, StaticPolicy, Topology
+from lightning_eplb.router_bias import RouterBiasCallback, RouterBiases
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ __all__ = [
     "ExpertPlacement",
     "Policy",
     "PreemptionCheckpoint",
+    "RouterBiasCallback",
+    "RouterBiases",
     "StaticPolicy",
     "Topology",
     "balancedness",

@@ -42,33 +42,51 @@ class GlobalBatches(IterableDataset):
             step += 1
 
 
-def record(module: LanguageModel, seconds: float, folder: Path) -> None:
-    """Let rank 0 write each step's loss to a file, and make a step take at least so long."""
-    training_step = module.training_step
+class Recorded:
+    """Mixin that lets rank 0 write each step's loss to a file, and makes a step take some time.
 
-    def recorded(batch: Tensor, batch_idx: int) -> Tensor:
-        time.sleep(seconds)
-        step, loss = module.trainer.global_step, training_step((batch,), batch_idx)
-        mean = loss.detach().clone()
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-        if module.trainer.is_global_zero:
-            ranks = module.trainer.world_size
-            line = {"step": step, "loss": mean.item() / ranks, "ranks": ranks, "time": time.time()}
-            with (folder / "steps.jsonl").open("a") as file:
+    The models compute norms and routers in float32. Their gradients are rounded alike on any number of ranks only if
+    the loss is divided by the same number on each. So it is, and gradients are multiplied afterwards.
+    """
+
+    folder: Path
+    seconds = 0.0
+    trainer: Trainer
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        time.sleep(self.seconds)
+        step, ranks = self.trainer.global_step, self.trainer.world_size
+        loss = super().training_step((batch,), batch_idx) / ranks  # type: ignore[misc]
+        total = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(total)
+        if self.trainer.is_global_zero:
+            line = {"step": step, "loss": total.item(), "ranks": ranks, "time": time.time()}
+            with (self.folder / "steps.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return loss
 
-    module.training_step = recorded  # type: ignore[method-assign]
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(self.trainer.world_size)
+
+
+class ElasticModel(Recorded, LanguageModel):
+    """Under DDP."""
+
+
+class ShardedElasticModel(Recorded, ShardedLanguageModel):
+    """Under ``ExpertParallelStrategy``."""
 
 
 def train(kind: str, folder: Path, steps: int, every: int, seconds: float, **arguments: Any) -> Trainer:
     """Train with experts that are shuffled after every step; as many nodes as have come."""
     (folder / f"{os.getppid()}.pid").write_text(str(os.getpid()))  # of this agent's worker
     model = hugging_face_model("mixtral", EXPERTS)
-    module, strategy = LanguageModel(model, "adamw"), DDPStrategy(process_group_backend="gloo")
+    module, strategy = ElasticModel(model, "adamw"), DDPStrategy(process_group_backend="gloo")
     if kind == "sharded":
-        module, strategy = ShardedLanguageModel(model, "adamw"), ExpertParallelStrategy(process_group_backend="gloo")
+        module, strategy = ShardedElasticModel(model, "adamw"), ExpertParallelStrategy(process_group_backend="gloo")
     checkpoint = PreemptionCheckpoint(
         folder / "checkpoints", "last", every_n_train_steps=every, enable_version_counter=False
     )
@@ -86,7 +104,7 @@ def train(kind: str, folder: Path, steps: int, every: int, seconds: float, **arg
         "default_root_dir": folder,
     }
     data.trainer = trainer = Trainer(**settings | arguments)
-    record(module, seconds, folder)
+    module.folder, module.seconds = folder, seconds
     trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path="last")
     return trainer
 

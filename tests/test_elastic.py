@@ -1,4 +1,4 @@
-"""Nodes that are killed or preempted: ``torchrun`` starts the others again, and they go on from the newest checkpoint."""
+"""Nodes that are killed or preempted: ``torchrun`` starts the others again, from the newest checkpoint."""
 
 import contextlib
 import os

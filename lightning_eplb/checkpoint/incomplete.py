@@ -1,7 +1,7 @@
 """Keep a checkpoint out of sight until it is complete.
 
-Lightning takes the newest ``last*.ckpt`` for ``ckpt_path="last"`` and the highest ``hpc_ckpt_*.ckpt`` on SLURM. It looks
-at names only, so that neither may ever name a part of a checkpoint.
+Lightning takes the newest ``last*.ckpt`` for ``ckpt_path="last"`` and the highest ``hpc_ckpt_*.ckpt`` on SLURM. It
+looks at names only, so that neither may ever name a part of a checkpoint.
 """
 
 import os

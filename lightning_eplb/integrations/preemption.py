@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from typing_extensions import override
@@ -30,8 +31,8 @@ class PreemptionCheckpoint(ModelCheckpoint):
 
     A scheduler sends SIGTERM to the processes of a node and kills them after a grace period. Others may get no signal,
     but a checkpoint needs all ranks. This callback lets all ranks know. Within two optimizer steps they save
-    ``last.ckpt`` in ``dirpath``, after the same step, and raise Lightning's ``SIGTERMException``. Processes then end with
-    code 143, so that ``torchrun`` starts the remaining nodes again. ``ckpt_path="last"`` resumes from the newest
+    ``last.ckpt`` in ``dirpath``, after the same step, and raise Lightning's ``SIGTERMException``. Processes then end
+    with code 143, so that ``torchrun`` starts the remaining nodes again. ``ckpt_path="last"`` resumes from the newest
     checkpoint.
 
     On SLURM it also acts on ``SLURMEnvironment.requeue_signal`` (SIGUSR1), unless ``auto_requeue=False``: all ranks
@@ -50,14 +51,14 @@ class PreemptionCheckpoint(ModelCheckpoint):
         kwargs: Further arguments of ``ModelCheckpoint``.
 
     Raises:
-        ValueError: Before the first step, on all ranks, if the run starts from the beginning and ``last.ckpt`` is there.
+        ValueError: Before the first step, on all ranks: ``last.ckpt`` is there, and the run starts from the beginning.
 
     Note:
         Signals during validation count after the next optimizer step. With gradient accumulation a step has several
         batches. Give ``torchrun`` or SLURM a grace period of two steps and the time to save.
     """
 
-    def __init__(self, dirpath: str | os.PathLike | None = None, filename: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, dirpath: str | Path | None = None, filename: str | None = None, **kwargs: Any) -> None:
         super().__init__(dirpath, filename, **kwargs)
         self._received = 0
         self._agreed: torch.Tensor | None = None
@@ -76,7 +77,9 @@ class PreemptionCheckpoint(ModelCheckpoint):
             )
         self._received, self._global_step = 0, trainer.global_step
         if trainer.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
             self._tell_others()
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread gets signals

@@ -1,0 +1,280 @@
+"""Biases of routers: literal updates, models in which they are found, and training as in one process without us."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_eplb import EPLBCallback, ExpertParallelStrategy, RouterBiasCallback, RouterBiases, parallelize_experts
+from lightning_eplb.parallel.parallelize import expert_layers
+from tests.fidelity import TOLERANCE, ShufflePolicy, trainer_for, whole
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
+from tests.models import (
+    LanguageModel,
+    ShardedLanguageModel,
+    hugging_face_model,
+    language_loss,
+    loader,
+    optimizer_of,
+    token_batches,
+)
+from tests.workers import Workers
+
+NAME = "e_score_correction_bias"
+STEPS, ACCUMULATION, RATE, SEQUENCES = 6, 2, 0.02, 8
+"""Sequences of all ranks in a batch."""
+
+
+def deepseek(as_parameters: bool = False) -> nn.Module:
+    """With a bias that is a buffer, or as AFMoE's and Ernie's a parameter that is not trained, of another shape."""
+    model = hugging_face_model("deepseek_v3")
+    for module in list(model.modules()):
+        if as_parameters and NAME in dict(module.named_buffers(recurse=False)):
+            bias = getattr(module, NAME)
+            delattr(module, NAME)
+            module.register_parameter(NAME, nn.Parameter(bias.clone(), requires_grad=False))
+    return model
+
+
+def biases_of(model: nn.Module) -> list[Tensor]:
+    return [getattr(owner, name) for owner, name in RouterBiases(model)._owners.values()]
+
+
+def test_update_moves_biases_by_rate_towards_even_load() -> None:
+    model = deepseek()
+    parallelize_experts(model)
+    load_YL = torch.tensor([[1, 3, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 8]])
+    RouterBiases(model).update(load_YL, update_rate=0.25)
+    first, second = biases_of(model)
+    assert first.tolist() == [0.25, -0.25, 0, 0, 0, 0, 0, 0]
+    assert second.tolist() == [0.25] * 7 + [-0.25]
+
+
+def test_update_in_16_bits_keeps_bias_in_float32() -> None:
+    model = deepseek().bfloat16()
+    parallelize_experts(model)
+    biases, load_YL = RouterBiases(model), torch.arange(8).repeat(2, 1)
+    for _ in range(300):
+        biases.update(load_YL, update_rate=1e-3)
+    for bias in biases_of(model):
+        assert bias.dtype == torch.float32
+        assert bias.abs() == pytest.approx(torch.full((8,), 0.3), abs=1e-5)
+    assert model(torch.zeros(1, 8, dtype=torch.long)).logits.isfinite().all()
+    assert biases.largest() == pytest.approx(0.3, abs=1e-5)
+
+
+def test_biases_of_model_with_own_name_are_found() -> None:
+    model = deepseek()
+    gates = [module for module in model.modules() if NAME in dict(module.named_buffers(recurse=False))]
+    for gate in gates:
+        gate.register_buffer("my_bias", torch.zeros(8))
+    parallelize_experts(model)
+    RouterBiases(model, "my_bias").update(torch.arange(8).repeat(2, 1), update_rate=1.0)
+    for gate in gates:
+        assert gate.my_bias.tolist() == [1.0] * 4 + [-1.0] * 4
+        assert not getattr(gate, NAME).any()
+
+
+def test_biases_of_frozen_layer_stay() -> None:
+    model = deepseek()
+    parallelize_experts(model)
+    model.model.layers[1].requires_grad_(False)
+    RouterBiases(model).update(torch.arange(8).repeat(2, 1), update_rate=1.0)
+    frozen, trained = (model.model.layers[i].mlp.gate for i in (1, 2))
+    assert not getattr(frozen, NAME).any()
+    assert getattr(trained, NAME).all()
+
+
+def with_trained_bias(model: nn.Module) -> nn.Module:
+    gate = model.model.layers[1].mlp.gate
+    delattr(gate, NAME)
+    gate.register_parameter(NAME, nn.Parameter(torch.zeros(8)))
+    return model
+
+
+def with_two_biases(model: nn.Module) -> nn.Module:
+    model.model.layers[1].mlp.register_buffer(NAME, torch.zeros(8))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "words"),
+    [
+        (lambda model: model, "mixtral", r"bias_name=None: no trained MoE layer has a buffer e_score_correction_bias"),
+        (lambda model: model.requires_grad_(False), "deepseek_v3", r"no trained MoE layer"),
+        (with_trained_bias, "deepseek_v3", r"layers.1.mlp.gate.e_score_correction_bias is trained by the optimizer"),
+        (with_two_biases, "deepseek_v3", r"layers.1.mlp has several router biases: .*layers.1.mlp.e_score"),
+    ],
+)
+def test_biases_of_other_models_raise(change: Callable[..., nn.Module], model: str, words: str) -> None:
+    changed = change(hugging_face_model(model))
+    parallelize_experts(changed)
+    with pytest.raises(ValueError, match=words):
+        RouterBiases(changed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"update_rate": 0}, ValueError, r"update_rate=0 must be greater than 0"),
+        ({"update_rate": float("nan")}, ValueError, r"update_rate=nan must be greater than 0"),
+        ({"update_rate": "fast"}, TypeError, r"update_rate='fast' must be a number"),
+        ({"bias_name": 3}, TypeError, r"bias_name=3 must be the name of an attribute"),
+    ],
+)
+def test_callback_with_wrong_argument_raises(arguments: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        RouterBiasCallback(**arguments)
+
+
+@pytest.mark.parametrize("callbacks", [[], [EPLBCallback()]])
+def test_callback_without_counts_before_it_raises(callbacks: list[Any]) -> None:
+    trainer = trainer_for(1, callbacks=[RouterBiasCallback(), *callbacks], max_steps=1)
+    with pytest.raises(ValueError, match=r"needs an EPLBCallback before it"):
+        trainer.fit(LanguageModel(deepseek(), "adamw"), loader(token_batches(2), 1))
+
+
+def families() -> list[str]:
+    """Families of transformers whose source has such a bias."""
+    import transformers
+
+    files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+    assigned = re.compile(r"(e_score_correction_bias|expert_bias)\s*=")
+    return sorted({file.parent.name for file in files if assigned.search(file.read_text())})
+
+
+def test_biases_of_families_are_found_by_structure() -> None:
+    """Those whose default config builds; DeepSeek-V4 has layers without a bias."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found = {}
+    for family in ("afmoe", "deepseek_v3", "deepseek_v4", "ernie4_5_moe", "glm4_moe", "hy_v3", "laguna"):
+        config = AutoConfig.for_model(family)
+        config.num_hidden_layers = 6
+        for lists in ("layer_types", "mlp_layer_types"):
+            if isinstance(getattr(config, lists, None), list):
+                setattr(config, lists, getattr(config, lists)[:6])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        parallelize_experts(model)
+        found[family] = (len(biases_of(model)), len(list(expert_layers(model))))
+    assert found == {
+        "afmoe": (5, 5),
+        "deepseek_v3": (3, 3),
+        "deepseek_v4": (3, 6),
+        "ernie4_5_moe": (5, 5),
+        "glm4_moe": (5, 5),
+        "hy_v3": (5, 5),
+        "laguna": (5, 5),
+    }
+
+
+def count_tokens(count_L: Tensor, experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    count_L += torch.bincount(inputs[1].flatten(), minlength=len(count_L))
+
+
+def reference() -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights of one process, plain PyTorch, the unmodified model, and counts of its own."""
+    model, losses = deepseek(), []
+    optimizer = optimizer_of("adamw", model)
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    counts = {id(block): torch.zeros(8) for block in blocks}
+    for block in blocks:
+        block.experts.register_forward_pre_hook(partial(count_tokens, counts[id(block)]))
+    for i, batch in enumerate(token_batches(STEPS * ACCUMULATION * SEQUENCES).split(SEQUENCES)):
+        loss = language_loss(model, batch)
+        losses.append(loss.item())
+        (loss / ACCUMULATION).backward()
+        if (i + 1) % ACCUMULATION == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            for block in blocks:
+                count = counts[id(block)]
+                getattr(block.gate, NAME).add_(RATE * torch.sign(count.mean() - count))
+                count.zero_()
+    return losses, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def train(
+    kind: str, ranks: int, ep_size: int | None, folder: str, steps: int, ckpt_path: str | None = None
+) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
+    """Experts are shuffled after every step, with a validation between steps."""
+    model = deepseek(as_parameters=kind == "sharded parameters")
+    module, strategy, plugins = LanguageModel(model, "adamw"), None, []
+    if kind.startswith("sharded"):
+        module, strategy = ShardedLanguageModel(model, "adamw", 2), ExpertParallelStrategy(ep_size)
+    if kind == "fsdp1":
+        strategy, plugins = fsdp1(sharding_strategy="FULL_SHARD"), [DoublePrecision()]
+    redundant = 0 if ep_size == 1 else 2
+    eplb = EPLBCallback(redundant, ep_size, ShufflePolicy(), step_interval=1)
+    checkpoint = ModelCheckpoint(folder, "half", every_n_train_steps=STEPS // 2, save_top_k=1, monitor=None)
+    trainer = trainer_for(
+        ranks,
+        strategy,
+        plugins=plugins,
+        max_steps=steps,
+        accumulate_grad_batches=ACCUMULATION,
+        gradient_clip_val=0.5,
+        callbacks=[eplb, RouterBiasCallback(RATE), checkpoint],
+        enable_checkpointing=True,
+        val_check_interval=4,
+        log_every_n_steps=1,
+    )
+    size = SEQUENCES // ranks
+    tokens = token_batches(STEPS * ACCUMULATION * SEQUENCES)
+    trainer.fit(module, loader(tokens, size), loader(token_batches(8, seed=7), 2), ckpt_path=ckpt_path)
+    if kind == "fsdp1":
+        weights, _ = full_state(trainer)
+    else:
+        weights = {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+    logged = {name: float(trainer.callback_metrics[name]) for name in ("eplb/router_bias", "eplb/max_violation")}
+    return module.losses, weights, logged
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "ep_size"),
+    [
+        ("ddp", 2, 2),
+        ("ddp", 2, 1),
+        ("sharded", 4, 2),
+        ("sharded parameters", 2, 2),
+        ("fsdp1", 2, 2),
+    ],
+)
+def test_training_with_bias_and_resume_equals_one_process(
+    kind: str, ranks: int, ep_size: int, workers: Workers, tmp_path: Path
+) -> None:
+    losses, weights = reference()
+    halves = []
+    for steps, ckpt_path in ((STEPS // 2, None), (STEPS, str(tmp_path / "half.ckpt"))):
+        halves.append(workers.run(ranks, train, kind, ranks, ep_size, str(tmp_path), steps, ckpt_path, seconds=120))
+    ours = np.concatenate([np.mean([rank[0] for rank in half], axis=0) for half in halves])
+    assert np.abs(ours - np.array(losses)).max() < TOLERANCE
+    for _, weights_of_rank, logged in halves[-1]:
+        assert list(weights_of_rank) == list(weights)
+        assert max(float((weights_of_rank[name] - weights[name]).abs().max()) for name in weights) < TOLERANCE
+        largest = max(float(tensor.abs().max()) for name, tensor in weights.items() if name.endswith(NAME))
+        assert logged["eplb/router_bias"] == pytest.approx(largest)
+        assert logged["eplb/max_violation"] > 0
+    biases = [tensor for name, tensor in weights.items() if name.endswith(NAME)]
+    assert all(len(bias.unique()) > 2 for bias in biases)  # several updates that differ by expert
+
+
+def test_training_with_other_rate_differs_from_reference(workers: Workers, tmp_path: Path) -> None:
+    """The comparison can fail: without the bias the losses are others."""
+    losses, _ = reference()
+    module = LanguageModel(deepseek(), "adamw")
+    trainer: Trainer = trainer_for(
+        1, max_steps=STEPS, accumulate_grad_batches=ACCUMULATION, gradient_clip_val=0.5, callbacks=[EPLBCallback()]
+    )
+    trainer.fit(module, loader(token_batches(STEPS * ACCUMULATION * SEQUENCES), SEQUENCES))
+    assert np.abs(np.array(module.losses) - np.array(losses)).max() > 1e-4
