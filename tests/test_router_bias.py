@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,31 @@ STEPS, ACCUMULATION, RATE, SEQUENCES = 6, 2, 0.02, 8
 """Sequences of all ranks in a batch."""
 
 
-def deepseek(as_parameters: bool = False) -> nn.Module:
-    """With a bias that is a buffer, or as AFMoE's and Ernie's a parameter that is not trained, of another shape."""
-    model = hugging_face_model("deepseek_v3")
-    for module in list(model.modules()):
-        if as_parameters and NAME in dict(module.named_buffers(recurse=False)):
-            bias = getattr(module, NAME)
-            delattr(module, NAME)
-            module.register_parameter(NAME, nn.Parameter(bias.clone(), requires_grad=False))
+class Router(nn.Module):
+    """DeepSeek-V3's router without groups and in float64: float32 sums depend on the number of tokens of a rank."""
+
+    def __init__(self, router: nn.Module, bias_is_parameter: bool) -> None:
+        super().__init__()
+        self.top_k, self.weight = router.top_k, router.weight
+        bias = torch.zeros(1, router.num_experts, dtype=torch.float64)
+        if bias_is_parameter:  # as AFMoE's and Ernie's
+            self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        else:
+            self.register_buffer(NAME, bias[0])
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden.flatten(0, -2), self.weight)
+        scores = logits.sigmoid()
+        chosen = torch.topk(scores + self.e_score_correction_bias, self.top_k).indices
+        weights = scores.gather(1, chosen)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
+
+
+def deepseek(bias_is_parameter: bool = False) -> nn.Module:
+    model = hugging_face_model("deepseek_v3").double()
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate = Router(layer.mlp.gate, bias_is_parameter)
     return model
 
 
@@ -49,7 +66,7 @@ def biases_of(model: nn.Module) -> list[Tensor]:
 
 
 def test_update_moves_biases_by_rate_towards_even_load() -> None:
-    model = deepseek()
+    model = hugging_face_model("deepseek_v3")
     parallelize_experts(model)
     load_YL = torch.tensor([[1, 3, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 8]])
     RouterBiases(model).update(load_YL, update_rate=0.25)
@@ -59,7 +76,7 @@ def test_update_moves_biases_by_rate_towards_even_load() -> None:
 
 
 def test_update_in_16_bits_keeps_bias_in_float32() -> None:
-    model = deepseek().bfloat16()
+    model = hugging_face_model("deepseek_v3").bfloat16()
     parallelize_experts(model)
     biases, load_YL = RouterBiases(model), torch.arange(8).repeat(2, 1)
     for _ in range(300):
@@ -151,42 +168,42 @@ def families() -> list[str]:
     return sorted({file.parent.name for file in files if assigned.search(file.read_text())})
 
 
-def test_biases_of_families_are_found_by_structure() -> None:
-    """Those whose default config builds; DeepSeek-V4 has layers without a bias."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+NOT_BUILT = {"dots1", "inkling", "lfm2_moe"}
+"""Their default configs build no model on the meta device."""
 
-    found = {}
-    for family in ("afmoe", "deepseek_v3", "deepseek_v4", "ernie4_5_moe", "glm4_moe", "hy_v3", "laguna"):
-        config = AutoConfig.for_model(family)
-        config.num_hidden_layers = 6
+
+@pytest.mark.parametrize("family", families())
+def test_biases_of_family_are_found_by_structure(family: str) -> None:
+    """All of transformers; layers of DeepSeek-V4 that route by hash have none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if family in NOT_BUILT | {"longcat_flash"}:  # whose experts work otherwise
+        pytest.skip("no model of default config, or not supported")
+    config = AutoConfig.for_model(family)
+    for part in (config, getattr(config, "text_config", config)):
+        part.num_hidden_layers = min(6, getattr(part, "num_hidden_layers", 6))
         for lists in ("layer_types", "mlp_layer_types"):
-            if isinstance(getattr(config, lists, None), list):
-                setattr(config, lists, getattr(config, lists)[:6])
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        parallelize_experts(model)
-        found[family] = (len(biases_of(model)), len(list(expert_layers(model))))
-    assert found == {
-        "afmoe": (5, 5),
-        "deepseek_v3": (3, 3),
-        "deepseek_v4": (3, 6),
-        "ernie4_5_moe": (5, 5),
-        "glm4_moe": (5, 5),
-        "hy_v3": (5, 5),
-        "laguna": (5, 5),
-    }
+            if isinstance(getattr(part, lists, None), list):
+                setattr(part, lists, getattr(part, lists)[:6])
+    is_text = type(config) in AutoModelForCausalLM._model_mapping
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if is_text else AutoModelForImageTextToText).from_config(config)
+    parallelize_experts(model)
+    layers = list(expert_layers(model))
+    assert len(biases_of(model)) == (len(layers) // 2 if family == "deepseek_v4" else len(layers)) > 0
 
 
 def count_tokens(count_L: Tensor, experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     count_L += torch.bincount(inputs[1].flatten(), minlength=len(count_L))
 
 
+@lru_cache
 def reference() -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights of one process, plain PyTorch, the unmodified model, and counts of its own."""
     model, losses = deepseek(), []
     optimizer = optimizer_of("adamw", model)
     blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
-    counts = {id(block): torch.zeros(8) for block in blocks}
+    counts = {id(block): torch.zeros(8, dtype=torch.float64) for block in blocks}
     for block in blocks:
         block.experts.register_forward_pre_hook(partial(count_tokens, counts[id(block)]))
     for i, batch in enumerate(token_batches(STEPS * ACCUMULATION * SEQUENCES).split(SEQUENCES)):
@@ -208,7 +225,7 @@ def train(
     kind: str, ranks: int, ep_size: int | None, folder: str, steps: int, ckpt_path: str | None = None
 ) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     """Experts are shuffled after every step, with a validation between steps."""
-    model = deepseek(as_parameters=kind == "sharded parameters")
+    model = deepseek(bias_is_parameter=kind == "sharded parameters")
     module, strategy, plugins = LanguageModel(model, "adamw"), None, []
     if kind.startswith("sharded"):
         module, strategy = ShardedLanguageModel(model, "adamw", 2), ExpertParallelStrategy(ep_size)
@@ -260,13 +277,14 @@ def test_training_with_bias_and_resume_equals_one_process(
     ours = np.concatenate([np.mean([rank[0] for rank in half], axis=0) for half in halves])
     assert np.abs(ours - np.array(losses)).max() < TOLERANCE
     for _, weights_of_rank, logged in halves[-1]:
-        assert list(weights_of_rank) == list(weights)
-        assert max(float((weights_of_rank[name] - weights[name]).abs().max()) for name in weights) < TOLERANCE
+        assert set(weights_of_rank) == set(weights)
+        for name, tensor in weights.items():
+            assert float((weights_of_rank[name].view(tensor.shape) - tensor).abs().max()) < TOLERANCE, name
         largest = max(float(tensor.abs().max()) for name, tensor in weights.items() if name.endswith(NAME))
         assert logged["eplb/router_bias"] == pytest.approx(largest)
         assert logged["eplb/max_violation"] > 0
     biases = [tensor for name, tensor in weights.items() if name.endswith(NAME)]
-    assert all(len(bias.unique()) > 2 for bias in biases)  # several updates that differ by expert
+    assert all(len(bias.unique()) > 2 for bias in biases)  # of several updates that differ by expert
 
 
 def test_training_with_other_rate_differs_from_reference(workers: Workers, tmp_path: Path) -> None:

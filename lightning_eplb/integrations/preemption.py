@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import distributed as dist
 from typing_extensions import override
 
+from lightning_eplb import _compat
+
 log = logging.getLogger(__name__)
 
 SIGTERM, REQUEUE = 1, 2
@@ -84,7 +86,7 @@ class PreemptionCheckpoint(ModelCheckpoint):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread gets signals
         signal.signal(signal.SIGTERM, lambda *_: self._receive(SIGTERM))  # the trainer restores its own at the end
-        environment = getattr(trainer.strategy, "cluster_environment", None)
+        environment = _compat.cluster_environment(trainer)
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signal.signal(environment.requeue_signal, lambda *_: self._receive(REQUEUE))
 
