@@ -1,6 +1,7 @@
 """Auxiliary-loss-free load balancing: a bias that steers which experts a router chooses."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from typing_extensions import override
 
+from lightning_eplb.balancer import ExpertLoadBalancer
 from lightning_eplb.callback import EPLBCallback
 from lightning_eplb.parallel.parallelize import expert_layers
 
@@ -30,9 +32,8 @@ class RouterBiases:
 
         biases = RouterBiases(model)  # after parallelize_experts and, if there is one, fully_shard
         ...
-        stats = balancer.step()
-        if stats is not None:
-            biases.update(stats.load, update_rate=1e-3)
+        if balancer.step() is not None:
+            biases.update(balancer, update_rate=1e-3)
 
     Args:
         model: Model whose experts were converted.
@@ -47,17 +48,17 @@ class RouterBiases:
 
     def __init__(self, model: nn.Module, bias_name: str | None = None) -> None:
         self._names = BIAS_NAMES if bias_name is None else (bias_name,)
-        self._owners: dict[int, tuple[nn.Module, str]] = {}  # by number of the layer
-        modules, layers = dict(model.named_modules()), list(expert_layers(model))
+        self._owners: dict[nn.Module, tuple[nn.Module, str]] = {}  # by expert module
+        modules = dict(model.named_modules())
         paths = {id(module): path for path, module in modules.items()}
-        for index, (layer, experts) in enumerate(layers):
+        for layer, experts in expert_layers(model):
             path = paths[id(experts)]
             while path:
                 path = path.rpartition(".")[0]
                 if sum(1 for _ in expert_layers(modules[path])) > 1:
                     break  # a bias could be another layer's
                 if found := self._find(modules[path], experts, layer.num_logical_experts):
-                    self._add_owner(index, path, modules[path], found)
+                    self._add_owner(experts, path, modules[path], found)
                     break
         if not self._owners:
             raise ValueError(
@@ -66,17 +67,18 @@ class RouterBiases:
                 " must be a buffer. Name the attribute in your model, or balance its routers by an auxiliary loss."
             )
 
-    def update(self, load_YL: Tensor, update_rate: float) -> None:
-        """Move every bias towards an even load. Performs no communication; every rank calls it with the same load.
+    def update(self, balancer: ExpertLoadBalancer, update_rate: float) -> None:
+        """Move every bias towards an even load, by the latest step's. Every rank calls it; it does not communicate.
 
         Args:
-            load_YL: Tokens of each expert, in the order of ``expert_layers(model)``, over all ranks: ``load`` of
-                :meth:`ExpertLoadBalancer.step`'s result. Integers, ``[layers, experts]``.
+            balancer: Balancer of the model, after a :meth:`~ExpertLoadBalancer.step` that returned statistics.
             update_rate: Change of a bias, in units of the router's scores.
         """
-        directions_YL = torch.sign(load_YL.sum(dim=1, keepdim=True) - load_YL * load_YL.shape[1])  # exact in integers
-        for index, (owner, name) in self._owners.items():
-            _add(getattr(owner, name), directions_YL[index], update_rate)
+        for experts, load_L in loads_of_last_step(balancer):
+            if experts in self._owners:
+                owner, name = self._owners[experts]
+                directions_L = torch.sign(load_L.sum() - load_L * len(load_L))  # exact in integers
+                _add(getattr(owner, name), directions_L, update_rate)
 
     def largest(self) -> float:
         """Return the largest absolute bias. Collective where FSDP2 shards biases, which are parameters then."""
@@ -93,7 +95,9 @@ class RouterBiases:
                     found[f"{path}.{name}".lstrip(".")] = (module, name)
         return found
 
-    def _add_owner(self, index: int, path: str, block: nn.Module, found: dict[str, tuple[nn.Module, str]]) -> None:
+    def _add_owner(
+        self, experts: nn.Module, path: str, block: nn.Module, found: dict[str, tuple[nn.Module, str]]
+    ) -> None:
         """Remember a layer's bias, unless the layer is frozen. Raise ``ValueError`` if it can't be updated."""
         names = [f"{path}.{name}".lstrip(".") for name in found]
         if len(names) > 1:
@@ -111,7 +115,7 @@ class RouterBiases:
                 " a buffer, or train with precision='bf16-mixed'."
             )
         if any(parameter.requires_grad for parameter in block.parameters()):
-            self._owners[index] = owned
+            self._owners[experts] = owned
 
 
 class RouterBiasCallback(Callback):
@@ -122,7 +126,7 @@ class RouterBiasCallback(Callback):
     bias keep their auxiliary loss. The guide ``examples/guides/router_bias.md`` says when to use which.
 
     Logs ``eplb/router_bias``, the largest absolute bias, and ``eplb/max_violation``, by how much the fullest expert of
-    a layer exceeds the mean, as a part of the mean and averaged over layers: 0 is even.
+    a layer exceeds the mean, as a part of the mean and averaged over layers: 0 is even, the paper's MaxVio.
 
     Example::
 
@@ -181,29 +185,25 @@ class RouterBiasCallback(Callback):
         balancer, biases = self._eplb.balancer, self._biases
         assert balancer is not None
         assert biases is not None
-        if balancer.num_steps == self._num_steps or balancer.last_step is None:
+        if balancer.num_steps == self._num_steps:
             return  # gradients are accumulated, or no expert got a token
         self._num_steps = balancer.num_steps
-        load_YL = balancer.last_step.load
-        biases.update(load_YL, self.update_rate)
+        biases.update(balancer, self.update_rate)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not pl_module.automatic_optimization or (every > 0 and trainer.global_step % every == 0):
+            loads = [load_L for _, load_L in loads_of_last_step(balancer) if load_L.any()]
+            violations = [float(load_L.max() * len(load_L) / load_L.sum()) - 1 for load_L in loads]
             pl_module.log_dict(
-                {"eplb/router_bias": biases.largest(), "eplb/max_violation": float(max_violation(load_YL))}
+                {"eplb/router_bias": biases.largest(), "eplb/max_violation": sum(violations) / len(violations)}
             )
 
 
-def max_violation(load_YL: Tensor) -> Tensor:
-    """Return by how much the fullest expert exceeds the mean, as a part of it; the mean over layers with tokens.
-
-    Source: Wang et al., arXiv 2408.15664, where it is named MaxVio.
-
-    Example:
-        >>> max_violation(torch.tensor([[1, 1, 1, 5], [2, 2, 2, 2]]))
-        tensor(0.7500, dtype=torch.float64)
-    """
-    load_YL = load_YL[load_YL.any(dim=1)].double()
-    return (load_YL.amax(dim=1) / load_YL.mean(dim=1) - 1).mean()
+def loads_of_last_step(balancer: ExpertLoadBalancer) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield each converted expert module with the tokens of its experts in the latest step over all ranks, ``[L]``."""
+    if balancer.last_step is not None:
+        for name, part in balancer.last_step.models.items():
+            for (_, experts), load_L in zip(balancer.models[name].modules, part.load, strict=True):
+                yield experts, load_L
 
 
 def _add(bias: Tensor, directions_L: Tensor, update_rate: float) -> None:

@@ -13,7 +13,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_eplb import EPLBCallback, ExpertParallelStrategy, RouterBiasCallback, RouterBiases, parallelize_experts
+from lightning_eplb import (
+    EPLBCallback,
+    ExpertLoadBalancer,
+    ExpertParallelStrategy,
+    RouterBiasCallback,
+    RouterBiases,
+    parallelize_experts,
+)
+from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.fidelity import TOLERANCE, ShufflePolicy, trainer_for, whole
 from tests.fsdp1 import DoublePrecision, fsdp1, full_state
@@ -53,8 +61,8 @@ class Router(nn.Module):
         return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
 
 
-def deepseek(bias_is_parameter: bool = False) -> nn.Module:
-    model = hugging_face_model("deepseek_v3").double()
+def deepseek(bias_is_parameter: bool = False, num_experts: int = 8) -> nn.Module:
+    model = hugging_face_model("deepseek_v3", num_experts).double()
     for layer in model.model.layers:
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate = Router(layer.mlp.gate, bias_is_parameter)
@@ -65,11 +73,23 @@ def biases_of(model: nn.Module) -> list[Tensor]:
     return [getattr(owner, name) for owner, name in RouterBiases(model)._owners.values()]
 
 
+EVER_MORE = torch.arange(8).repeat(2, 1)
+"""Load of two layers: each expert has more than the one before."""
+
+
+def balancer_after(model: nn.Module, load_YL: Tensor) -> ExpertLoadBalancer:
+    """A balancer whose latest step had this load."""
+    balancer, none_Y = ExpertLoadBalancer(model), torch.zeros(len(load_YL))
+    (name,) = balancer.models
+    balancer.last_step = StepStats(load_YL, none_Y, none_Y, name=name)
+    return balancer
+
+
 def test_update_moves_biases_by_rate_towards_even_load() -> None:
     model = hugging_face_model("deepseek_v3")
     parallelize_experts(model)
     load_YL = torch.tensor([[1, 3, 2, 2, 2, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 8]])
-    RouterBiases(model).update(load_YL, update_rate=0.25)
+    RouterBiases(model).update(balancer_after(model, load_YL), update_rate=0.25)
     first, second = biases_of(model)
     assert first.tolist() == [0.25, -0.25, 0, 0, 0, 0, 0, 0]
     assert second.tolist() == [0.25] * 7 + [-0.25]
@@ -78,9 +98,9 @@ def test_update_moves_biases_by_rate_towards_even_load() -> None:
 def test_update_in_16_bits_keeps_bias_in_float32() -> None:
     model = hugging_face_model("deepseek_v3").bfloat16()
     parallelize_experts(model)
-    biases, load_YL = RouterBiases(model), torch.arange(8).repeat(2, 1)
+    biases, balancer = RouterBiases(model), balancer_after(model, EVER_MORE)
     for _ in range(300):
-        biases.update(load_YL, update_rate=1e-3)
+        biases.update(balancer, update_rate=1e-3)
     for bias in biases_of(model):
         assert bias.dtype == torch.float32
         assert bias.abs() == pytest.approx(torch.full((8,), 0.3), abs=1e-5)
@@ -94,7 +114,7 @@ def test_biases_of_model_with_own_name_are_found() -> None:
     for gate in gates:
         gate.register_buffer("my_bias", torch.zeros(8))
     parallelize_experts(model)
-    RouterBiases(model, "my_bias").update(torch.arange(8).repeat(2, 1), update_rate=1.0)
+    RouterBiases(model, "my_bias").update(balancer_after(model, EVER_MORE), update_rate=1.0)
     for gate in gates:
         assert gate.my_bias.tolist() == [1.0] * 4 + [-1.0] * 4
         assert not getattr(gate, NAME).any()
@@ -104,7 +124,7 @@ def test_biases_of_frozen_layer_stay() -> None:
     model = deepseek()
     parallelize_experts(model)
     model.model.layers[1].requires_grad_(False)
-    RouterBiases(model).update(torch.arange(8).repeat(2, 1), update_rate=1.0)
+    RouterBiases(model).update(balancer_after(model, EVER_MORE), update_rate=1.0)
     frozen, trained = (model.model.layers[i].mlp.gate for i in (1, 2))
     assert not getattr(frozen, NAME).any()
     assert getattr(trained, NAME).all()
@@ -296,3 +316,22 @@ def test_training_with_other_rate_differs_from_reference(workers: Workers, tmp_p
     )
     trainer.fit(module, loader(token_batches(STEPS * ACCUMULATION * SEQUENCES), SEQUENCES))
     assert np.abs(np.array(module.losses) - np.array(losses)).max() > 1e-4
+
+
+class TwoModels(LanguageModel):
+    """Two models with different numbers of experts, which have windows of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ModuleList([deepseek(), deepseek(num_experts=16)]), "adamw")
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        return language_loss(self.model[0], batch[0]) + language_loss(self.model[1], batch[0])
+
+
+def test_callback_with_two_models_moves_biases_of_both() -> None:
+    module = TwoModels()
+    callbacks = [EPLBCallback(), RouterBiasCallback(RATE)]
+    trainer_for(1, max_steps=2, callbacks=callbacks, log_every_n_steps=1).fit(module, loader(token_batches(8), 4))
+    biases = biases_of(module)
+    assert sorted(len(bias) for bias in biases) == [8, 8, 16, 16]
+    assert all(bias.any() for bias in biases)
