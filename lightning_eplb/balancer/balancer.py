@@ -1,35 +1,33 @@
 """The balancer: records the load, asks for a plan when one is due, and rearranges the experts."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_eplb.balancer.checks import check_arguments, check_saved_state, check_target
+from lightning_eplb.balancer.checks import check_arguments, check_targets
 from lightning_eplb.balancer.cost_model import CostModel
+from lightning_eplb.balancer.models import BalancedModels, find_models
 from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
 from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
 from lightning_eplb.balancer.resize import ResizableBalancer
+from lightning_eplb.balancer.saved_state import check_saved_state, load_windows, save_windows
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
 from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
-from lightning_eplb.functional import balancedness
 from lightning_eplb.integrations.ddp import warn_if_out_of_sync
-from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel import dispatch_plan
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import BalancedPolicy, Costs, Policy
-from lightning_eplb.policies.token_split import level_tokens
 from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_state
 
 
-class ExpertLoadBalancer(ResizableBalancer, RunTotals):
+class ExpertLoadBalancer(ResizableBalancer, BalancedModels, RunTotals):
     """Counts the tokens of every expert and moves experts between ranks so that all ranks get equal work.
 
     ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
@@ -100,28 +98,20 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
     ) -> None:
         self._modules = list(expert_layers(model))
         check_arguments(self._modules, window_size, step_interval, redundancy, min_tokens_per_copy, use_async)
-        first_layer, first_module = self._modules[0]
         self._overlaps = use_async and self.groups.size > 1
         self.model = model
         self.step_interval = step_interval
         self.min_tokens_per_copy = min_tokens_per_copy
         for layer, _ in self._modules:
             layer.set_redundancy(redundancy == "batch", min_tokens_per_copy or 1)
+        models = find_models(model, window_size)
+        super().__init__(models)
         policy = policy if policy is not None else BalancedPolicy()
-        self._planner = RearrangementPlanner(policy, [layer for layer, _ in self._modules], step_interval)
-        self._mover = ExpertMover(self._modules, (), use_async)
+        self._planner = RearrangementPlanner(policy, models, step_interval)
+        self._mover = ExpertMover(models, (), use_async)
         self.optimizers = optimizers
-        self._cost_model = CostModel(self._modules, self._mover)
-        self._schedule = Schedule(step_interval)
-        if redundancy == "batch":
-            self._mover.placement = self._mover.placement.without_copies()
-        self.load = ExpertLoad(
-            len(self._modules),
-            first_layer.num_logical_experts,
-            window_size,
-            self.placement if self.groups.size > 1 else None,
-            sync_on_compute=False,  # every rank is given the sum over all
-        )
+        self._cost_model = CostModel(models, self._mover)
+        self._schedule = Schedule(step_interval, len(models))
         self.capacity: tuple[float, ...] | None = None
         """Share of the work for each EP rank from the next plan on, in any unit, such as its speed. 0 drains a rank,
         ``None`` gives all ranks the same. Rank 0's counts."""
@@ -134,25 +124,17 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
         self._has_warned = False
         if use_async:  # rows in flight would overwrite weights that are loaded meanwhile
             cancel = weakref.WeakMethod(self.cancel_rearrangement)
-            first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := cancel()) else None)
+            for each in models:
+                first_module = each.modules[0].module
+                first_module.register_load_state_dict_pre_hook(lambda *_: method() if (method := cancel()) else None)
         dispatch_plan.warm_up()
-        self._planner.warm_up(self.placement)
+        self._planner.warm_up()
         self.record(True)
-
-    @property
-    def placement(self) -> ExpertPlacement:
-        """Current placement."""
-        return self._mover.placement
 
     @property
     def policy(self) -> Policy:
         """Policy that chooses placements."""
         return self._planner.policy
-
-    @property
-    def forecast_error(self) -> float | None:
-        """Relative error of the forecast of the last complete interval; 0 is exact."""
-        return self._planner.forecast_error
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -188,11 +170,11 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
             if not self._first_step_is_done and self.groups.size > 1:
                 self._finish_first_step()
             self._first_step_is_done = True
-            self._modules[0][0].cancel_prefetch()  # of a forward that was broken off: the weights are others now
-            stats = collect_step_stats([layer for layer, _ in self._modules], self.groups)
+            self._mover.cancel_prefetch()  # of a forward that was broken off: the weights are others now
+            stats = collect_step_stats(list(self.models.values()), self.groups)
             self._mover.send_next()
             result = self._finish_if_committed() or self._unreported
-            if not stats.load.any():
+            if not stats.has_tokens:
                 self._unreported = result
                 return None
             self._unreported = None
@@ -223,7 +205,6 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
             return
         if self._state.is_in_flight:
             self._mover.commit()
-            self.load.placement = self.placement
         elif self._state is RearrangementState.DUE:
             self._current = self._plan(None, with_gradients=False)
             self._state = RearrangementState.PLANNED
@@ -239,7 +220,6 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
         if not self._state.is_in_flight:
             return None
         self._mover.stop()
-        self.load.placement = self.placement
         return self._finish_if_committed()
 
     def cancel_rearrangement(self) -> None:
@@ -254,14 +234,18 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
     abandon_rearrangement = cancel_rearrangement  # the earlier name
 
     def rearrange(
-        self, placement: ExpertPlacement | None = None, *, with_gradients: bool = True
+        self,
+        placement: ExpertPlacement | Mapping[str, ExpertPlacement] | None = None,
+        *,
+        with_gradients: bool = True,
     ) -> RearrangementResult | None:
         """Move experts with their optimizer state between two optimizer steps. Every rank must call it.
 
         Rank 0 asks the policy and broadcasts its plan. All ranks verify that they agree before the first row moves.
 
         Args:
-            placement: Placement to rearrange to, the same on all ranks; ``None`` on all ranks to ask the policy.
+            placement: Placement to rearrange to, the same on all ranks; ``None`` on all ranks to ask the policy. Of
+                several models a mapping from names in :attr:`models` to placements; models that it leaves out stay.
             with_gradients: Move gradients with their experts, see :meth:`step`.
 
         Returns:
@@ -276,37 +260,45 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
         """
         if self.groups.size == 1:
             return None
-        check_target(placement, self.placement, self.groups)
+        current = {name: model.placement for name, model in self.models.items()}
+        targets = check_targets(placement, current, self.groups)
         self.finish_rearrangement()
-        plan = self._plan(placement, with_gradients)
+        plan = self._plan(targets, with_gradients)
         return self._rearrange(plan, with_gradients, overlap=False)
 
     def reset(self) -> None:
         """Move experts back to the initial placement. Every rank must call it."""
-        now = self.placement
-        sizes = (now.num_layers, now.num_logical_experts, now.num_ranks, now.num_redundant_experts)
-        self.rearrange(ExpertPlacement.initial(*sizes))
+        initial = {}
+        for name, model in self.models.items():
+            now = model.placement
+            sizes = (now.num_layers, now.num_logical_experts, now.num_ranks, now.num_redundant_experts)
+            initial[name] = ExpertPlacement.initial(*sizes)
+        self.rearrange(initial)
 
     def _record_step(self, stats: StepStats) -> bool:
-        """Add a step to the window and return whether a rearrangement is to start now."""
-        self.load.update(stats.load)
+        """Add a step to the windows and return whether a rearrangement is to start now."""
+        parts = stats.models
+        for name, model in self.models.items():
+            model.record(parts[name].load)
         self.num_steps += 1
-        self._planner.observe(stats.load)
         is_ready = self._state in (RearrangementState.DUE, RearrangementState.PLANNED)
-        if self._schedule.step(stats.balancedness) and self.groups.size > 1:
+        levels = [part.balancedness if part.has_tokens else None for part in parts.values()]
+        if self._schedule.step(*levels) and self.groups.size > 1:
             self._state = self._state.when_due()
             is_ready = is_ready or not self._overlaps  # with overlap it is planned during the next backward pass
         return is_ready
 
-    def _plan(self, target: ExpertPlacement | None, with_gradients: bool) -> RearrangementPlan:
-        """Return the policy's plan, or a plan that leads to ``target``, on every rank."""
+    def _plan(self, targets: Mapping[str, ExpertPlacement] | None, with_gradients: bool) -> RearrangementPlan:
+        """Return the policy's plan, or a plan that leads to ``targets``, on every rank."""
         monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
             self._warn_of_drift()
-        costs = self.costs if self.costs is not None else self._cost_model.costs(with_gradients)
-        context = PlanningContext(self.capacity, costs, self._cost_model.overlap_bytes())
-        num_steps = self._schedule.look_back(self.load.num_steps)
-        return self._planner.plan(self.placement, self.load, num_steps, context, target)
+        costs = self._cost_model.costs(with_gradients)
+        if self.costs is not None:
+            costs = [self.costs] * len(costs)
+        num_steps = [self._schedule.look_back(each.load.num_steps, i) for i, each in enumerate(self.models.values())]
+        context = PlanningContext(num_steps, self.capacity, costs, self._cost_model.overlap_bytes())
+        return self._planner.plan(context, targets)
 
     def _rearrange(self, plan: RearrangementPlan, with_gradients: bool, overlap: bool) -> RearrangementResult | None:
         """Carry out a plan and return its result, or with ``overlap`` start it and return ``None``."""
@@ -315,7 +307,6 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
             self._mover.start(plan.after, plan.capacity, plan.overlap_bytes)
         else:
             self._mover.move(plan.after, plan.capacity, with_gradients)
-        self.load.placement = self.placement
         self._state, self._current = RearrangementState.IN_FLIGHT, plan
         return self._finish_if_committed()
 
@@ -325,7 +316,7 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
         if plan is None or not self._state.is_in_flight or self._mover.is_in_flight:
             return None
         self._state, self._current = self._state.without_plan(), None
-        result = plan.result(self.placement, self._mover.num_bytes, self._mover.seconds)
+        result = plan.result(self._mover.placements, self._mover.num_bytes, self._mover.seconds)
         self._add(result)
         return result
 
@@ -333,36 +324,26 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
         """Check what only exists after a step, and measure the hardware."""
         check_state(self.optimizers, expert_parameters(self._modules))
         self._cost_model.measure()
-        floor = self.min_tokens_per_copy or self._cost_model.min_tokens_per_copy()
-        for layer, _ in self._modules:
-            layer.set_redundancy(layer.chooses_by_batch, floor)
+        for model, measured in zip(self.models.values(), self._cost_model.min_tokens_per_copy(), strict=True):
+            for layer, _ in model.modules:
+                layer.set_redundancy(layer.chooses_by_batch, self.min_tokens_per_copy or measured)
         self._warn_of_drift()
 
     def _warn_of_drift(self) -> None:
-        ddp = self._modules[0][0].ddp
+        ddp = next((layer.ddp for layer, _ in self._modules if layer.ddp is not None), None)
         if ddp is not None and not self._has_warned:
             self._has_warned = warn_if_out_of_sync(ddp, self.groups)
-
-    def window_balancedness(self) -> float:
-        """Return the balancedness of the window's load under the current placement; 1 before the first step."""
-        if not self.load.num_steps:
-            return 1.0
-        values = self.load.compute()
-        if self.groups.size == 1:
-            return float(values["balancedness"])
-        return balancedness(level_tokens(values["load"].cpu().numpy(), self.placement.by_rank))
 
     def seconds_saved(self, step: StepStats) -> float | None:
         """Estimate the seconds saved, see :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`."""
         return self._cost_model.seconds_saved(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return window and counters as tensors and numbers, the same on every rank.
+        """Return windows and counters as tensors and numbers, the same on every rank.
 
-        The placement is for inspection only: a resumed run plans its own from the window.
+        The placements are for inspection only: a resumed run plans its own from the windows.
         """
         return {
-            "window": self.load.steps().cpu(),
             "num_steps": self.num_steps,
             "steps_to_go": self._schedule.steps_to_go,
             "num_rearrangements": self.num_rearrangements,
@@ -370,28 +351,27 @@ class ExpertLoadBalancer(ResizableBalancer, RunTotals):
             "rearranged_bytes": self.rearranged_bytes,
             "is_rearranging": self._state is not RearrangementState.IDLE,
             "num_ranks": self.groups.size,
-            "physical_to_logical": torch.tensor(self.placement.physical_to_logical, dtype=torch.int32),
+            **save_windows(list(self.models.values())),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load window and counters, also into a window of another size. Every rank must call it.
+        """Load windows and counters, also into windows of another size. Every rank must call it.
 
-        Experts stay on their ranks: call :meth:`rearrange` to balance the ranks by the window. A rearrangement in
+        Experts stay on their ranks: call :meth:`rearrange` to balance the ranks by the windows. A rearrangement in
         flight is cancelled.
 
         Args:
             state: State as :meth:`state_dict` returns it, on any number of ranks; the same on all.
 
         Raises:
-            ValueError: The saved window has other layers or experts, or ranks were given different states. All ranks
+            ValueError: The state is of other models, layers or experts, or ranks were given different states. All ranks
                 raise it, and nothing was loaded.
         """
-        check_saved_state(state, self.load.ring.shape[1:], self.groups)
+        models = list(self.models.values())
+        check_saved_state(state, models, self.groups)
         self.cancel_rearrangement()
         self._state = RearrangementState.IDLE
-        self.load.reset()
-        for load_YL in state["window"]:
-            self.load.update(load_YL)
+        load_windows(state, models)
         self.num_steps = state["num_steps"]
         self.num_rearrangements = state["num_rearrangements"]
         self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it

@@ -1,8 +1,6 @@
 """Checks of what ``ExpertLoadBalancer`` is given. Errors are raised on all ranks alike."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -59,50 +57,51 @@ def _warn_of_ineffective_arguments(redundancy: str, min_tokens_per_copy: int | N
         )
 
 
-def check_target(target: ExpertPlacement | None, current: ExpertPlacement, groups: ExpertGroups) -> None:
-    """Check the placement that ``rearrange()`` was given. Every rank of the default group must call it.
+def check_targets(
+    given: ExpertPlacement | Mapping[str, ExpertPlacement] | None,
+    current: Mapping[str, ExpertPlacement],
+    groups: ExpertGroups,
+) -> Mapping[str, ExpertPlacement] | None:
+    """Check the placements that ``rearrange()`` was given. Every rank of the default group must call it.
 
     Args:
-        target: Placement to rearrange to, ``None`` to ask the policy.
-        current: Current placement.
+        given: Placements to rearrange to by model, the placement of the only model, or ``None`` to ask the policy.
+        current: Current placement of each model.
         groups: Process groups of the experts.
 
-    Raises:
-        ValueError: Ranks were given different placements, or the placement does not have the shape of ``current``.
-    """
-    check_same_on_all_ranks({"placement": _describe(target)}, "rearrange() moves experts between ranks", groups)
-    if target is None:
-        return
-    if not isinstance(target, ExpertPlacement):
-        raise ValueError(f"placement={_describe(target)} must be an ExpertPlacement. Use None to ask the policy.")
-    plan_relocation(current, target)
-
-
-def check_saved_state(state: Mapping[str, Any], window_shape: Sequence[int], groups: ExpertGroups) -> None:
-    """Check the state that ``load_state_dict()`` was given. Every rank of the default group must call it.
-
-    Args:
-        state: State as ``ExpertLoadBalancer.state_dict()`` returns it.
-        window_shape: Shape of the window's steps, ``[Y, L]``.
-        groups: Process groups of the experts.
+    Returns:
+        Placements to rearrange to by model; ``None`` to ask the policy.
 
     Raises:
-        ValueError: Ranks were given different states, or the window has other layers or experts.
+        ValueError: Ranks were given different placements, a placement does not have the shape of the current one, or
+            it is not clear for which model it is.
     """
-    window_WYL = state["window"]
-    digest = hashlib.sha256(window_WYL.cpu().numpy().tobytes()).hexdigest()[:16]
-    values = {key: state[key] for key in ("num_steps", "steps_to_go", "num_rearrangements")}
-    values["window"] = f"{list(window_WYL.shape)} {digest}"
-    check_same_on_all_ranks(values, "load_state_dict() of the balancer compares the states of the ranks", groups)
-    if tuple(window_WYL.shape[1:]) != tuple(window_shape):
-        raise ValueError(
-            f"the saved window has {list(window_WYL.shape[1:])} layers and experts, the model has"
-            f" {list(window_shape)}. Resume with the model that was saved."
-        )
+    described = _describe(given)
+    check_same_on_all_ranks({"placement": described}, "rearrange() moves experts between ranks", groups)
+    if given is None:
+        return None
+    named = f"'{next(iter(current))}': ExpertPlacement(...)"
+    if isinstance(given, ExpertPlacement):
+        if len(current) > 1:
+            raise ValueError(
+                f"placement={described} is for one model, and the balancer has {list(current)}. Name its model, as in"
+                f" {{{named}}}."
+            )
+        given = {next(iter(current)): given}
+    if not isinstance(given, Mapping) or not all(isinstance(each, ExpertPlacement) for each in given.values()):
+        several = f" or, by model, {{{named}}}" if len(current) > 1 else ""
+        raise ValueError(f"placement={described} must be an ExpertPlacement{several}. Use None to ask the policy.")
+    if unknown := [name for name in given if name not in current]:
+        raise ValueError(f"placement={described} names {unknown[0]!r}; the models are {list(current)}")
+    for name, target in given.items():
+        plan_relocation(current[name], target)
+    return given
 
 
 def _describe(target: object) -> str:
-    """Return a description that differs if the placement does."""
+    """Return a description that differs if a placement does."""
     if isinstance(target, ExpertPlacement):
         return f"{target!r} {target.digest().hex()[:16]}"
+    if isinstance(target, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_describe(each)}" for name, each in sorted(target.items(), key=str)) + "}"
     return "None" if target is None else f"a {type(target).__name__}"

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.parallel.dtensor import local_shard
-from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.packing import bytes_of_row
 from lightning_eplb.policies import Costs
 from lightning_eplb.relocation.async_transfer import MAX_BYTES_IN_FLIGHT
 from lightning_eplb.relocation.mover import ExpertMover
+from lightning_eplb.relocation.placed_layers import PlacedLayers
 
 REPEATS = 3
 """Timed runs of each measurement; the fastest counts."""
@@ -65,21 +65,20 @@ class CostModel:
     """Derives costs and limits for plans from the hardware profile. All ranks use it alike.
 
     Args:
-        modules: Converted modules with their expert layers, in the order of layers.
+        models: Layers of the models. Those of one model are alike, so its first stands for all.
         mover: Relocation of the experts; tells which tensors move with a primary.
     """
 
-    def __init__(self, modules: Sequence[tuple[ExpertLayer, nn.Module]], mover: ExpertMover) -> None:
-        self._modules, self._mover, self._groups = modules, mover, mover.groups
-        self.profile: HardwareProfile | None = None
-        """``None`` until :meth:`measure` was called."""
+    def __init__(self, models: Sequence[PlacedLayers], mover: ExpertMover) -> None:
+        self._models, self._mover, self._groups = models, mover, mover.groups
+        self.profiles: list[HardwareProfile] = []
+        """Profile of each model. Empty until :meth:`measure` was called."""
         self._step_start: float | None = None
         self._step_seconds: float | None = None
 
     def measure(self) -> None:
         """Measure the hardware profile. All ranks of the default group must call it, after a forward and backward."""
-        _, first_module = self._modules[0]
-        self.profile = profile_hardware(first_module, self._groups)
+        self.profiles = [profile_hardware(model.modules[0].module, self._groups) for model in self._models]
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -91,29 +90,37 @@ class CostModel:
         finally:
             self._step_start = time.perf_counter()
 
-    def costs(self, with_gradients: bool) -> Costs | None:
-        """Return the costs of moves and redundant experts, ``None`` before anything is measured.
+    def costs(self, with_gradients: bool) -> list[Costs | None]:
+        """Return the costs of moves and redundant experts of each model, ``None`` before anything is measured.
 
         Args:
             with_gradients: Gradients move with their experts.
         """
-        if self.profile is None:
-            return None
-        row_bytes = bytes_of_row(self._mover.tensors(0, with_gradients))
-        _, first_module = self._modules[0]
-        weight_bytes = bytes_of_row(first_module.parameters(recurse=False))
-        return self.profile.costs(row_bytes, weight_bytes, self._groups.node_of_rank)
+        if not self.profiles:
+            return [None] * len(self._models)
+        costs, first = [], 0
+        for model, profile in zip(self._models, self.profiles, strict=True):
+            row_bytes = bytes_of_row(self._mover.tensors(first, with_gradients))
+            weight_bytes = bytes_of_row(model.modules[0].module.parameters(recurse=False))
+            costs.append(profile.costs(row_bytes, weight_bytes, self._groups.node_of_rank))
+            first += len(model.modules)
+        return costs
 
-    def min_tokens_per_copy(self) -> int:
-        """Return the tokens whose compute time equals a redundant expert's transfer time; 1 before it is measured."""
-        costs = self.costs(with_gradients=False)
-        return 1 if costs is None else max(1, math.ceil(costs.copy / costs.token))
+    def min_tokens_per_copy(self) -> list[int]:
+        """Return the tokens of each model whose compute time equals a redundant expert's transfer time.
+
+        1 before it is measured.
+        """
+        return [
+            1 if costs is None else max(1, math.ceil(costs.copy / costs.token))
+            for costs in self.costs(with_gradients=False)
+        ]
 
     def overlap_bytes(self) -> int:
         """Return the bytes that transfer in half a step's time, as far as the staging buffers hold them."""
-        if self.profile is None or self._step_seconds is None:
+        if not self.profiles or self._step_seconds is None:
             return MAX_BYTES_IN_FLIGHT
-        per_second = self.profile.bytes_per_second(self._groups.node_of_rank)
+        per_second = self.profiles[0].bytes_per_second(self._groups.node_of_rank)
         return max(1, min(int(self._step_seconds / 2 * per_second), MAX_BYTES_IN_FLIGHT))
 
     def seconds_saved(self, stats: StepStats) -> float | None:
@@ -123,14 +130,20 @@ class CostModel:
         most loaded ranks times ``seconds_per_token``. It is too low with gradient accumulation or several EP groups,
         since the plain load is summed over these.
 
+        Args:
+            stats: Statistics of a step, with the same models.
+
         Returns:
             Seconds, negative if plain is faster; ``None`` if one rank holds all experts, or before the first step.
         """
-        if self.profile is None:
+        if not self.profiles:
             return None
-        plain_YR = stats.load.view(len(stats.load), self._groups.size, -1).sum(dim=2)
-        plain_max_tokens = float(plain_YR.max(dim=1).values.sum())
-        return (plain_max_tokens - stats.max_tokens) / self._groups.num_ep_groups * self.profile.seconds_per_token
+        saved = 0.0
+        for part, profile in zip(stats.models.values(), self.profiles, strict=True):
+            plain_YR = part.load.view(len(part.load), self._groups.size, -1).sum(dim=2)
+            fewer = float(plain_YR.max(dim=1).values.sum()) - part.max_tokens
+            saved += fewer / self._groups.num_ep_groups * profile.seconds_per_token
+        return saved
 
 
 def profile_hardware(experts: nn.Module, groups: ExpertGroups) -> HardwareProfile:

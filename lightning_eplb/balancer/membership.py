@@ -120,7 +120,7 @@ class Report:
 
     Attributes:
         ep_rank: EP rank in the new groups.
-        held: Logical experts of its rows, ``[Y, rows]``, ``-1`` beyond the last. None on a rank that joins.
+        held: Logical experts of its rows, ``[rows]`` for each layer. Empty on a rank that joins.
         layers: Names, classes, shapes and dtypes of its layers.
         optimizers: Classes of its optimizers with those nested in them.
         layouts: Layout of its optimizer state by parameter. Empty on a rank that joins.
@@ -128,7 +128,7 @@ class Report:
     """
 
     ep_rank: int
-    held: np.ndarray
+    held: Sequence[np.ndarray]
     layers: list[str] = field(default_factory=list)
     optimizers: list[str] = field(default_factory=list)
     layouts: list[StateLayout] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Report:
     def of(
         cls,
         groups: ExpertGroups,
-        held_YS: np.ndarray | None,
+        held: Sequence[np.ndarray] | None,
         modules: Sequence[ConvertedExperts],
         optimizers: Sequence[Optimizer],
     ) -> "Report":
@@ -146,18 +146,17 @@ class Report:
 
         Args:
             groups: Process groups of the new ranks.
-            held_YS: Its rows. ``None`` on a rank that joins.
+            held: Its rows. ``None`` on a rank that joins.
             modules: Its converted modules.
             optimizers: Its optimizers with those nested in them.
         """
-        joins, none = held_YS is None, np.empty((len(modules), 0), dtype=np.int64)
         layouts = [StateLayout.of(p, optimizers) for each in modules for p in each.parameters.values()]
         return cls(
             groups.rank,
-            none if held_YS is None else held_YS,
+            [np.empty(0, dtype=np.int64)] * len(modules) if held is None else held,
             [describe_layer(each) for each in modules],
             [type(optimizer).__qualname__ for optimizer in optimizers],
-            [] if joins else layouts,
+            [] if held is None else layouts,
         )
 
 

@@ -20,10 +20,11 @@ from lightning_eplb.integrations.ddp import leave_experts_out_of_ddp
 from lightning_eplb.integrations.fabric import optimizer_within
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.consensus import ConsensusCheck, check_same_on_all_ranks
+from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.joining import ConversionSettings, attach, convert_without_rows, create_groups
 from lightning_eplb.parallel.parallelize import ConvertedExperts, broadcast_per_expert_state
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.relocation.optimizer_check import check_optimizers
 from lightning_eplb.relocation.optimizer_state import nested_optimizers
 from lightning_eplb.relocation.resize_plan import (
@@ -31,12 +32,12 @@ from lightning_eplb.relocation.resize_plan import (
     RankMapping,
     check_rank_mapping,
     describe,
-    held_under,
     plan_hand_over,
     plan_placement,
+    plan_rows,
     stack_held,
 )
-from lightning_eplb.relocation.resize_transfer import StateLayout, check_unambiguous, replace_all_rows
+from lightning_eplb.relocation.resize_transfer import StateLayout, check_unambiguous, replace_rows
 from lightning_eplb.relocation.transfer import tensors_to_move
 
 if TYPE_CHECKING:
@@ -123,24 +124,27 @@ class ResizableBalancer:
         groups, modules = self.groups, self._modules
         arguments = {"rank_mapping": describe(rank_mapping), "world_size": world_size, "ep_size": ep_size}
         check_same_on_all_ranks(arguments, "resize() hands over experts", groups)
-        num_experts = self.placement.num_logical_experts
+        num_experts = [layer.num_logical_experts for layer, _ in modules]
         mapping = check_rank_mapping(rank_mapping, groups.world_size, world_size, ep_size, num_experts)
-        _check_resizable(self.model, groups)
+        _check_resizable(self.model, modules)
         self.finish_rearrangement()
         self.cancel_rearrangement()
         optimizers = nested_optimizers(self.optimizers)
-        _check_same_rows(modules, optimizers, self.placement, groups)
+        placements = [each.placement for each in self.models.values()]
+        _check_same_rows(modules, optimizers, placements, groups)
         check_unambiguous(_parameters(modules), optimizers)
         shared = _shared_state(self, mapping.ep_size)
         ep_rank_R: list[Any] = [None] * groups.world_size
         dist.all_gather_object(ep_rank_R, groups.rank, group=groups.cpu_group)
-        before_YRS = held_under(self.placement, np.array(ep_rank_R))
-        after_YRS = plan_hand_over(before_YRS, mapping.stays)
+        before = [_held(layer, np.array(ep_rank_R)) for layer, _ in modules]
+        after = [plan_hand_over(held_RS, mapping.stays) for held_RS in before]
         if not mapping.stays.all():
-            replace_all_rows([each.module for each in modules], optimizers, before_YRS, after_YRS)
+            for (_, module), before_RS, after_RS in zip(modules, before, after, strict=True):
+                replace_rows(module, optimizers, plan_rows(before_RS, after_RS))
             monitored_barrier(groups, "resize() ends once all ranks have their rows")
         rank = dist.get_rank()
-        self._handed_over = _HandedOver(mapping, rank, after_YRS[:, rank], shared)
+        held = [held_RS[rank][held_RS[rank] != EMPTY] for held_RS in after]
+        self._handed_over = _HandedOver(mapping, rank, held, shared)
         self.model = unwrapped(self.model)  # DDP would keep using the old process group
         groups.shared.clear()
         for layer, _ in modules:
@@ -174,7 +178,7 @@ class ResizableBalancer:
         shared = agree_on_roles(Role.staying(handed.mapping, handed.old_rank, handed.shared))
         groups = create_groups(shared.conversion.ep_size)
         optimizers, policy = self.optimizers, self.policy
-        report = Report.of(groups, handed.held_YS, self._modules, nested_optimizers(optimizers))
+        report = Report.of(groups, handed.held, self._modules, nested_optimizers(optimizers))
         _take_up(self._modules, optimizers, report, groups, shared)
         self._handed_over = None
         self.__init__(self.model, optimizers, **{**shared.arguments, "policy": policy})
@@ -228,7 +232,7 @@ class ResizableBalancer:
             report = Report.of(groups, None, modules, nested_optimizers(held))
         except Exception as error:  # the other ranks must raise, too
             failure = error
-            report = Report(groups.rank, np.empty((0, 0)), error=f"{type(error).__name__}: {error}")
+            report = Report(groups.rank, [], error=f"{type(error).__name__}: {error}")
         try:
             _take_up(modules, held, report, groups, shared)
         except ValueError as error:
@@ -245,13 +249,13 @@ class _HandedOver:
     Attributes:
         mapping: Mapping of the ranks.
         old_rank: Rank in the old default group.
-        held_YS: Logical experts of its rows.
+        held: Logical experts of its rows, ``[rows]`` for each layer.
         shared: State for ranks that join, if this rank becomes rank 0.
     """
 
     mapping: RankMapping
     old_rank: int
-    held_YS: np.ndarray
+    held: list[np.ndarray]
     shared: SharedState
 
     @property
@@ -259,11 +263,20 @@ class _HandedOver:
         return self.mapping.new_ranks[self.old_rank]
 
 
-def _check_resizable(model: nn.Module, groups: ExpertGroups) -> None:
+def _check_resizable(model: nn.Module, modules: Sequence[ConvertedExperts]) -> None:
     """Raise ``ValueError`` on all ranks if the model's experts can't get another number of ranks in memory."""
     remedy = "Save a checkpoint, and resume from it on the new number of ranks."
-    if groups.size == 1:
-        raise ValueError(f"resize() is not supported where one rank holds all experts (ep_size=1). {remedy}")
+    for layer, _ in modules:
+        if layer.groups.size == 1:
+            raise ValueError(
+                f"resize() is not supported where one rank holds all experts of a layer, as those of {layer.name}."
+                f" {remedy}"
+            )
+        settings, first = (ConversionSettings.of(each, each.groups.size) for each in (layer, modules[0].layer))
+        if settings != first:
+            raise ValueError(
+                f"resize() takes one setting of all layers, and {settings} of {layer.name} is not {first}."
+            )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(f"resize() is not supported with FSDP2 (ExpertParallelStrategy, fully_shard_moe). {remedy}")
     if FullyShardedDataParallel.fsdp_modules(model):
@@ -273,14 +286,19 @@ def _check_resizable(model: nn.Module, groups: ExpertGroups) -> None:
 def _check_same_rows(
     modules: Sequence[ConvertedExperts],
     optimizers: Sequence[Optimizer],
-    placement: ExpertPlacement,
+    placements: Sequence[ExpertPlacement],
     groups: ExpertGroups,
 ) -> None:
     """Verify that all ranks would hand over the same tensors. Collective."""
     tensors = {i: tensors_to_move(each.module, optimizers, with_gradients=True) for i, each in enumerate(modules)}
     names = [type(optimizer).__qualname__ for optimizer in optimizers]
     names += [StateLayout.of(p, optimizers).signature() for p in _parameters(modules).values()]
-    ConsensusCheck(placement, placement, tensors, groups, names=names).wait()
+    ConsensusCheck(placements, placements, tensors, groups, names=names).wait()
+
+
+def _held(layer: ExpertLayer, ep_rank_R: np.ndarray) -> np.ndarray:
+    """Return the logical experts of the rows of all ranks, ``held_RS``."""
+    return layer.row_order.view(layer.groups.size, -1).numpy()[ep_rank_R]
 
 
 def _parameters(modules: Sequence[ConvertedExperts]) -> dict[str, nn.Parameter]:
@@ -293,7 +311,7 @@ def _shared_state(balancer: "ExpertLoadBalancer", ep_size: int) -> SharedState:
         ConversionSettings.of(layer, ep_size),
         {
             "policy": balancer.policy,
-            "window_size": balancer.load.window_size,
+            "window_size": next(iter(balancer.models.values())).load.window_size,
             "step_interval": balancer.step_interval,
             "redundancy": "batch" if layer.chooses_by_batch else "window",
             "min_tokens_per_copy": balancer.min_tokens_per_copy,
@@ -314,16 +332,21 @@ def _take_up(
 ) -> None:
     """Distribute rows over the ranks of the new process group. Every rank of it calls this with its report."""
     reports = exchange_reports(report, groups)
-    before_YRS = stack_held([each.held for each in reports])
     ep_rank_R = np.array([each.ep_rank for each in reports])
-    num_experts = modules[0].layer.num_logical_experts
-    placement = plan_placement(before_YRS, ep_rank_R, num_experts, shared.conversion.redundant_per_rank)
+    before = [stack_held(held_of_ranks) for held_of_ranks in zip(*(each.held for each in reports), strict=True)]
+    redundant = shared.conversion.redundant_per_rank
+    placements = [
+        plan_placement(held_RS, ep_rank_R, layer.num_logical_experts, redundant)
+        for held_RS, (layer, _) in zip(before, modules, strict=True)
+    ]
     nested = nested_optimizers(optimizers)
     if not report.layouts:  # it joins
         for parameter, layout in zip(_parameters(modules).values(), reports[0].layouts, strict=True):
             layout.create(parameter, nested)
-    replace_all_rows([each.module for each in modules], nested, before_YRS, held_under(placement, ep_rank_R))
-    attach(modules, groups, placement)
+    for (_, module), before_RS, placement in zip(modules, before, placements, strict=True):
+        after_RS = placement.primaries.reshape(placement.num_ranks, -1)[ep_rank_R]
+        replace_rows(module, nested, plan_rows(before_RS, after_RS))
+    attach(modules, groups, placements)
     for layer, module in modules:
         broadcast_per_expert_state(module, layer)
 

@@ -46,48 +46,86 @@ class Schedule:
     than the mean of those right after the last rearrangement was due. An early one comes after a quarter of the
     interval at the soonest, and never if a tenth of it is less than two steps, as a single step may be a burst.
 
+    Of several models each is compared with itself, in the steps in which it got tokens. One that drifts is enough.
+
     All ranks that are given the same numbers return the same: only single IEEE operations are used.
 
     Args:
         step_interval: Optimizer steps between rearrangements, at least 1.
+        num_models: Models whose load may drift. Defaults to 1.
     """
 
     EARLY_DROP = 0.1
     """Drop in balancedness that counts as drift of the load."""
 
-    def __init__(self, step_interval: int) -> None:
+    def __init__(self, step_interval: int, num_models: int = 1) -> None:
         check_steps(step_interval=step_interval)
         self.step_interval = step_interval
         self.steps_to_go = max(1, step_interval // 4)
         self._few = step_interval // 10
-        self._first: list[float] = []
-        self._latest: deque[float] = deque(maxlen=max(self._few, 1))
+        self._models = [_Drift(self._few) for _ in range(num_models)]
         self._steps_since_due = 0
         self._was_due = False
-        self._is_early = False
+        self._drifted = [False] * num_models
 
-    def step(self, balancedness: float) -> bool:
-        """Count a step that had this balancedness, and return whether a rearrangement is due now."""
+    def step(self, *balancedness: float | None) -> bool:
+        """Count a step, and return whether a rearrangement is due now.
+
+        Args:
+            *balancedness: Balancedness of each model in that step; ``None`` if it got no tokens.
+        """
         self.steps_to_go -= 1
         self._steps_since_due += 1
-        if len(self._first) < self._few:
-            self._first.append(balancedness)
-        self._latest.append(balancedness)
-        self._is_early = self.steps_to_go > 0 and self._has_drifted()
-        if self.steps_to_go > 0 and not self._is_early:
+        for model, level in zip(self._models, balancedness, strict=True):
+            if level is not None:
+                model.add(level)
+        may_be_early = self.steps_to_go > 0 and self._may_be_early()
+        self._drifted = [may_be_early and model.has_drifted(self.EARLY_DROP) for model in self._models]
+        if self.steps_to_go > 0 and not any(self._drifted):
             return False
         self.steps_to_go = self.step_interval
         self._steps_since_due = 0
         self._was_due = True
-        self._first.clear()
-        self._latest.clear()
+        for model in self._models:
+            model.clear()
         return True
 
-    def look_back(self, num_steps: int) -> int:
-        """Return how many of the window's ``num_steps`` to plan with: after a drift, those since about its start."""
-        return min(num_steps, 2 * self._few) if self._is_early else num_steps
+    def look_back(self, num_steps: int, model: int = 0) -> int:
+        """Return how many of a window's ``num_steps`` to plan with: after a drift, those since about its start.
 
-    def _has_drifted(self) -> bool:
-        if not self._was_due or self._few < 2 or self._steps_since_due < max(self.step_interval // 4, 2 * self._few):
+        Args:
+            num_steps: Steps in the model's window.
+            model: Number of the model. Defaults to the first.
+        """
+        return min(num_steps, 2 * self._few) if self._drifted[model] else num_steps
+
+    def _may_be_early(self) -> bool:
+        soonest = max(self.step_interval // 4, 2 * self._few)
+        return self._was_due and self._few >= 2 and self._steps_since_due >= soonest
+
+
+class _Drift:
+    """Balancedness of a model's first and latest steps since a rearrangement was due.
+
+    Args:
+        few: Steps of each.
+    """
+
+    def __init__(self, few: int) -> None:
+        self._few = few
+        self._first: list[float] = []
+        self._latest: deque[float] = deque(maxlen=max(few, 1))
+
+    def add(self, balancedness: float) -> None:
+        if len(self._first) < self._few:
+            self._first.append(balancedness)
+        self._latest.append(balancedness)
+
+    def has_drifted(self, drop: float) -> bool:
+        if len(self._first) < self._few or len(self._latest) < self._few:
             return False
-        return max(self._latest) < sum(self._first) / self._few - self.EARLY_DROP
+        return max(self._latest) < sum(self._first) / self._few - drop
+
+    def clear(self) -> None:
+        self._first.clear()
+        self._latest.clear()

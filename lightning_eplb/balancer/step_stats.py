@@ -1,8 +1,9 @@
 """Step statistics: result types of optimizer steps and rearrangements, and their collection over all EP groups."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,37 +11,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.functional import balancedness
-from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.token_split import level_tokens
-from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
+from lightning_eplb.relocation.placed_layers import PlacedLayers
+from lightning_eplb.relocation.plan import LayerMoves, plan_relocation, plan_relocations
 
 
 @dataclass(frozen=True)
-class RearrangementResult:
-    """Result of a rearrangement. ``before == after`` if no change was worth its cost.
+class PlacementChange:
+    """Change of a model's placement. ``before == after`` if no change was worth its cost.
 
     Attributes:
         before: Placement at the decision.
         after: Placement that was reached.
         load: Load of the window that the decision was based on, ``[Y, L]`` int64.
-        num_bytes: Bytes of weights and optimizer state that crossed ranks, over all ranks.
-        seconds: Time that training waited on this rank. Transfers that overlapped training are not counted.
-        plan_seconds: Part of ``seconds`` until all ranks knew the plan. With ``use_async`` it is time of the host
-            only, while the device computes a backward pass.
-        exchange_seconds: Part of ``seconds`` in which plans were compared, rows sent or waited for, and maps switched.
+        name: Name of the model in ``ExpertLoadBalancer.models``.
         predicted_balancedness: Balancedness of the steps that follow, according to the forecast; ``None`` without one.
     """
 
     before: ExpertPlacement
     after: ExpertPlacement
     load: np.ndarray
-    num_bytes: int = 0
-    seconds: float = 0.0
-    plan_seconds: float = 0.0
-    exchange_seconds: float = 0.0
-    predicted_balancedness: float | None = None
+    name: str = field(default="model", kw_only=True)
+    predicted_balancedness: float | None = field(default=None, kw_only=True)
+
+    @property
+    def has_changed(self) -> bool:
+        """``True`` if the placement changed."""
+        return self.before != self.after
 
     @property
     def num_layers(self) -> int:
@@ -61,23 +60,101 @@ class RearrangementResult:
     @property
     def balancedness_before(self) -> float:
         """Balancedness of the window's load under the placement before."""
-        return balancedness(level_tokens(self.load, self.before.by_rank))
+        return balancedness(self._tokens_before)
 
     @property
     def balancedness_after(self) -> float:
         """Balancedness of the window's load under the placement after."""
-        return balancedness(level_tokens(self.load, self.after.by_rank))
+        return balancedness(self._tokens_after)
 
     @cached_property
     def _moves(self) -> list[LayerMoves]:
         return plan_relocation(self.before, self.after)
+
+    @property
+    def _tokens_before(self) -> np.ndarray:
+        return level_tokens(self.load, self.before.by_rank)
+
+    @property
+    def _tokens_after(self) -> np.ndarray:
+        return level_tokens(self.load, self.after.by_rank)
+
+
+@dataclass(frozen=True)
+class RearrangementResult(PlacementChange):
+    """Result of a rearrangement. ``before == after`` if no change was worth its cost.
+
+    Of a balancer with several models it is a :class:`RearrangementOfModels`.
+
+    Attributes:
+        num_bytes: Bytes of weights and optimizer state that crossed ranks, over all ranks.
+        seconds: Time that training waited on this rank. Transfers that overlapped training are not counted.
+        plan_seconds: Part of ``seconds`` until all ranks knew the plan. With ``use_async`` it is time of the host
+            only, while the device computes a backward pass.
+        exchange_seconds: Part of ``seconds`` in which plans were compared, rows sent or waited for, and maps switched.
+    """
+
+    num_bytes: int = 0
+    seconds: float = 0.0
+    plan_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+
+    @property
+    def models(self) -> Mapping[str, PlacementChange]:
+        """Change of each model's placement, by the model's name."""
+        return {self.name: self}
+
+
+@dataclass(frozen=True)
+class RearrangementOfModels(RearrangementResult):
+    """Result of a rearrangement of several models: sums over them, and the change of each in :attr:`models`.
+
+    Attributes:
+        changes: Change of each model's placement.
+    """
+
+    before: ExpertPlacement = field(init=False, repr=False, compare=False)
+    after: ExpertPlacement = field(init=False, repr=False, compare=False)
+    load: np.ndarray = field(init=False, repr=False, compare=False)
+    changes: tuple[PlacementChange, ...] = field(kw_only=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _of_each_model(self, name, ("before", "after", "load"), [each.name for each in self.changes])
+
+    @property
+    def models(self) -> Mapping[str, PlacementChange]:
+        """Change of each model's placement, by the model's name."""
+        return {change.name: change for change in self.changes}
+
+    @property
+    def has_changed(self) -> bool:
+        """``True`` if a placement changed."""
+        return any(change.has_changed for change in self.changes)
+
+    @property
+    def num_copies(self) -> int:
+        """Redundant slots whose expert changed or was removed."""
+        return sum(change.num_copies for change in self.changes)
+
+    @cached_property
+    def _moves(self) -> list[LayerMoves]:
+        return plan_relocations([each.before for each in self.changes], [each.after for each in self.changes])
+
+    @property
+    def _tokens_before(self) -> np.ndarray:
+        return np.concatenate([level_tokens(each.load, each.before.by_rank) for each in self.changes])
+
+    @property
+    def _tokens_after(self) -> np.ndarray:
+        return np.concatenate([level_tokens(each.load, each.after.by_rank) for each in self.changes])
 
 
 @dataclass(frozen=True)
 class StepStats:
     """Load of one optimizer step and its distribution over the ranks. Tokens are summed over layers.
 
-    If one rank holds all experts, each expert counts as a rank of its own.
+    If one rank holds all experts, each expert counts as a rank of its own. Of a balancer with several models it is a
+    :class:`StepStatsOfModels`.
 
     Attributes:
         load: Tokens of each logical expert over all ranks, ``[Y, L]`` int64.
@@ -88,6 +165,7 @@ class StepStats:
         plan_seconds: Time in which this rank's host chose redundant experts and split tokens among replicas.
         rearrangement: Result of the rearrangement that ended with this step, if there was one.
         direct_layers: Layers whose latest batch on this rank was dispatched directly, in parts of all layers.
+        name: Name of the model in ``ExpertLoadBalancer.models``.
     """
 
     load: Tensor
@@ -98,6 +176,17 @@ class StepStats:
     plan_seconds: float = 0.0
     rearrangement: RearrangementResult | None = None
     direct_layers: float = 0.0
+    name: str = field(default="model", kw_only=True)
+
+    @property
+    def models(self) -> Mapping[str, "StepStats"]:
+        """Statistics of each model, by the model's name."""
+        return {self.name: self}
+
+    @property
+    def has_tokens(self) -> bool:
+        """``True`` if an expert got a token."""
+        return bool(self.load.any())
 
     @property
     def avg_tokens(self) -> float:
@@ -111,8 +200,8 @@ class StepStats:
 
     @property
     def balancedness(self) -> float:
-        """``avg_tokens / max_tokens``."""
-        return self.avg_tokens / self.max_tokens
+        """``avg_tokens / max_tokens``; 1 without tokens."""
+        return self.avg_tokens / self.max_tokens if self.max_tokens else 1.0
 
     def balancedness_by_group(self, most: int = 4) -> dict[tuple[int, int], float]:
         """Return the balancedness of groups of successive layers, by first and last layer of each.
@@ -120,13 +209,63 @@ class StepStats:
         Args:
             most: Maximum number of groups.
         """
-        size = -(-len(self.load) // most)
-        bounds = [(first, min(first + size, len(self.load)) - 1) for first in range(0, len(self.load), size)]
+        num_layers = len(self.max_tokens_by_layer)
+        size = -(-num_layers // most)
+        bounds = [(first, min(first + size, num_layers) - 1) for first in range(0, num_layers, size)]
         sums = {
             (a, b): (self.avg_tokens_by_layer[a : b + 1].sum(), self.max_tokens_by_layer[a : b + 1].sum())
             for a, b in bounds
         }
         return {group: float(avg / most_tokens) if most_tokens else 1.0 for group, (avg, most_tokens) in sums.items()}
+
+
+@dataclass(frozen=True)
+class StepStatsOfModels(StepStats):
+    """Load of one optimizer step in several models: sums over them, and the statistics of each in :attr:`models`.
+
+    Layers are those of the first model, then those of the next. ``load`` is that of each model only, since models may
+    have different numbers of experts.
+
+    Attributes:
+        parts: Statistics of each model.
+    """
+
+    load: Tensor = field(init=False, repr=False, compare=False)
+    parts: tuple[StepStats, ...] = field(kw_only=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _of_each_model(self, name, ("load",), [each.name for each in self.parts])
+
+    @classmethod
+    def of(cls, parts: Sequence[StepStats]) -> "StepStatsOfModels":
+        """Return the sums over models."""
+        num_layers = sum(len(part.load) for part in parts)
+        return cls(
+            torch.cat([part.avg_tokens_by_layer for part in parts]),
+            torch.cat([part.max_tokens_by_layer for part in parts]),
+            sum(part.num_copies for part in parts),
+            sum(part.copy_bytes for part in parts),
+            sum(part.plan_seconds for part in parts),
+            direct_layers=sum(part.direct_layers * len(part.load) for part in parts) / num_layers,
+            parts=tuple(parts),
+        )
+
+    @property
+    def models(self) -> Mapping[str, StepStats]:
+        """Statistics of each model, by the model's name. A model that rested has no tokens in them."""
+        return {part.name: part for part in self.parts}
+
+    @property
+    def has_tokens(self) -> bool:
+        """``True`` if an expert of a model got a token."""
+        return any(part.has_tokens for part in self.parts)
+
+
+def _of_each_model(owner: object, name: str, separate: Sequence[str], models: Sequence[str]) -> AttributeError:
+    """Return the error for an attribute that only the parts of ``owner`` have."""
+    if name in separate:
+        return AttributeError(f"{name} of the models {list(models)} is separate: use models[{models[0]!r}].{name}")
+    return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
 
 
 class RunTotals:
@@ -153,27 +292,48 @@ class RunTotals:
         """Add the result of a rearrangement."""
         self.predicted_balancedness = result.predicted_balancedness
         self.rearrange_seconds += result.seconds
-        if result.before != result.after:
+        if result.has_changed:
             self.num_rearrangements += 1
             self.rearranged_rows += result.num_rows
             self.rearranged_bytes += result.num_bytes
             self.last_rearrangement = result
 
 
-def collect_step_stats(layers: Sequence[ExpertLayer], groups: ExpertGroups) -> StepStats:
-    """Collect and reset the statistics of all layers. All ranks of the default group must call it."""
-    taken = [layer.take_load() for layer in layers]
-    counts = torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in taken])
-    loads = torch.stack([part.load for part in taken]).cpu()  # one wait for the device, if the loads are on one
-    summed = torch.cat([loads, counts], dim=1)
+def collect_step_stats(models: Sequence[PlacedLayers], groups: ExpertGroups) -> StepStats:
+    """Collect and reset the statistics of all layers. All ranks of the default group must call it.
+
+    Args:
+        models: Layers of the models, in the same order on all ranks.
+        groups: Process groups of the layers.
+    """
+    taken = [[each.layer.take_load() for each in model.modules] for model in models]
+    counts = [torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in parts]) for parts in taken]
+    loads = [torch.stack([part.load for part in parts]).cpu() for parts in taken]  # waits for the device once a model
     if groups.num_ep_groups > 1:
+        summed = torch.cat([part.flatten() for part in (*loads, *counts)])
         dist.all_reduce(summed, group=groups.cpu_group)
         summed //= groups.size  # each rank of an EP group contributed that group's counts
-    load_YL, (max_Y, redundant_Y, bytes_Y) = summed[:, :-3].contiguous(), summed[:, -3:].T
-    if groups.size == 1:
-        max_Y = load_YL.max(dim=1).values
-    avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
-    seconds = sum(part.plan_seconds for part in taken)
-    direct = sum(layer.dispatcher.is_direct for layer in layers) / len(layers)
-    redundant = int(redundant_Y.sum()), int(bytes_Y.sum())
-    return StepStats(load_YL, avg_Y.double(), max_Y.clone(), *redundant, seconds, direct_layers=direct)
+        parts = summed.split([part.numel() for part in (*loads, *counts)])
+        loads, counts = (
+            [part.view(like.shape) for part, like in zip(some, likes, strict=True)]
+            for some, likes in ((parts[: len(models)], loads), (parts[len(models) :], counts))
+        )
+    stats = []
+    for model, parts, load_YL, counts_Y3 in zip(models, taken, loads, counts, strict=True):
+        max_Y, redundant_Y, bytes_Y = counts_Y3.T
+        if groups.size == 1:
+            max_Y = load_YL.max(dim=1).values
+        avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
+        stats.append(
+            StepStats(
+                load_YL,
+                avg_Y.double(),
+                max_Y.clone(),
+                int(redundant_Y.sum()),
+                int(bytes_Y.sum()),
+                sum(part.plan_seconds for part in parts),
+                direct_layers=sum(each.layer.dispatcher.is_direct for each in model.modules) / len(model.modules),
+                name=model.name,
+            )
+        )
+    return stats[0] if len(stats) == 1 else StepStatsOfModels.of(stats)

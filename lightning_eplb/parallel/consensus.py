@@ -78,6 +78,18 @@ def _describe(error: BaseException) -> str:
         return type(error).__name__
 
 
+def check_models(decided: Any, before: Mapping[str, ExpertPlacement]) -> Mapping[str, Any]:
+    """Return ``decided`` if it has a value for each model of ``before``.
+
+    Raises:
+        ValueError: ``decided`` is no mapping, or has other models.
+    """
+    if not isinstance(decided, Mapping) or set(decided) != set(before):
+        names = sorted(decided) if isinstance(decided, Mapping) else f"a {type(decided).__name__}"
+        raise ValueError(f"rearrange_models() returned {names}; it must return a placement for each of {list(before)}")
+    return decided
+
+
 def check_successor(decided: Any, before: ExpertPlacement) -> ExpertPlacement:
     """Return ``decided`` if it is a placement that can follow ``before``.
 
@@ -99,8 +111,8 @@ class ConsensusCheck:
     The digests of all ranks travel while the host prepares the transfer.
 
     Args:
-        before: Placement now.
-        after: Placement afterwards.
+        before: Placements of the models now.
+        after: Placements afterwards.
         moved: Tensors to move, by layer.
         groups: Process groups of the experts. The check runs over all ranks of the default group.
         payload: Number that each rank sends along with its digest, ``0 ... 2**32 - 1``. Ranks may send different ones.
@@ -109,8 +121,8 @@ class ConsensusCheck:
 
     def __init__(
         self,
-        before: ExpertPlacement,
-        after: ExpertPlacement,
+        before: Sequence[ExpertPlacement],
+        after: Sequence[ExpertPlacement],
         moved: Mapping[int, Sequence[Tensor]],
         groups: ExpertGroups,
         payload: int = 0,
@@ -122,7 +134,8 @@ class ConsensusCheck:
             for tensor in tensors
         ]
         tensors = repr((signature, list(names))).encode()
-        digest = hashlib.sha256(before.digest() + after.digest() + tensors).digest()
+        placements = b"".join(placement.digest() for placement in (*before, *after))
+        digest = hashlib.sha256(placements + tensors).digest()
         self._sent = torch.frombuffer(bytearray(digest + payload.to_bytes(4, "little")), dtype=torch.uint8)
         self._received = [torch.empty_like(self._sent) for _ in range(groups.world_size)]
         self._work = dist.all_gather(self._received, self._sent, group=groups.cpu_group, async_op=True)

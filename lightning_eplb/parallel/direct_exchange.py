@@ -16,14 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_eplb.parallel.direct_kernels import (
-    count_kernel,
-    expand_kernel,
-    place_kernel,
-    receive_sums_kernel,
-    send_kernel,
-    send_sums_kernel,
-)
+from lightning_eplb.parallel.direct_kernels import count_kernel, expand_kernel, place_kernel, send_kernel
+from lightning_eplb.parallel.direct_sum_kernels import receive_sums_kernel, send_sums_kernel
 from lightning_eplb.parallel.launch import launch, power_of_2
 from lightning_eplb.parallel.symmetric_buffers import HEADER_WORDS, Header, Region
 

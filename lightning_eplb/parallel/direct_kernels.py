@@ -1,4 +1,4 @@
-"""Triton kernels of direct dispatch, see :mod:`~lightning_eplb.parallel.direct_exchange`, which launches them.
+"""Triton kernels that dispatch tokens, see :mod:`~lightning_eplb.parallel.direct_exchange`, which launches them.
 
 Numbers of tokens and rows are not specialised, or one rank would compile while the others wait for it.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _area(addresses, rank, offset, DTYPE: tl.constexpr):
+def area(addresses, rank, offset, DTYPE: tl.constexpr):
     """Return the pointer to an area in the region of a rank."""
     area = (tl.load(addresses + rank) + offset).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(area, 16)
@@ -27,9 +27,10 @@ def _slot(index, table, pair, mask, num_experts, HAS_TABLE: tl.constexpr):
 
 
 @triton.jit
-def _write_header(addresses, tag, sequence, tokens, payload, ME: tl.constexpr, RANKS: tl.constexpr):
+def write_header(addresses, tag, sequence, tokens, payload, ME: tl.constexpr, RANKS: tl.constexpr):
+    """Write this rank's header into the regions of all ranks."""
     for d in tl.static_range(RANKS):
-        header = _area(addresses, d, 0, tl.int64) + ME * 8
+        header = area(addresses, d, 0, tl.int64) + ME * 8
         tl.store(header, tag.to(tl.int64))
         tl.store(header + 1, sequence.to(tl.int64))
         tl.store(header + 2, tokens.to(tl.int64))
@@ -37,8 +38,9 @@ def _write_header(addresses, tag, sequence, tokens, payload, ME: tl.constexpr, R
 
 
 @triton.jit
-def _check_headers(addresses, errors, tag, sequence, ME: tl.constexpr, RANKS: tl.constexpr):
-    header = _area(addresses, ME, 0, tl.int64)
+def check_headers(addresses, errors, tag, sequence, ME: tl.constexpr, RANKS: tl.constexpr):
+    """Note the first rank whose header is of another layer or trip."""
+    header = area(addresses, ME, 0, tl.int64)
     for d in tl.static_range(RANKS):
         their_tag = tl.load(header + d * 8)
         their_sequence = tl.load(header + d * 8 + 1)
@@ -91,7 +93,7 @@ def send_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     if token == 0:
-        _write_header(addresses, tag, sequence, header_tokens, payload, ME, RANKS)
+        write_header(addresses, tag, sequence, header_tokens, payload, ME, RANKS)
         for start in range(0, num_counts, 1024):
             place = start + tl.arange(0, 1024)
             tl.store(counts + place, tl.zeros((1024,), tl.int64), mask=place < num_counts)
@@ -105,8 +107,8 @@ def send_kernel(
                 tl.store(slots + token * TOP_K + k, slot_K, mask=is_choice)
             place = (ME * capacity + token) * TOP_K + k
             for d in tl.static_range(RANKS):
-                tl.store(_area(addresses, d, slots_offset, tl.int32) + place, slot_K, mask=is_choice)
-                tl.store(_area(addresses, d, weights_offset, SUM_DTYPE) + place, weight_K, mask=is_choice)
+                tl.store(area(addresses, d, slots_offset, tl.int32) + place, slot_K, mask=is_choice)
+                tl.store(area(addresses, d, weights_offset, SUM_DTYPE) + place, weight_K, mask=is_choice)
         for start in range(0, WIDTH, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             is_inside = columns < WIDTH
@@ -118,7 +120,7 @@ def send_kernel(
                         slot = _slot(index, table, token * TOP_K + choice, True, num_experts, HAS_TABLE)
                         goes += tl.where(slot // SLOTS == d, 1, 0)
                     if goes > 0:
-                        rows = _area(addresses, d, rows_offset, hidden.dtype.element_ty)
+                        rows = area(addresses, d, rows_offset, hidden.dtype.element_ty)
                         tl.store(rows + (ME * capacity + token) * WIDTH + columns, row, mask=is_inside)
 
 
@@ -143,8 +145,8 @@ def count_kernel(
 ):
     program = tl.program_id(0)
     rank, chunk = program // CHUNKS, program % CHUNKS
-    header = _area(addresses, ME, 0, tl.int64)
-    slots = _area(addresses, ME, slots_offset, tl.int32)
+    header = area(addresses, ME, 0, tl.int64)
+    slots = area(addresses, ME, slots_offset, tl.int32)
     num_pairs = tl.minimum(tl.load(header + rank * HEADER + 2), capacity) * TOP_K
     length = tl.cdiv(tl.cdiv(num_pairs, CHUNKS), PAIRS) * PAIRS
     first = chunk * length
@@ -164,7 +166,7 @@ def count_kernel(
         for d in tl.static_range(RANKS):
             tl.store(report + d * HEADER + words, tl.load(header + d * HEADER + words))
         tl.store(report + RANKS * (HEADER + NUM_SLOTS) + words, tl.load(errors + words))
-        _check_headers(addresses, errors, tag, sequence, ME, RANKS)
+        check_headers(addresses, errors, tag, sequence, ME, RANKS)
 
 
 @triton.jit(do_not_specialize=["num_served", "capacity", "slots_offset", "weights_offset"])
@@ -194,9 +196,9 @@ def place_kernel(
 ):
     program = tl.program_id(0)
     rank, chunk = program // CHUNKS, program % CHUNKS
-    header = _area(addresses, ME, 0, tl.int64)
-    slots = _area(addresses, ME, slots_offset, tl.int32)
-    their_weights = _area(addresses, ME, weights_offset, weights.dtype.element_ty)
+    header = area(addresses, ME, 0, tl.int64)
+    slots = area(addresses, ME, slots_offset, tl.int32)
+    their_weights = area(addresses, ME, weights_offset, weights.dtype.element_ty)
     turn = tl.arange(0, OWN_BLOCK)
     own_slot = FIRST_SLOT + tl.load(own_slots + turn, mask=turn < num_served, other=0)
     other = tl.arange(0, CHUNKS_BLOCK)
@@ -267,7 +269,7 @@ def expand_kernel(
         if rank == ME:
             row = tl.load(hidden + token * WIDTH + columns, mask=is_inside, other=0)
         else:
-            rows = _area(addresses, ME, rows_offset, hidden.dtype.element_ty)
+            rows = area(addresses, ME, rows_offset, hidden.dtype.element_ty)
             row = tl.load(rows + (rank * capacity + token) * WIDTH + columns, mask=is_inside, other=0)
         if IS_WEIGHTED:
             if HAS_DOT:
@@ -279,131 +281,3 @@ def expand_kernel(
         tl.store(out + m * WIDTH + columns, row.to(out.dtype.element_ty), mask=is_inside)
     if HAS_DOT:
         tl.store(grad_weights + m, tl.sum(products, axis=0).to(grad_weights.dtype.element_ty))
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("tag", "sequence", "header_tokens", "payload", "num_served", "num_own"),
-        *("stride", "capacity", "weights_offset", "rows_offset"),
-    ],
-    do_not_specialize_on_alignment=["own_grads", "other_grads", "place", "weights", "ends"],
-)
-def send_sums_kernel(
-    own,
-    others,
-    own_grads,
-    other_grads,
-    place,
-    weights,
-    ends,
-    addresses,
-    tag,
-    sequence,
-    header_tokens,
-    payload,
-    num_served,
-    num_own,
-    stride,
-    capacity,
-    weights_offset,
-    rows_offset,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ME: tl.constexpr,
-    RANKS: tl.constexpr,
-    IS_WEIGHTED: tl.constexpr,
-    HAS_GRADS: tl.constexpr,
-    HAS_OTHERS: tl.constexpr,
-    FACTOR: tl.constexpr,
-    SUM_DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token, rank = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if (token == 0) & (rank == 0):
-        _write_header(addresses, tag, sequence, header_tokens, payload, ME, RANKS)
-    if token < tl.load(ends + num_served + rank):
-        pair = (rank * stride + token) * TOP_K
-        there = rank * capacity + token
-        for start in range(0, WIDTH, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            is_inside = columns < WIDTH
-            total = tl.zeros((BLOCK,), dtype=SUM_DTYPE)
-            is_any = 0
-            for k in tl.static_range(TOP_K):
-                m = tl.load(place + pair + k).to(tl.int64)
-                if m >= 0:
-                    if HAS_OTHERS:
-                        source = tl.where(m < num_own, own + m * WIDTH, others + (m - num_own) * WIDTH)
-                    else:
-                        source = own + m * WIDTH
-                    row = tl.load(source + columns, mask=is_inside, other=0).to(SUM_DTYPE)
-                    if IS_WEIGHTED:
-                        row *= tl.load(weights + m).to(SUM_DTYPE)
-                    total += row
-                    is_any += 1
-            if is_any > 0:
-                here = ME * capacity + token
-                rows = _area(addresses, rank, rows_offset, own.dtype.element_ty)
-                total *= FACTOR
-                tl.store(rows + here * WIDTH + columns, total.to(own.dtype.element_ty), mask=is_inside)
-        if HAS_GRADS:
-            grads = _area(addresses, rank, weights_offset, own_grads.dtype.element_ty)
-            for k in tl.static_range(TOP_K):
-                m = tl.load(place + pair + k).to(tl.int64)
-                if m >= 0:
-                    if HAS_OTHERS:
-                        grad = tl.load(tl.where(m < num_own, own_grads + m, other_grads + m - num_own))
-                    else:
-                        grad = tl.load(own_grads + m)
-                    tl.store(grads + there * TOP_K + k, grad * FACTOR)
-
-
-@triton.jit(
-    do_not_specialize=["tag", "sequence", "tokens", "capacity", "weights_offset", "rows_offset"],
-    do_not_specialize_on_alignment=["slots", "grad_weights", "errors"],
-)
-def receive_sums_kernel(
-    out,
-    grad_weights,
-    slots,
-    errors,
-    addresses,
-    tag,
-    sequence,
-    tokens,
-    capacity,
-    weights_offset,
-    rows_offset,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_K_BLOCK: tl.constexpr,
-    ME: tl.constexpr,
-    RANKS: tl.constexpr,
-    HAS_GRADS: tl.constexpr,
-    SUM_DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    if token == 0:
-        _check_headers(addresses, errors, tag, sequence, ME, RANKS)
-    if token < tokens:
-        rows = _area(addresses, ME, rows_offset, out.dtype.element_ty)
-        for start in range(0, WIDTH, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            is_inside = columns < WIDTH
-            total = tl.zeros((BLOCK,), dtype=SUM_DTYPE)
-            for d in tl.static_range(RANKS):
-                comes = 0
-                for choice in tl.static_range(TOP_K):
-                    comes += tl.where(tl.load(slots + token * TOP_K + choice) // SLOTS == d, 1, 0)
-                if comes > 0:
-                    there = d * capacity + token
-                    total += tl.load(rows + there * WIDTH + columns, mask=is_inside, other=0).to(SUM_DTYPE)
-            tl.store(out + token * WIDTH + columns, total.to(out.dtype.element_ty), mask=is_inside)
-        if HAS_GRADS:
-            k = tl.arange(0, TOP_K_BLOCK)
-            has_expert = tl.load(slots + token * TOP_K + k, mask=k < TOP_K, other=RANKS * SLOTS) < RANKS * SLOTS
-            grads = _area(addresses, ME, weights_offset, SUM_DTYPE)
-            grad = tl.load(grads + (ME * capacity + token) * TOP_K + k, mask=has_expert, other=0)
-            tl.store(grad_weights + token * TOP_K + k, grad.to(grad_weights.dtype.element_ty), mask=k < TOP_K)

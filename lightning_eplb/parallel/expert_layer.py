@@ -73,7 +73,7 @@ class ExpertLayer:
     """State of a converted expert module beyond its parameters.
 
     Args:
-        index: Row of the layer in the placement and in the load, ``0 ... Y-1``.
+        index: Number of the layer among those that were converted together, in the order of modules.
         name: Name of the module in the model.
         module: Module before its class is swapped and its parameters are sharded.
         context: State that all layers share.
@@ -147,22 +147,23 @@ class ExpertLayer:
     def attach(
         self, groups: ExpertGroups, gradient_sync: ExpertGradientSync | None, placement: ExpertPlacement
     ) -> None:
-        """Use other process groups, on which the primaries' rows are where ``placement`` says."""
+        """Use other process groups, on which the primaries' rows are where ``placement`` of this layer says."""
         self._groups, self.gradient_sync = groups, gradient_sync
         self.dispatcher = self.dispatcher_class(groups)
         self.num_primaries = placement.primaries_per_rank
         self.physical_to_logical = np.empty(placement.num_physical_experts, dtype=np.int64)
         self.set_placement(placement)
 
-    def set_placement(self, placement: ExpertPlacement, capacity: Sequence[float] | None = None) -> None:
+    def set_placement(self, placement: ExpertPlacement, row: int = 0, capacity: Sequence[float] | None = None) -> None:
         """Use ``placement`` from the next forward pass on. The primaries' rows must be where it says.
 
         Args:
-            placement: Placement of all layers.
+            placement: Placement of this layer and of others.
+            row: Row of this layer in the placement. Defaults to the first.
             capacity: Work that each rank should get, in any unit. Defaults to the same for all.
         """
         self.cancel_prefetch()
-        p2l_P = placement.physical_to_logical[self.index]
+        p2l_P = placement.physical_to_logical[row]
         if hasattr(self, "physical_to_logical"):
             np.copyto(self.physical_to_logical, p2l_P)
         else:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.gradient_hooks import FINGERPRINT_BITS
 from lightning_eplb.parallel.groups import ExpertGroups
+from lightning_eplb.parallel.ties import TieGradients
 
 HAS_EXTRA_ARGUMENTS = 2**FINGERPRINT_BITS
 """Flag in a rank's payload, above the fingerprint of its gradient hooks."""
@@ -113,7 +114,9 @@ class ExtraArguments:
         same = {name: v for name, v in self.values.items() if isinstance(v, Tensor) and name not in self.rows}
         tied = [(values, name) for values in (own, others, same) for name, v in values.items() if v.requires_grad]
         if tied and torch.is_grad_enabled():
-            own_MD, others_MD, *tensors = _Tie.apply(own_MD, others_MD, *(values[name] for values, name in tied))
+            own_MD, others_MD, *tensors = TieGradients.apply(
+                own_MD, others_MD, *(values[name] for values, name in tied)
+            )
             for (values, name), tensor in zip(tied, tensors, strict=True):
                 values[name] = tensor
         return own_MD, self._with(same | own), others_MD, self._with(same | others)
@@ -323,15 +326,3 @@ def _unflat(received: Tensor, like: Tensor) -> Tensor:
     rows = received if received.dtype == dtype else received.contiguous().view(dtype)
     rows = rows.reshape(len(rows), *like.shape[1:], *([2] if like.is_complex() else []))
     return torch.view_as_complex(rows) if like.is_complex() else rows
-
-
-class _Tie(torch.autograd.Function):
-    """Identity of tensors, of which all get a gradient once one does."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads

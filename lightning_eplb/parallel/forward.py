@@ -29,6 +29,7 @@ from lightning_eplb.parallel.per_expert_state import CounterUpdates, make_part
 from lightning_eplb.parallel.prefetch import PrefetchedWeights
 from lightning_eplb.parallel.protocol_check import FIRST_CHOICE, PROTOCOL_OF_FORWARD
 from lightning_eplb.parallel.redundant_experts import RedundantExperts
+from lightning_eplb.parallel.ties import TieOutput
 
 
 class ParallelExperts(nn.Module):
@@ -247,11 +248,11 @@ class ParallelExperts(nn.Module):
         ddp = self.expert_layer.ddp
         if ddp is not None and (not ddp.find_unused_parameters or ddp.static_graph):  # it waits for all gradients
             shared = [*self._shared_parameters(), *extra.parameters()]
-            return _Tie.apply(output_TD, hidden_TD, weights_TK, *extra.trained(), *shared)
+            return TieOutput.apply(output_TD, hidden_TD, weights_TK, *extra.trained(), *shared)
         if trains_without_tokens(*detached, extra.without_tokens()):
-            output_TD = _Tie.apply(output_TD, *extra.trained())
+            output_TD = TieOutput.apply(output_TD, *extra.trained())
         if trains_without_tokens(hidden_TD[:0], weights_TK[:0], extra.without_tokens(detached=True)):
-            return _Tie.apply(output_TD, hidden_TD, weights_TK)
+            return TieOutput.apply(output_TD, hidden_TD, weights_TK)
         return output_TD
 
     def _prefetch(self) -> PrefetchedWeights | None:
@@ -286,12 +287,12 @@ class ParallelExperts(nn.Module):
             ones = torch.ones(len(hidden_MD), 1, dtype=call.weights_dtype, device=hidden_MD.device)
             output_MD = self._original_forward(local, hidden_MD, slots_M.unsqueeze(-1), ones, rows.extra)
             call.counters.add(local, rows.experts)
-            return _Tie.apply(output_MD, *self._shared_parameters()) if layer.per_expert.has_modules else output_MD
+            return TieOutput.apply(output_MD, *self._shared_parameters()) if layer.per_expert.has_modules else output_MD
         if call.form is not None:  # in the dtype of the rows
-            return _Tie.apply(hidden_MD.new_empty(hidden_MD.shape), hidden_MD, *rows.weights)
+            return TieOutput.apply(hidden_MD.new_empty(hidden_MD.shape), hidden_MD, *rows.weights)
         no_output = self._sample_output(hidden_MD, call.weights_dtype, call.extra)[:0]
         shared = [*self._shared_parameters(), *call.extra.parameters()]
-        return _Tie.apply(no_output, *shared, hidden_MD, *rows.weights)
+        return TieOutput.apply(no_output, *shared, hidden_MD, *rows.weights)
 
     def _original_forward(
         self, local: nn.Module, hidden_MD: Tensor, slots_M1: Tensor, ones_M1: Tensor, extra: CallArguments
@@ -392,21 +393,3 @@ class _ExpertRows(NamedTuple):
     ends: Tensor
     extra: CallArguments
     row_weights: Tensor | None = None
-
-
-class _Tie(torch.autograd.Function):
-    """Output tied to tensors that it does not depend on, so that every rank enters their backward collectives.
-
-    They get gradients of zeros. DDP waits for a gradient of each shared parameter from every rank. An undefined
-    gradient could run on autograd's CPU thread, ahead of what this rank's device is to do before.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.tensors = tensors
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.tensors, ctx.needs_input_grad[1:], strict=True)
-        return grads[0], *(torch.zeros_like(tensor) if is_needed else None for tensor, is_needed in needed)

@@ -52,10 +52,16 @@ def create_groups(ep_size: int) -> ExpertGroups:
     return ExpertGroups.create(group)
 
 
-def attach(modules: Sequence[ConvertedExperts], groups: ExpertGroups, placement: ExpertPlacement) -> None:
-    """Let layers use other process groups. Performs no communication."""
+def attach(modules: Sequence[ConvertedExperts], groups: ExpertGroups, placements: Sequence[ExpertPlacement]) -> None:
+    """Let layers use other process groups. Performs no communication.
+
+    Args:
+        modules: Converted modules, with the rows of their placements.
+        groups: Process groups.
+        placements: Placement of each layer.
+    """
     gradient_sync = ExpertGradientSync(groups) if groups.edp_group is not None else None
-    for layer, _ in modules:
+    for (layer, _), placement in zip(modules, placements, strict=True):
         layer.attach(groups, gradient_sync, placement)
 
 
@@ -86,15 +92,13 @@ def convert_without_rows(
     memory = memory_device(model, device)
     per_expert = {name: find_per_expert_state(name, module) for name, module in found.items()}
     first_choice_only = check_protocol(found)
-    num_experts = next(iter(found.values())).num_experts
-    assert isinstance(num_experts, int)
-    placement = ExpertPlacement.initial(len(found), num_experts, settings.ep_size, num_redundant)
     context = LayerContext(groups, settings.dispatcher)
     choices = choose(found.values(), settings.fused_experts, settings.ep_size)
     for index, (name, module) in enumerate(found.items()):
         layer = ExpertLayer(index, name, module, context, per_expert[name], name in first_choice_only)
         layer.set_fused_choice(choices[index])
-        make_parallel(module, layer, placement)
+        sizes = (1, layer.num_logical_experts, settings.ep_size, num_redundant)
+        make_parallel(module, layer, ExpertPlacement.initial(*sizes))
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data[:0].clone()
     initialize(model, allocate(model, memory), memory)

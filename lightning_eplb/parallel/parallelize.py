@@ -148,9 +148,6 @@ def parallelize_experts(
     per_expert = {name: find_per_expert_state(name, module) for name, module in found.items() if size > 1}
     first_choice_only = check_protocol(found) if size > 1 else set()
     groups = ExpertGroups.create(group)
-    num_experts = next(iter(found.values())).num_experts
-    assert isinstance(num_experts, int)
-    placement = ExpertPlacement.initial(len(found), num_experts, size, num_redundant_experts)
     gradient_sync = ExpertGradientSync(groups) if groups.edp_group is not None and mesh is None else None
     context = LayerContext(groups, dispatcher, gradient_sync)
     choices = choose(found.values(), fused_experts, size)
@@ -158,7 +155,7 @@ def parallelize_experts(
         state = per_expert.get(name, PerExpertState())
         layer = ExpertLayer(index, name, module, context, state, name in first_choice_only)
         layer.set_fused_choice(choices[index])
-        _convert(module, layer, placement)
+        _convert(module, layer, ExpertPlacement.initial(1, layer.num_logical_experts, size, num_redundant_experts))
         if mesh is not None and size > 1:
             distribute_rows(module, mesh)
     return model

@@ -6,6 +6,7 @@ Shape suffixes: ``Y`` MoE layers, ``L`` logical experts, ``R`` ranks, ``S`` slot
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,7 +172,7 @@ class Policy(ABC):
     def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Choose the placement of the next interval, knowing more than the window's sum.
 
-        This is what the balancer calls. A policy that has no use for more need not override it.
+        A policy that has no use for more need not override it.
 
         Args:
             outlook: The window, a forecast of the next one, and what moves cost.
@@ -182,6 +183,24 @@ class Policy(ABC):
             As :meth:`rearrange`.
         """
         return self.rearrange(outlook.window, placement, topology)
+
+    def rearrange_models(
+        self, outlooks: Mapping[str, Outlook], placements: Mapping[str, ExpertPlacement], topology: Topology
+    ) -> Mapping[str, ExpertPlacement]:
+        """Choose the placements of all models of a balancer, such as a generator and a discriminator.
+
+        This is what the balancer calls. It calls :meth:`look_ahead` for one model after the other. Override it where
+        models share something, such as a limit of moves.
+
+        Args:
+            outlooks: The window, a forecast and costs of each model, by the model's name.
+            placements: Where the experts of each model are now.
+            topology: Which ranks share a node, and what they can do.
+
+        Returns:
+            A placement for each model, as of :meth:`rearrange`.
+        """
+        return {name: self.look_ahead(outlook, placements[name], topology) for name, outlook in outlooks.items()}
 
     def warm_up(self, placement: ExpertPlacement) -> None:  # noqa: B027
         """Do now what would otherwise delay the first decision, such as compiling. Called at set-up, on every rank."""

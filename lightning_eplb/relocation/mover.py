@@ -1,11 +1,10 @@
-"""Relocation of the experts of all layers to a placement, at once or overlapped with training steps."""
+"""Relocation of the experts of all models to new placements, at once or overlapped with training steps."""
 
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -13,38 +12,34 @@ from torch.utils.hooks import RemovableHandle
 from lightning_eplb.parallel.consensus import ConsensusCheck
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
-from lightning_eplb.parallel.parallelize import ConvertedExperts
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.relocation.async_transfer import AsyncTransfer
 from lightning_eplb.relocation.optimizer_state import call_after_steps, has_rows, leaves, nested_optimizers, state_of
-from lightning_eplb.relocation.plan import LayerMoves, plan_relocation
+from lightning_eplb.relocation.placed_layers import PlacedLayers
+from lightning_eplb.relocation.plan import LayerMoves, plan_relocations
 from lightning_eplb.relocation.transfer import gradients_to_move, relocate, tensors_to_move
 
 _IN_FLIGHT: WeakKeyDictionary[ExpertLayer, AsyncTransfer] = WeakKeyDictionary()
-"""Transfers in flight by the model's first layer."""
+"""Transfers in flight by the first layer that their mover has."""
 
 
 class ExpertMover:
-    """Relocation of a model's primaries, with the layers' placements. All ranks call its methods alike.
+    """Relocation of the primaries of one or more models, with their placements. All ranks call its methods alike.
 
-    A model has one mover. A transfer of a former mover, as after a failure, is cancelled.
+    A model has one mover. A transfer of a former mover, as after a failure, is cancelled. Layers are numbered through:
+    those of the first model, then those of the next.
 
     Args:
-        modules: Converted expert modules, in the order of layers.
+        models: Layers whose experts move, on the same process groups.
         optimizers: Optimizers of expert parameters, whose state moves with the experts.
         use_async: Allow transfers to overlap with training. Ranks get a process group for them.
     """
 
-    def __init__(self, modules: Sequence[ConvertedExperts], optimizers: Iterable[Optimizer], use_async: bool) -> None:
-        self._modules = modules
-        first_layer = modules[0].layer
+    def __init__(self, models: Sequence[PlacedLayers], optimizers: Iterable[Optimizer], use_async: bool) -> None:
+        self._models = models
+        self._modules = [each for model in models for each in model.modules]
+        first_layer = self._modules[0].layer
         self.groups: ExpertGroups = first_layer.groups
-        self.placement = ExpertPlacement(
-            np.stack([each.layer.physical_to_logical for each in modules]),
-            first_layer.num_logical_experts,
-            self.groups.size,
-        )
-        """Placement of the experts now."""
         self.num_bytes = 0
         """Bytes that crossed ranks since the last relocation started, over all ranks."""
         self.seconds = 0.0
@@ -54,7 +49,7 @@ class ExpertMover:
         self._relocation_groups = self.groups.relocation_groups() if use_async and self.groups.size > 1 else None
         self._group_number = 0
         self._transfer: AsyncTransfer | None = None
-        self._goal = self.placement
+        self._goal = self.placements
         self._has_stepped = False
         self._hooks: list[RemovableHandle] = []
         self.optimizers: list[Optimizer] = []
@@ -71,7 +66,17 @@ class ExpertMover:
 
     def _on_step(self, *_: Any) -> None:
         self._has_stepped = True
-        self._modules[0].layer.cancel_prefetch()  # fused optimizers don't increment the weights' versions
+        self.cancel_prefetch()  # fused optimizers don't increment the weights' versions
+
+    def cancel_prefetch(self) -> None:
+        """Drop prefetched weights, which are about to change unnoticed."""
+        for prefetcher in {id(each.layer.prefetcher): each.layer.prefetcher for each in self._modules}.values():
+            prefetcher.cancel()
+
+    @property
+    def placements(self) -> list[ExpertPlacement]:
+        """Placements of the models now."""
+        return [model.placement for model in self._models]
 
     @property
     def is_in_flight(self) -> bool:
@@ -87,11 +92,11 @@ class ExpertMover:
         """Return the tensors that move with a layer's primaries, ``[n, ...]`` each."""
         return tensors_to_move(self._modules[layer_index].module, self._all_optimizers, with_gradients)
 
-    def move(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
-        """Move to the placement ``after`` now. All ranks verify that they agree before the first row moves.
+    def move(self, after: Sequence[ExpertPlacement], capacity: tuple[float, ...] | None, with_gradients: bool) -> None:
+        """Move to the placements ``after`` now. All ranks verify that they agree before the first row moves.
 
         Args:
-            after: Placement to move to.
+            after: Placement to move to, for each model.
             capacity: Work that each EP rank gets from then on.
             with_gradients: Move gradients, too.
 
@@ -100,20 +105,20 @@ class ExpertMover:
         """
         start = time.perf_counter()
         self._all_optimizers = nested_optimizers(self.optimizers)  # some are created in the first step
-        plan = plan_relocation(self.placement, after)
+        plan = plan_relocations(self.placements, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients) for moves in plan}
-        ConsensusCheck(self.placement, after, moved, self.groups, names=self._names_of_state(moved)).wait()
+        ConsensusCheck(self.placements, after, moved, self.groups, names=self._names_of_state(moved)).wait()
         num_bytes = relocate(plan, moved.__getitem__, self.groups)
         self.num_bytes = num_bytes * self.groups.num_ep_groups
         self._capacity = capacity
-        self._switch(after, range(after.num_layers))
+        self._switch(after, range(len(self._modules)))
         self.seconds = time.perf_counter() - start
 
-    def start(self, after: ExpertPlacement, capacity: tuple[float, ...] | None, max_bytes: int) -> None:
+    def start(self, after: Sequence[ExpertPlacement], capacity: tuple[float, ...] | None, max_bytes: int) -> None:
         """Start to move to ``after`` during the next steps. Layers whose primaries stay use it at once.
 
         Args:
-            after: Placement to move to.
+            after: Placement to move to, for each model.
             capacity: Work that each EP rank gets from then on.
             max_bytes: Bytes a step, see :class:`~lightning_eplb.relocation.async_transfer.AsyncTransfer`.
 
@@ -123,11 +128,11 @@ class ExpertMover:
         assert self._relocation_groups is not None
         start = time.perf_counter()
         self._all_optimizers = nested_optimizers(self.optimizers)  # some are created in the first step
-        plan = plan_relocation(self.placement, after)
+        plan = plan_relocations(self.placements, after)
         moved = {moves.layer: self.tensors(moves.layer, with_gradients=False) for moves in plan}
         number = self._relocation_groups.first_free
         names = self._names_of_state(moved)
-        check = ConsensusCheck(self.placement, after, moved, self.groups, number, names=names)
+        check = ConsensusCheck(self.placements, after, moved, self.groups, number, names=names)
         transfer = self._prepare(plan, number, max_bytes) if number else None
         numbers = set(check.wait())
         if transfer is None or len(numbers) > 1:
@@ -141,7 +146,7 @@ class ExpertMover:
         self._has_stepped = False
         self.num_bytes = 0
         self._goal, self._capacity = after, capacity
-        self._switch(after, [layer for layer in range(after.num_layers) if layer not in moved])
+        self._switch(after, [layer for layer in range(len(self._modules)) if layer not in moved])
         self.seconds = time.perf_counter() - start
 
     def send_next(self) -> None:
@@ -177,7 +182,7 @@ class ExpertMover:
             return
         start = time.perf_counter()
         gradients = {layer: gradients_to_move(self._modules[layer].module) for layer in transfer.layers_in_flight}
-        check = ConsensusCheck(self.placement, self._goal, gradients, self.groups)
+        check = ConsensusCheck(self.placements, self._goal, gradients, self.groups)
         transfer.prepare_commit()
         check.wait()
         self._switch(self._goal, transfer.commit(gradients))
@@ -224,11 +229,11 @@ class ExpertMover:
                     names += [f"{key}: {number}" for key, number in sorted(kept.items(), key=str) if number]
         return names
 
-    def _switch(self, after: ExpertPlacement, layers: Iterable[int]) -> None:
+    def _switch(self, after: Sequence[ExpertPlacement], layers: Iterable[int]) -> None:
         """Use ``after`` in some layers from the next forward pass on."""
-        layers = list(layers)
-        slots_YP = self.placement.physical_to_logical.copy()
-        slots_YP[layers] = after.physical_to_logical[layers]
-        self.placement = ExpertPlacement(slots_YP, after.num_logical_experts, after.num_ranks)
-        for index in layers:
-            self._modules[index].layer.set_placement(self.placement, self._capacity)
+        layers, first = list(layers), 0
+        for model, goal in zip(self._models, after, strict=True):
+            end = first + len(model.modules)
+            if rows := [layer - first for layer in layers if first <= layer < end]:
+                model.switch(goal, rows, self._capacity)
+            first = end

@@ -1,6 +1,7 @@
 """Plan of a relocation: the primaries that move between two placements. Pure: arrays in, plan out."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +51,19 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
         experts = np.flatnonzero(moved_YL[layer])
         places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
         plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], max_rows=most_Y[layer]))
+    return plan
+
+
+def plan_relocations(old: Sequence[ExpertPlacement], new: Sequence[ExpertPlacement]) -> list[LayerMoves]:
+    """Return the moves of several models. Layers are numbered through: those of the first model, then the next's.
+
+    Raises:
+        ValueError: As in :func:`plan_relocation`.
+    """
+    plan, first = [], 0
+    for before, after in zip(old, new, strict=True):
+        plan += [replace(moves, layer=first + moves.layer) for moves in plan_relocation(before, after)]
+        first += before.num_layers
     return plan
 
 

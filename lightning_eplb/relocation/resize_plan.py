@@ -1,11 +1,11 @@
 """Plan of a resize: which rank holds which experts before and after ranks leave or join. Pure: arrays in, plan out.
 
-Shape suffixes: ``Y`` layers, ``R`` ranks of the default group, ``S`` rows of a rank, ``L`` logical experts.
-``held_YRS`` is the logical expert of each row of each rank, ``-1`` beyond a rank's last row. With several EP groups
+All plans are of one layer. Shape suffixes: ``R`` ranks of the default group, ``S`` rows of a rank.
+``held_RS`` is the logical expert of each row of each rank, ``-1`` beyond a rank's last row. With several EP groups
 several ranks hold a row of the same expert.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class RankMapping:
 
 
 def check_rank_mapping(
-    rank_mapping: Any, old_size: int, world_size: int | None, ep_size: int | None, num_experts: int
+    rank_mapping: Any, old_size: int, world_size: int | None, ep_size: int | None, num_experts: Iterable[int]
 ) -> RankMapping:
     """Check a mapping of ranks as a user gives it. Raises the same on all ranks that are given the same.
 
@@ -52,7 +52,7 @@ def check_rank_mapping(
         old_size: Ranks of the present default group.
         world_size: Ranks of the new one. ``None``: as many as stay.
         ep_size: Ranks that share the experts of a layer in the new one. ``None``: all.
-        num_experts: Logical experts of a layer.
+        num_experts: Numbers of logical experts of the layers.
 
     Raises:
         TypeError: ``rank_mapping`` is no mapping, or something in the arguments is no whole number.
@@ -88,10 +88,10 @@ def check_rank_mapping(
         )
     if 0 not in stay:
         raise ValueError(f"{named} makes no rank rank 0, from which joining ranks learn. Let one that stays be rank 0.")
-    return RankMapping(new_ranks, size, _check_ep_size(size, ep_size, num_experts))
+    return RankMapping(new_ranks, size, _check_ep_size(size, ep_size, sorted(set(num_experts))))
 
 
-def _check_ep_size(size: int, ep_size: int | None, num_experts: int) -> int:
+def _check_ep_size(size: int, ep_size: int | None, num_experts: Sequence[int]) -> int:
     if size < 2 or ep_size == 1:
         named = "ep_size=1" if ep_size == 1 else f"world_size={size}"
         raise ValueError(
@@ -101,11 +101,11 @@ def _check_ep_size(size: int, ep_size: int | None, num_experts: int) -> int:
     chosen = size if ep_size is None else int(ep_size)
     if chosen < 1 or size % chosen:
         raise ValueError(f"ep_size={chosen} must divide world_size={size}. Use one of {divisors(size)[1:]}.")
-    if num_experts % chosen:
-        fitting = [each for each in divisors(size) if each > 1 and num_experts % each == 0]
+    if uneven := [number for number in num_experts if number % chosen]:
+        fitting = [d for d in divisors(size) if d > 1 and all(number % d == 0 for number in num_experts)]
         remedy = f"Use ep_size={fitting[-1]}" if fitting else "Use another world_size"
         named = f"ep_size={chosen}" if ep_size is not None else f"world_size={size}"
-        raise ValueError(f"{named} must divide the {num_experts} experts of a layer. {remedy}.")
+        raise ValueError(f"{named} must divide the {uneven[0]} experts of a layer. {remedy}.")
     return chosen
 
 
@@ -135,45 +135,37 @@ class RowMoves:
 
 
 def stack_held(held_of_ranks: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the rows of all ranks, ``held_YRS``, from those of each, ``[Y, rows]``."""
-    most = max(held_YS.shape[1] for held_YS in held_of_ranks)
-    return np.stack(
-        [
-            np.pad(held_YS, ((0, 0), (0, most - held_YS.shape[1])), constant_values=EMPTY).astype(np.int64)
-            for held_YS in held_of_ranks
-        ],
-        axis=1,
-    )
+    """Return the rows of all ranks, ``held_RS``, from those of each, ``[rows]``."""
+    most = max(len(held_S) for held_S in held_of_ranks)
+    held_RS = np.full((len(held_of_ranks), most), EMPTY, dtype=np.int64)
+    for rank, held_S in enumerate(held_of_ranks):
+        held_RS[rank, : len(held_S)] = held_S
+    return held_RS
 
 
-def plan_hand_over(held_YRS: np.ndarray, stays_R: np.ndarray) -> np.ndarray:
+def plan_hand_over(held_RS: np.ndarray, stays_R: np.ndarray) -> np.ndarray:
     """Return the rows after ranks have left: every expert is held by a rank that stays.
 
     Rows of ranks that stay keep their places. Experts that only leaving ranks hold are appended to the rank that has
     the fewest rows, one by one in the order of experts; lower ranks first.
 
     Args:
-        held_YRS: Rows now.
+        held_RS: Rows now.
         stays_R: Ranks that stay, bool; one at least.
 
     Returns:
         Rows afterwards, with more places if they are needed; none on ranks that leave.
     """
-    after: list[list[list[int]]] = []
-    for held_RS in held_YRS:
-        rows_of = [[int(x) for x in held_S if x != EMPTY] if stays_R[r] else [] for r, held_S in enumerate(held_RS)]
-        kept = {expert for rows in rows_of for expert in rows}
-        staying = np.flatnonzero(stays_R).tolist()
-        for expert in sorted({int(x) for x in held_RS.ravel() if x != EMPTY} - kept):
-            rows_of[min(staying, key=lambda rank: (len(rows_of[rank]), rank))].append(expert)
-        after.append(rows_of)
-    most = max((len(rows) for rows_of in after for rows in rows_of), default=0)
-    padded = [[rows + [EMPTY] * (most - len(rows)) for rows in rows_of] for rows_of in after]
-    return np.array(padded, dtype=np.int64).reshape(len(held_YRS), len(stays_R), most)
+    rows_of = [[x for x in held_S if x != EMPTY] if stays_R[r] else [] for r, held_S in enumerate(held_RS.tolist())]
+    kept = {expert for rows in rows_of for expert in rows}
+    staying = np.flatnonzero(stays_R).tolist()
+    for expert in sorted(set(held_RS.ravel().tolist()) - kept - {EMPTY}):
+        rows_of[min(staying, key=lambda rank: (len(rows_of[rank]), rank))].append(expert)
+    return stack_held([np.array(rows) for rows in rows_of])
 
 
 def plan_placement(
-    held_YRS: np.ndarray, ep_rank_R: np.ndarray, num_experts: int, redundant_per_rank: int
+    held_RS: np.ndarray, ep_rank_R: np.ndarray, num_experts: int, redundant_per_rank: int
 ) -> ExpertPlacement:
     """Return a placement of all experts on the ranks of the new group that moves few rows.
 
@@ -181,53 +173,43 @@ def plan_placement(
     experts and of ranks. Redundant slots are empty.
 
     Args:
-        held_YRS: Rows now, of the ranks of the new group.
+        held_RS: Rows now, of the ranks of the new group.
         ep_rank_R: EP rank of each rank of the new group.
-        num_experts: Logical experts of a layer, a multiple of the number of EP ranks.
+        num_experts: Logical experts, a multiple of the number of EP ranks.
         redundant_per_rank: Redundant slots of a rank.
+
+    Returns:
+        Placement of one layer.
 
     Raises:
         ValueError: No rank holds some expert.
     """
     size = int(ep_rank_R.max()) + 1
     n = num_experts // size
-    slots_YRS = np.full((len(held_YRS), size, n + redundant_per_rank), EMPTY, dtype=np.int64)
-    for layer, held_RS in enumerate(held_YRS):
-        missing = sorted(set(range(num_experts)) - set(held_RS.ravel().tolist()))
-        if missing:
-            raise ValueError(f"no rank of the new group holds the experts {missing} of layer {layer}")
-        rows_of: list[list[int]] = [[] for _ in range(size)]
-        taken: set[int] = set()
-        for rank in np.argsort(ep_rank_R, kind="stable").tolist():
-            rows = rows_of[ep_rank_R[rank]]
-            kept = [x for x in held_RS[rank].tolist() if x != EMPTY and x not in taken][: n - len(rows)]
-            rows += kept
-            taken.update(kept)
-        others = iter(expert for expert in range(num_experts) if expert not in taken)
-        for rank, rows in enumerate(rows_of):
-            rows += [next(others) for _ in range(n - len(rows))]
-            slots_YRS[layer, rank, :n] = rows
-    return ExpertPlacement(slots_YRS.reshape(len(held_YRS), -1), num_experts, size)
-
-
-def held_under(placement: ExpertPlacement, ep_rank_R: np.ndarray) -> np.ndarray:
-    """Return the rows ``held_YRS`` of all ranks under a placement.
-
-    Args:
-        placement: Placement of the primaries.
-        ep_rank_R: EP rank of each rank.
-    """
-    return placement.by_rank[:, ep_rank_R, : placement.primaries_per_rank]
+    if missing := sorted(set(range(num_experts)) - set(held_RS.ravel().tolist())):
+        raise ValueError(f"no rank of the new group holds the experts {missing}")
+    rows_of: list[list[int]] = [[] for _ in range(size)]
+    taken: set[int] = set()
+    for rank in np.argsort(ep_rank_R, kind="stable").tolist():
+        rows = rows_of[ep_rank_R[rank]]
+        kept = [x for x in held_RS[rank].tolist() if x != EMPTY and x not in taken][: n - len(rows)]
+        rows += kept
+        taken.update(kept)
+    others = iter(expert for expert in range(num_experts) if expert not in taken)
+    slots_RS = np.full((size, n + redundant_per_rank), EMPTY, dtype=np.int64)
+    for rank, rows in enumerate(rows_of):
+        slots_RS[rank, :n] = rows + [next(others) for _ in range(n - len(rows))]
+    return ExpertPlacement(slots_RS.reshape(1, -1), num_experts, size)
 
 
 def plan_rows(before_RS: np.ndarray, after_RS: np.ndarray) -> RowMoves:
-    """Return the source of each row that a layer's ranks hold afterwards.
+    """Return the source of each row that the ranks hold afterwards.
 
     A rank that held the expert takes its own row. Another one takes it from one of those that held it, so that these
     take turns.
 
     Args:
-        before_RS: Rows of one layer now, ``-1`` where there is none.
+        before_RS: Rows now.
         after_RS: Rows afterwards.
     """
     sources: dict[int, dict[int, int]] = {}

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_eplb.parallel.packing import bytes_of_row
 from lightning_eplb.parallel.row_exchange import Route, RowExchange
 from lightning_eplb.relocation.optimizer_state import has_rows, leaves, map_leaves, state_of, state_rows
-from lightning_eplb.relocation.resize_plan import RowMoves, plan_rows
+from lightning_eplb.relocation.resize_plan import RowMoves
 
 
 def replace_rows(
@@ -178,20 +177,3 @@ class StateLayout:
                 continue  # a wrapper may expose the state of the wrapped optimizer
             optimizer.state[parameter] = {key: map_leaves(created, value) for key, value in state.items()}
             known.add(id(state_of(optimizer, parameter)))
-
-
-def replace_all_rows(
-    modules: Sequence[nn.Module],
-    optimizers: Sequence[Optimizer],
-    before_YRS: np.ndarray,
-    after_YRS: np.ndarray,
-) -> int:
-    """Replace the rows of all layers, one after the other. All ranks of the default group call it alike.
-
-    Returns:
-        Bytes that crossed ranks, over all ranks.
-    """
-    pairs = zip(modules, before_YRS, after_YRS, strict=True)
-    return sum(
-        replace_rows(module, optimizers, plan_rows(before_RS, after_RS)) for module, before_RS, after_RS in pairs
-    )

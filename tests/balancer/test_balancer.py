@@ -191,7 +191,7 @@ def test_state_dict_loaded_into_new_balancer_restores_window(window_size: int, w
 def saved_by_seconds() -> list[float]:
     """Of a step's tokens on ranks that hold two experts each, and of the same had the placement levelled them."""
     balancer, _, _ = loop(1, {})
-    balancer._cost_model.profile = HardwareProfile(0.5, 1.0, 1.0)
+    balancer._cost_model.profiles = [HardwareProfile(0.5, 1.0, 1.0)]
     load = torch.tensor([[30, 10, 4, 4]])
     step = StepStats(load, torch.tensor([24.0]), torch.tensor([40]))
     levelled = StepStats(load, torch.tensor([24.0]), torch.tensor([26]))

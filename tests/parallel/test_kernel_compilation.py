@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 FUSED_EXPERTS = {"_activate", "_activate_backward", "_add_bias", "_dot_bias", "_sum_by_expert"}
 PAIRS = {"_count_pairs", "_expand", "_place_pairs", "_sum"}
@@ -18,6 +20,7 @@ DIRECT_DISPATCH = {
 }
 
 
+@pytest.mark.slow
 def test_kernels_without_interpreter_compile_for_a_gpu() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[2])  # Triton keeps what it compiled: a second run takes less time
