@@ -22,8 +22,6 @@ from lightning_eplb import (
 from tests.fidelity import named_state
 from tests.models import VOCABULARY
 
-NUM_GROUPS = "elastic_groups"
-
 
 class MoELayer(nn.Module):
     def __init__(self, num_experts: int) -> None:
@@ -56,14 +54,28 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, tokens[:, 1:].reshape(-1))
 
 
-def make_group(rank: int, size: int) -> None:
-    """Make a default group of the machines that call this, whatever groups there were before."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
-    number = (store.add(f"{NUM_GROUPS}/{size}", 1) - 1) // size  # machines arrive together
-    store = dist.PrefixStore(f"{NUM_GROUPS}/{size}/{number}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+class Groups:
+    """Default groups of the machines, one after the other. Every machine makes one, and counts all groups.
+
+    Args:
+        machine: Number of the machine.
+    """
+
+    def __init__(self, machine: int) -> None:
+        self.machine, self._number = machine, 0
+        self._store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+        self._run = self._store.add(f"elastic/{machine}", 1)  # the same on all machines: each is in every test
+
+    def make(self, machines: Sequence[int]) -> None:
+        """Make the default group of ``machines``, in the order of ranks. Other machines keep the one that they have."""
+        self._number += 1
+        if self.machine not in machines:
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        store = dist.PrefixStore(f"elastic {self._run}, {self._number}", self._store)
+        rank, timeout = machines.index(self.machine), timedelta(seconds=60)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=len(machines), timeout=timeout)
 
 
 def mapping_between(old: Sequence[int], new: Sequence[int]) -> dict[int, int]:
@@ -92,13 +104,16 @@ class Machine:
         ep_size: int | None = None,
         **balancer: Any,
     ) -> None:
-        self.machine, self.build = machine, build
+        self.machine, self.build, self.groups = machine, build, Groups(machine)
         self.policy, self.redundant, self.ep_size, self.arguments = policy, redundant, ep_size, balancer
         self.losses: list[float] = []
         self.balancer: ExpertLoadBalancer | None = None
 
-    def start(self) -> None:
-        """Start in the default group."""
+    def start(self, machines: Sequence[int]) -> None:
+        """Start in a group of these machines."""
+        self.groups.make(machines)
+        if self.machine not in machines:
+            return
         self.model, self.optimizer = self.build(0)
         group, size = None, dist.get_world_size()
         if self.ep_size is not None and self.ep_size < size:
@@ -115,10 +130,10 @@ class Machine:
             mapping, rank = mapping_between(old, new), old.index(self.machine)
             assert self.balancer.resize(mapping, world_size=len(new), ep_size=ep_size) == mapping[rank]
             del self.ddp
+        self.groups.make(new)
         if self.machine not in new:
             self.balancer = None
             return
-        make_group(new.index(self.machine), len(new))
         if self.machine in old:
             assert self.balancer is not None
             self.balancer.rejoin()
