@@ -1,8 +1,6 @@
 """Train a small MoE model on four ranks, go on with two of them, then with four again, without a checkpoint.
 
-Ranks 2 and 3 hand over their experts and exit; later two new processes join. Runs on a CPU:
-
-    python3 examples/elastic_loop.py
+Ranks 2 and 3 hand over their experts and exit; later two new processes join. Runs on a CPU.
 """
 
 import torch
@@ -53,22 +51,18 @@ def make_process_group(generation: int, rank: int, port: int) -> None:
 
 
 def share_dense_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give all ranks rank 0's learning rates and optimizer state of dense parameters. DDP shares the weights."""
+    """Give all ranks rank 0's optimizer state of dense parameters. DDP shares their weights."""
     experts = leave_experts_out_of_ddp(model)
     dense = [parameter for name, parameter in model.named_parameters() if name not in experts]
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    shared = [[optimizer.state.get(parameter, {}) for parameter in dense], settings]
-    dist.broadcast_object_list(shared, src=0)
-    for parameter, state in zip(dense, shared[0], strict=True):
+    states = [optimizer.state.get(parameter, {}) for parameter in dense]
+    dist.broadcast_object_list(states, src=0)
+    for parameter, state in zip(dense, states, strict=True):
         if state:
             optimizer.state[parameter] = state
-    for group, settings in zip(optimizer.param_groups, shared[1], strict=True):
-        group.update(settings)
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randn(TOKENS, WIDTH, generator=generator)
+    tokens = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(step))
     mine = slice(dist.get_rank(), None, dist.get_world_size())
     return tokens[mine], tokens.roll(1, dims=1).square()[mine]
 
@@ -76,6 +70,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def run(rank: int, generation: int, port: int) -> None:
     """Run one process from a generation of the process group on, until it leaves or training ends."""
     torch.set_num_threads(1)
+    torch.manual_seed(generation)  # those that join have other weights at first
     make_process_group(generation, rank, port)
     model = Model()
     if generation == 0:
@@ -90,8 +85,7 @@ def run(rank: int, generation: int, port: int) -> None:
         ddp = DistributedDataParallel(model)
         while balancer.num_steps < STEPS * (generation + 1):  # the counter is rank 0's, also on ranks that joined
             inputs, targets = batch(balancer.num_steps)
-            loss = nn.functional.mse_loss(ddp(inputs), targets)
-            loss.backward()
+            (loss := nn.functional.mse_loss(ddp(inputs), targets)).backward()
             clip_grad_norm_(ddp, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -118,10 +112,8 @@ if __name__ == "__main__":
     joining = [context.Process(target=run, args=(rank, 2, server.port)) for rank in (2, 3)]
     for process in first:
         process.start()
-    for process in first[2:]:
-        process.join()  # they have handed over their experts and exited
-    for process in joining:
-        process.start()
+    for left, joins in zip(first[2:], joining, strict=True):
+        left.join()  # it has handed over its experts
+        joins.start()
     for process in [*first, *joining]:
         process.join()
-        assert process.exitcode == 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_eplb.parallel.barrier import monitored_barrier
@@ -123,6 +124,8 @@ class Report:
         held: Logical experts of its rows, ``[rows]`` for each layer. Empty on a rank that joins.
         layers: Names, classes, shapes and dtypes of its layers.
         optimizers: Classes of its optimizers with those nested in them.
+        members: Expert parameters in each parameter group of each optimizer, as numbers.
+        hyperparameters: Settings of each parameter group of each optimizer, of rank 0 only.
         layouts: Layout of its optimizer state by parameter. Empty on a rank that joins.
         error: Reason why it can't join.
     """
@@ -131,6 +134,8 @@ class Report:
     held: Sequence[np.ndarray]
     layers: list[str] = field(default_factory=list)
     optimizers: list[str] = field(default_factory=list)
+    members: list[list[list[int]]] = field(default_factory=list)
+    hyperparameters: list[list[dict[str, Any]]] = field(default_factory=list)
     layouts: list[StateLayout] = field(default_factory=list)
     error: str | None = None
 
@@ -150,14 +155,32 @@ class Report:
             modules: Its converted modules.
             optimizers: Its optimizers with those nested in them.
         """
-        layouts = [StateLayout.of(p, optimizers) for each in modules for p in each.parameters.values()]
+        parameters = [parameter for each in modules for parameter in each.parameters.values()]
+        number_of = {id(parameter): number for number, parameter in enumerate(parameters)}
+        groups_of = [getattr(optimizer, "param_groups", []) for optimizer in optimizers]
+        layouts = [StateLayout.of(parameter, optimizers) for parameter in parameters]
         return cls(
             groups.rank,
             [np.empty(0, dtype=np.int64)] * len(modules) if held is None else held,
             [describe_layer(each) for each in modules],
             [type(optimizer).__qualname__ for optimizer in optimizers],
+            [[[number_of[id(p)] for p in group["params"] if id(p) in number_of] for group in of] for of in groups_of],
+            [[_hyperparameters(group) for group in of] for of in groups_of] if dist.get_rank() == 0 else [],
             [] if held is None else layouts,
         )
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def set_hyperparameters(optimizers: Sequence[Optimizer], settings: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Give parameter groups rank 0's learning rates and other settings."""
+    for optimizer, of_groups in zip(optimizers, settings, strict=True):
+        for group, its in zip(getattr(optimizer, "param_groups", []), of_groups, strict=True):
+            for name, value in its.items():
+                present = group.get(name)
+                group[name] = value.to(present.device) if isinstance(present, Tensor) else value
 
 
 def describe_layer(experts: ConvertedExperts) -> str:
@@ -177,6 +200,10 @@ def exchange_reports(report: Report, groups: ExpertGroups) -> list[Report]:
     Raises:
         ValueError: A rank can't join, or models, optimizers or their state differ. All ranks raise it.
     """
+    try:
+        pickle.dumps(report)
+    except Exception as error:  # of a custom optimizer's state
+        report = Report(groups.rank, [], error=f"its report can't be sent ({type(error).__name__}: {error})")
     reports = _gather(report, groups)
     check_reports(reports)
     return reports
@@ -187,7 +214,7 @@ def check_reports(reports: Sequence[Report]) -> None:
     first = reports[0]
     for rank, report in enumerate(reports):
         if report.error is not None:
-            raise ValueError(f"rank {rank} of the new process group can't join: {report.error}")
+            raise ValueError(f"rank {rank} of the new process group can't take part: {report.error}")
         for mine, theirs in zip([*report.layers, "no more"], [*first.layers, "no more"], strict=False):
             if mine != theirs:
                 raise ValueError(f"rank {rank} has the layer {mine} where rank 0 has {theirs}. Build the same model.")
@@ -195,6 +222,11 @@ def check_reports(reports: Sequence[Report]) -> None:
             raise ValueError(
                 f"rank {rank} has the optimizers {report.optimizers}, rank 0 has {first.optimizers}. Give join() the"
                 " same ones, in the same order."
+            )
+        if report.members != first.members:
+            raise ValueError(
+                f"the optimizers of rank {rank} hold experts in other parameter groups than those of rank 0. Make them"
+                " of the same parameters, in the same order."
             )
         signatures = [layout.signature() for layout in report.layouts]
         if report.layouts and signatures != [layout.signature() for layout in first.layouts]:

@@ -12,7 +12,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_eplb.balancer.membership import Report, Role, SharedState, agree_on_roles, exchange_reports
+from lightning_eplb._validation import check_num_redundant
+from lightning_eplb.balancer.membership import (
+    Report,
+    Role,
+    SharedState,
+    agree_on_roles,
+    exchange_reports,
+    set_hyperparameters,
+)
 from lightning_eplb.balancer.optimizers import expert_parameters
 from lightning_eplb.balancer.schedule import RearrangementState
 from lightning_eplb.checkpoint.logical import unwrapped
@@ -122,11 +130,12 @@ class ResizableBalancer:
                 raise it, and nothing was moved.
         """
         groups, modules = self.groups, self._modules
-        arguments = {"rank_mapping": describe(rank_mapping), "world_size": world_size, "ep_size": ep_size}
+        arguments = {"rank_mapping": describe(rank_mapping), "world_size": repr(world_size), "ep_size": repr(ep_size)}
         check_same_on_all_ranks(arguments, "resize() hands over experts", groups)
         num_experts = [layer.num_logical_experts for layer, _ in modules]
         mapping = check_rank_mapping(rank_mapping, groups.world_size, world_size, ep_size, num_experts)
         _check_resizable(self.model, modules)
+        _check_redundancy(modules, mapping.ep_size)
         self.finish_rearrangement()
         self.cancel_rearrangement()
         optimizers = nested_optimizers(self.optimizers)
@@ -181,6 +190,7 @@ class ResizableBalancer:
         report = Report.of(groups, handed.held, self._modules, nested_optimizers(optimizers))
         _take_up(self._modules, optimizers, report, groups, shared)
         self._handed_over = None
+        self._mover.watch(())  # its hooks would keep it, and the old process groups
         self.__init__(self.model, optimizers, **{**shared.arguments, "policy": policy})
         _restore(self, shared)
 
@@ -196,8 +206,9 @@ class ResizableBalancer:
 
         The model is converted in place with the settings of rank 0. Policy, window, counters and schedule are those of
         rank 0, and rows of experts arrive with their optimizer state and gradients. Build
-        ``DistributedDataParallel`` afterwards: it broadcasts the dense weights and buffers of rank 0. The dense
-        optimizer state, learning rates and the position in the data are yours to bring over.
+        ``DistributedDataParallel`` afterwards: it broadcasts the dense weights and buffers of rank 0. Parameter groups
+        get rank 0's learning rates and other settings. The dense optimizer state, learning-rate schedulers and the
+        position in the data are yours to bring over.
 
         Args:
             model: The model that the other ranks gave ``parallelize_experts``, not converted, with any weights, or on
@@ -283,6 +294,14 @@ def _check_resizable(model: nn.Module, modules: Sequence[ConvertedExperts]) -> N
         raise ValueError(f"resize() is not supported with FullyShardedDataParallel (FSDP1). {remedy}")
 
 
+def _check_redundancy(modules: Sequence[ConvertedExperts], ep_size: int) -> None:
+    """Raise ``ValueError`` if ranks have more redundant slots than there would be experts of other ranks."""
+    for layer, _ in modules:
+        redundant = ConversionSettings.of(layer, ep_size).redundant_per_rank * ep_size
+        of_new_group = f"{redundant} redundant experts in the new group, as many a rank as now,"
+        check_num_redundant(redundant, layer.num_logical_experts, ep_size, of_new_group, f"ep_size={ep_size}")
+
+
 def _check_same_rows(
     modules: Sequence[ConvertedExperts],
     optimizers: Sequence[Optimizer],
@@ -343,6 +362,7 @@ def _take_up(
     if not report.layouts:  # it joins
         for parameter, layout in zip(_parameters(modules).values(), reports[0].layouts, strict=True):
             layout.create(parameter, nested)
+        set_hyperparameters(nested, reports[0].hyperparameters)
     for (_, module), before_RS, placement in zip(modules, before, placements, strict=True):
         after_RS = placement.primaries.reshape(placement.num_ranks, -1)[ep_rank_R]
         replace_rows(module, nested, plan_rows(before_RS, after_RS))

@@ -111,8 +111,12 @@ def _check_ep_size(size: int, ep_size: int | None, num_experts: Sequence[int]) -
 
 def describe(rank_mapping: Any) -> str:
     """Return a mapping as text, the same whatever its order; anything else as it is shown."""
+
+    def shown(rank: Any) -> str:
+        return repr(int(rank) if isinstance(rank, np.integer) else rank)
+
     if isinstance(rank_mapping, Mapping):
-        entries = sorted(f"{old!r}: {new!r}" for old, new in rank_mapping.items())
+        entries = sorted(f"{shown(old)}: {shown(new)}" for old, new in rank_mapping.items())
         return "{" + ", ".join(entries) + "}"
     return repr(rank_mapping)
 

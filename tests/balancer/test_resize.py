@@ -26,7 +26,10 @@ ALL = [0, 1, 2, 3]
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The same weights for seed 0; others on machines that join."""
     model = TwoLayers(EXPERTS, seed)
-    return model, optimizer_of("adamw", model)
+    optimizer = optimizer_of("adamw", model)
+    if seed:
+        optimizer.param_groups[0]["lr"] = 7.0
+    return model, optimizer
 
 
 def batches(phases: int) -> list[list[list[Tensor]]]:
@@ -101,14 +104,14 @@ def test_resize_four_two_three_four_ranks_equals_one_process(workers: Workers) -
 @pytest.mark.slow
 def test_resize_of_ep_groups_equals_one_process(workers: Workers) -> None:
     """Ranks of one EP group leave, an EP group leaves, EP groups merge and split, ranks are permuted."""
-    check_fidelity(workers, [ALL, [2, 1], ALL, [3, 1, 2, 0]], [2, None, None, 2])
+    check_fidelity(workers, [ALL, [2, 1], [1, 3, 0, 2], [3, 1, 2, 0]], [2, None, None, 2])
     check_fidelity(workers, [ALL, [3, 2], [3, 0, 2, 1], ALL], [2, None, 2, None])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"use_async": True}, {"redundancy": "batch", "min_tokens_per_copy": 1}])
 def test_resize_with_other_settings_equals_one_process(arguments: dict[str, Any], workers: Workers) -> None:
-    check_fidelity(workers, [[1, 0], [3, 1, 0, 2], [2, 0, 3], ALL], **arguments)
+    check_fidelity(workers, [[1, 0], [1, 3, 0, 2], [2, 0, 3], ALL], **arguments)
 
 
 def test_resize_moves_rows_bit_by_bit(workers: Workers) -> None:
@@ -228,11 +231,13 @@ def wrong_groups() -> str:
     converted, optimizer = build(1)
     if me == 3:
         parallelize_on_one_rank(converted)
-    attempt("rank 3 of the new process group can't join: .* is converted already", converted, [optimizer])
+    attempt("rank 3 of the new process group can't take part: .* is converted already", converted, [optimizer])
     with torch.device("meta"):
         on_meta = TwoLayers(EXPERTS)
     attempt(
-        "can't join: ValueError: the model is on the meta device", on_meta, [torch.optim.AdamW(on_meta.parameters())]
+        "can't take part: ValueError: the model is on the meta device",
+        on_meta,
+        [torch.optim.AdamW(on_meta.parameters())],
     )
     if me in old:
         assert machine.balancer is not None
@@ -272,7 +277,7 @@ def sharded_model() -> str:
 
 
 def test_chained_resizes_keep_every_element(workers: Workers) -> None:
-    assert workers.run(len(ALL), tagged_chain, 20) == [20] * len(ALL)
+    assert workers.run(len(ALL), tagged_chain, 12) == [12] * len(ALL)
 
 
 def tagged_chain(resizes: int) -> int:
