@@ -3,6 +3,8 @@
 Ranks 2 and 3 hand over their experts and exit; later two new processes join. Runs on a CPU.
 """
 
+import tempfile
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -44,10 +46,9 @@ class Model(nn.Module):
         return self.head(hidden_states + self.experts(hidden_states, index, weights))
 
 
-def make_process_group(generation: int, rank: int, port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    store = dist.PrefixStore(f"generation {generation}", store)  # the keys of another group must not be found
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZES[generation])
+def make_process_group(generation: int, rank: int, folder: str) -> None:
+    # A file for each process group, since the ranks of one must not find those of another. On several nodes use tcp://.
+    dist.init_process_group("gloo", f"file://{folder}/{generation}", rank=rank, world_size=SIZES[generation])
 
 
 def share_dense_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -56,9 +57,7 @@ def share_dense_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     dense = [parameter for name, parameter in model.named_parameters() if name not in experts]
     states = [optimizer.state.get(parameter, {}) for parameter in dense]
     dist.broadcast_object_list(states, src=0)
-    for parameter, state in zip(dense, states, strict=True):
-        if state:
-            optimizer.state[parameter] = state
+    optimizer.state.update({parameter: state for parameter, state in zip(dense, states, strict=True) if state})
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,11 +66,11 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[mine], tokens.roll(1, dims=1).square()[mine]
 
 
-def run(rank: int, generation: int, port: int) -> None:
+def run(rank: int, generation: int, folder: str) -> None:
     """Run one process from a generation of the process group on, until it leaves or training ends."""
     torch.set_num_threads(1)
     torch.manual_seed(generation)  # those that join have other weights at first
-    make_process_group(generation, rank, port)
+    make_process_group(generation, rank, folder)
     model = Model()
     if generation == 0:
         parallelize_experts(model, num_redundant_experts=4)
@@ -92,8 +91,8 @@ def run(rank: int, generation: int, port: int) -> None:
             balancer.step()
         dist.all_reduce(loss.detach_())
         if rank == 0:
-            mean = loss.item() / dist.get_world_size()
-            print(f"step {balancer.num_steps}, {dist.get_world_size()} ranks: loss {mean:.6f}", flush=True)
+            size = dist.get_world_size()
+            print(f"step {balancer.num_steps}, {size} ranks: loss {loss.item() / size:.6f}", flush=True)
         generation += 1
         if generation < len(SIZES):
             rank = balancer.resize(MAPPINGS[generation - 1], world_size=SIZES[generation])
@@ -101,19 +100,19 @@ def run(rank: int, generation: int, port: int) -> None:
         dist.destroy_process_group()
         if rank < 0 or generation == len(SIZES):
             return
-        make_process_group(generation, rank, port)
+        make_process_group(generation, rank, folder)
         balancer.rejoin()
 
 
 if __name__ == "__main__":
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
-    first = [context.Process(target=run, args=(rank, 0, server.port)) for rank in range(4)]
-    joining = [context.Process(target=run, args=(rank, 2, server.port)) for rank in (2, 3)]
-    for process in first:
-        process.start()
-    for left, joins in zip(first[2:], joining, strict=True):
-        left.join()  # it has handed over its experts
-        joins.start()
-    for process in [*first, *joining]:
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        first = [context.Process(target=run, args=(rank, 0, folder)) for rank in range(4)]
+        joining = [context.Process(target=run, args=(rank, 2, folder)) for rank in (2, 3)]
+        for process in first:
+            process.start()
+        for left, joins in zip(first[2:], joining, strict=True):
+            left.join()  # it has handed over its experts
+            joins.start()
+        for process in [*first, *joining]:
+            process.join()

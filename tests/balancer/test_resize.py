@@ -1,5 +1,6 @@
 """Resize: ranks leave and join in memory, and training equals one process with the unmodified model."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
@@ -8,13 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_eplb import ExpertLoadBalancer, fully_shard_moe, parallelize_experts
+from lightning_eplb import (
+    ExpertLoadBalancer,
+    fully_shard_moe,
+    leave_experts_out_of_ddp,
+    logical_parameters,
+    parallelize_experts,
+)
 from lightning_eplb.parallel.parallelize import expert_layers
 from lightning_eplb.parallel.state_dict import to_logical
-from tests.elastic_machines import Machine, TwoLayers, loss_of
+from tests.elastic_machines import Groups, Machine, TwoLayers, loss_of
 from tests.fidelity import TOLERANCE, ShufflePolicy, named_state
 from tests.models import optimizer_of, token_batches
 from tests.workers import Workers
@@ -112,6 +122,63 @@ def test_resize_of_ep_groups_equals_one_process(workers: Workers) -> None:
 @pytest.mark.parametrize("arguments", [{"use_async": True}, {"redundancy": "batch", "min_tokens_per_copy": 1}])
 def test_resize_with_other_settings_equals_one_process(arguments: dict[str, Any], workers: Workers) -> None:
     check_fidelity(workers, [[1, 0], [1, 3, 0, 2], [2, 0, 3], ALL], **arguments)
+
+
+@pytest.mark.slow
+def test_resize_with_fabric_clips_by_the_norm_of_all_experts(workers: Workers) -> None:
+    differences = workers.run(len(ALL), train_with_fabric)
+    assert max(differences[:2]) < TOLERANCE
+
+
+def train_with_fabric() -> float:
+    """On every worker: four ranks, then two, each with a Fabric of their own. Return the difference to one process."""
+    machine = dist.get_rank()
+    groups, (first, second) = Groups(machine), batches(2)
+    groups.make(ALL)
+    fabric = fabric_of(machine, 4)
+    model, optimizer = build(0)
+    parallelize_experts(model, num_redundant_experts=4)
+    leave_experts_out_of_ddp(model)
+    wrapped = fabric.setup(model, optimizer)
+    balancer = ExpertLoadBalancer(wrapped[0], wrapped[1:], policy=ShufflePolicy(), step_interval=1)
+    train_in_fabric(fabric, *wrapped, balancer, first)
+    difference = 0.0
+    new_rank = balancer.resize({0: 0, 1: 1, 2: -1, 3: -1})
+    del wrapped, fabric
+    groups.make([0, 1])
+    if new_rank >= 0:
+        balancer.rejoin()
+        fabric = fabric_of(new_rank, 2)
+        wrapped = fabric.setup(model, optimizer)
+        balancer.optimizers = wrapped[1:]
+        train_in_fabric(fabric, *wrapped, balancer, second)
+        weights = logical_parameters(wrapped[0])
+        _, expected, _ = reference(2)
+        difference = max(float((weights[name] - expected[name]).abs().max()) for name in expected)
+    groups.make(ALL)
+    os.environ |= {"RANK": str(machine), "LOCAL_RANK": str(machine), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    return difference
+
+
+def fabric_of(rank: int, size: int) -> Fabric:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    fabric = Fabric(accelerator="cpu", devices=size, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def train_in_fabric(
+    fabric: Fabric, model: Any, optimizer: Any, balancer: ExpertLoadBalancer, steps: Sequence[Sequence[Tensor]]
+) -> None:
+    for step in steps:
+        for batch in step:
+            fabric.backward(loss_of(model, batch[dist.get_rank() :: dist.get_world_size()]) / len(step))
+        fabric.clip_gradients(model, optimizer, max_norm=CLIP)
+        optimizer.step()
+        balancer.step()
+        optimizer.zero_grad()
 
 
 def test_resize_moves_rows_bit_by_bit(workers: Workers) -> None:
