@@ -3,19 +3,21 @@
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_eplb.balancer.checks import check_arguments, check_targets
 from lightning_eplb.balancer.cost_model import CostModel
-from lightning_eplb.balancer.models import BalancedModels, find_models
+from lightning_eplb.balancer.models import find_models
 from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
 from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
-from lightning_eplb.balancer.saved_state import check_saved_state, load_windows, save_windows
+from lightning_eplb.balancer.resumption import ResumableRun
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
-from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
+from lightning_eplb.balancer.step_stats import RearrangementResult, StepStats, collect_step_stats
+from lightning_eplb.balancer.warm_start import Load, check_loads
 from lightning_eplb.integrations.ddp import warn_if_out_of_sync
 from lightning_eplb.parallel import dispatch_plan
 from lightning_eplb.parallel.barrier import monitored_barrier
@@ -26,7 +28,7 @@ from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_state
 
 
-class ExpertLoadBalancer(BalancedModels, RunTotals):
+class ExpertLoadBalancer(ResumableRun):
     """Counts the tokens of every expert and moves experts between ranks so that all ranks get equal work.
 
     ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
@@ -49,7 +51,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     From then on ``model.state_dict()`` and ``optimizer.state_dict()`` are those of the unmodified model: all experts,
     in logical order. Every rank must call both, and may keep the result of one rank. ``load_state_dict()`` takes them
     on any number of ranks, before the first step or in the middle of a run. A resumed run loads model, optimizer and
-    balancer. The placement is not saved: :meth:`rearrange` balances the ranks by the saved window.
+    balancer, and calls :meth:`resume_placement`.
 
     With Lightning Fabric::
 
@@ -58,7 +60,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         state = {"model": model, "optimizer": optimizer, "balancer": balancer}
         if resumes:
             fabric.load("last.ckpt", state)
-            balancer.rearrange()
+            balancer.resume_placement()
         ...  # the same loop, with fabric.backward and fabric.clip_gradients
         fabric.save("last.ckpt", state)
 
@@ -237,6 +239,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         self,
         placement: ExpertPlacement | Mapping[str, ExpertPlacement] | None = None,
         *,
+        load: Load | None = None,
         with_gradients: bool = True,
     ) -> RearrangementResult | None:
         """Move experts with their optimizer state between two optimizer steps. Every rank must call it.
@@ -246,14 +249,19 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         Args:
             placement: Placement to rearrange to, the same on all ranks; ``None`` on all ranks to ask the policy. Of
                 several models a mapping from names in :attr:`models` to placements; models that it leaves out stay.
+            load: Load to plan by instead of the windows', such as a trace's: counts of tokens ``[layers, experts]``, or
+                ``[steps, layers, experts]``, of which the latest ``window_size`` steps count. Of several models a
+                mapping from names to loads. The same on all ranks. It is for this plan only: no window keeps it, and
+                measured costs do not count. ``None`` for the windows' load.
             with_gradients: Move gradients with their experts, see :meth:`step`.
 
         Returns:
             Result of the rearrangement; ``None`` if one rank holds all experts, so that nothing can move.
 
         Raises:
-            ValueError: The placements of the ranks differ, or the given or planned one does not have the shape of the
-                current one, or the policy raised it. All ranks raise it, and nothing was moved.
+            ValueError: The placements or loads of the ranks differ, or the given or planned one does not have the shape
+                of the current one, or a load holds no counts of tokens, or the policy raised it. All ranks raise it,
+                and nothing was moved.
             RuntimeError: Ranks would move different rows, or some did not call this within ten minutes; a warning names
                 them after ten seconds. All ranks raise it, and nothing was moved. If the policy raises anything else,
                 rank 0 raises that, and the others a ``RuntimeError``.
@@ -262,8 +270,11 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             return None
         current = {name: model.placement for name, model in self.models.items()}
         targets = check_targets(placement, current, self.groups)
+        loads = check_loads(load, list(self.models.values()), self.groups)
+        if targets is not None and loads is not None:
+            raise ValueError("rearrange() was given a placement and a load to plan one by. Give one of them.")
         self.finish_rearrangement()
-        plan = self._plan(targets, with_gradients)
+        plan = self._plan(targets, with_gradients, loads)
         return self._rearrange(plan, with_gradients, overlap=False)
 
     def reset(self) -> None:
@@ -288,17 +299,24 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             is_ready = is_ready or not self._overlaps  # with overlap it is planned during the next backward pass
         return is_ready
 
-    def _plan(self, targets: Mapping[str, ExpertPlacement] | None, with_gradients: bool) -> RearrangementPlan:
-        """Return the policy's plan, or a plan that leads to ``targets``, on every rank."""
+    def _plan(
+        self,
+        targets: Mapping[str, ExpertPlacement] | None,
+        with_gradients: bool,
+        loads: Mapping[str, np.ndarray] | None = None,
+    ) -> RearrangementPlan:
+        """Return the policy's plan, or one that leads to ``targets``, on every rank. ``loads`` replace the windows'."""
         monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
             self._warn_of_drift()
         costs = self._cost_model.costs(with_gradients)
+        if loads is not None:  # sums over any number of steps, which can't be compared with seconds
+            costs = [None] * len(costs)
         if self.costs is not None:
             costs = [self.costs] * len(costs)
         num_steps = [self._schedule.look_back(each.load.num_steps, i) for i, each in enumerate(self.models.values())]
         context = PlanningContext(num_steps, self.capacity, costs, self._cost_model.overlap_bytes())
-        return self._planner.plan(context, targets)
+        return self._planner.plan(context, targets, loads)
 
     def _rearrange(self, plan: RearrangementPlan, with_gradients: bool, overlap: bool) -> RearrangementResult | None:
         """Carry out a plan and return its result, or with ``overlap`` start it and return ``None``."""
@@ -337,43 +355,3 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     def seconds_saved(self, step: StepStats) -> float | None:
         """Estimate the seconds saved, see :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`."""
         return self._cost_model.seconds_saved(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return windows and counters as tensors and numbers, the same on every rank.
-
-        The placements are for inspection only: a resumed run plans its own from the windows.
-        """
-        return {
-            "num_steps": self.num_steps,
-            "steps_to_go": self._schedule.steps_to_go,
-            "num_rearrangements": self.num_rearrangements,
-            "rearranged_rows": self.rearranged_rows,
-            "rearranged_bytes": self.rearranged_bytes,
-            "is_rearranging": self._state is not RearrangementState.IDLE,
-            "num_ranks": self.groups.size,
-            **save_windows(list(self.models.values())),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load windows and counters, also into windows of another size. Every rank must call it.
-
-        Experts stay on their ranks: call :meth:`rearrange` to balance the ranks by the windows. A rearrangement in
-        flight is cancelled.
-
-        Args:
-            state: State as :meth:`state_dict` returns it, on any number of ranks; the same on all.
-
-        Raises:
-            ValueError: The state is of other models, layers or experts, or ranks were given different states. All ranks
-                raise it, and nothing was loaded.
-        """
-        models = list(self.models.values())
-        check_saved_state(state, models, self.groups)
-        self.cancel_rearrangement()
-        self._state = RearrangementState.IDLE
-        load_windows(state, models)
-        self.num_steps = state["num_steps"]
-        self.num_rearrangements = state["num_rearrangements"]
-        self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it
-        self.rearranged_bytes = state["rearranged_bytes"]
-        self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)

@@ -14,7 +14,7 @@ from lightning_eplb.parallel.groups import ExpertGroups
 def save_windows(models: Sequence[ModelLayers]) -> dict[str, Any]:
     """Return the window and the placement of the only model, or those of each model by name under ``models``.
 
-    The placement is for inspection only: a resumed run plans its own from the window.
+    ``ExpertLoadBalancer.resume_placement`` uses the placement on the same number of ranks.
     """
     states = {
         model.name: {

@@ -34,7 +34,7 @@ def report_rearrangement(trainer: "pl.Trainer", done: RearrangementResult, layer
             SLOT_LOAD: draw_slot_load(before_YP, after_YP),
             RANK_LOAD: draw_before_after(before_YR, after_YR),
         }
-        log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+        log_heatmaps(trainer.loggers, max(trainer.global_step - 1, 0), figures)  # before the first step: with it
 
 
 def _tell(trainer: "pl.Trainer", line: str) -> None:
