@@ -152,7 +152,7 @@ class ExpertLoadBalancer(ResumableRun):
         for layer, _ in self._modules:
             layer.set_load_recording(on)
 
-    def step(self, *, with_gradients: bool = True) -> StepStats | None:
+    def step(self, *, with_gradients: bool = True, dummy: bool = False) -> StepStats | None:
         """End an optimizer step: add its load to the window, and rearrange if that is due. Every rank must call it.
 
         Micro-batches since the last call count as one step. A step in which no expert got a token does not count.
@@ -160,23 +160,24 @@ class ExpertLoadBalancer(ResumableRun):
         Args:
             with_gradients: Move gradients with their experts. ``False`` saves time if gradients are zeroed before they
                 are used again.
+            dummy: End a step whose tokens are no load, such as a warm-up or padding, the same on all ranks. It is not
+                counted: no window and no schedule sees it, and no rearrangement starts. Rows in flight travel on.
 
         Returns:
-            Statistics of the step under the placement that it ran with; ``None`` for a step without tokens.
+            Statistics of the step under the placement that it ran with; ``None`` for a dummy or one without tokens.
 
         Raises:
             ValueError: After the first step, on all ranks, if an optimizer's state can't move with the experts.
             ValueError, RuntimeError: If a rearrangement is due, as in :meth:`rearrange`.
         """
         with self._cost_model.between_steps():
-            if not self._first_step_is_done and self.groups.size > 1:
+            if not self._first_step_is_done and not dummy:
                 self._finish_first_step()
-            self._first_step_is_done = True
             self._mover.cancel_prefetch()  # of a forward that was broken off: the weights are others now
             stats = collect_step_stats(list(self.models.values()), self.groups)
             self._mover.send_next()
             result = self._finish_if_committed() or self._unreported
-            if not stats.has_tokens:
+            if dummy or not stats.has_tokens:
                 self._unreported = result
                 return None
             self._unreported = None
@@ -340,6 +341,9 @@ class ExpertLoadBalancer(ResumableRun):
 
     def _finish_first_step(self) -> None:
         """Check what only exists after a step, and measure the hardware."""
+        self._first_step_is_done = True
+        if self.groups.size == 1:
+            return
         check_state(self.optimizers, expert_parameters(self._modules))
         self._cost_model.measure()
         for model, measured in zip(self.models.values(), self._cost_model.min_tokens_per_copy(), strict=True):
