@@ -100,6 +100,8 @@ class EPLBCallback(Callback):
             which only rank 0 needs to have, or counts of tokens ``[layers, experts]`` or ``[steps, layers, experts]``
             (of several models by their names). The latest ``window_size`` steps count. It is for the first plan only:
             the window starts empty. A load that ``fit(ckpt_path=...)`` brings wins over it. Defaults to ``None``.
+        profile: Do the largest exchanges once in the first step, with dummy rows, so that too little memory shows there
+            and not at the first rearrangement, see ``ExpertLoadBalancer.profile``. Defaults to ``False``.
 
     Raises:
         TypeError, ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or
@@ -129,6 +131,7 @@ class EPLBCallback(Callback):
         use_async: bool = False,
         fused_experts: bool | None = None,
         initial_load: str | os.PathLike | Load | None = None,
+        profile: bool = False,
     ) -> None:
         check_callback_arguments(
             num_redundant_experts=num_redundant_experts,
@@ -140,7 +143,7 @@ class EPLBCallback(Callback):
             fused_experts=fused_experts,
             initial_load=initial_load,
             steps={"window_size": window_size, "step_interval": step_interval},
-            switches={"use_async": use_async},
+            switches={"use_async": use_async, "profile": profile},
         )
         self.num_redundant_experts = num_redundant_experts
         self.ep_size = ep_size
@@ -153,6 +156,7 @@ class EPLBCallback(Callback):
         self.fused_experts = fused_experts
         self.min_tokens_per_copy = min_tokens_per_copy
         self.initial_load = initial_load
+        self.profile = profile
         self.balancer: ExpertLoadBalancer | None = None
         """Balancer of the model; ``None`` until the first ``fit`` starts."""
         self._saved_state: dict[str, Any] = {}
@@ -231,6 +235,8 @@ class EPLBCallback(Callback):
         self._fit_logger = FitLogger(balancer, self.window_size)
         if (result := place_experts(balancer, bool(saved), self.initial_load)) is not None:
             self._fit.log_rearrangement(trainer, result)
+        if self.profile:
+            balancer.profile()
 
     @override
     def on_train_batch_start(

@@ -14,6 +14,7 @@ from lightning_eplb.balancer.cost_model import CostModel
 from lightning_eplb.balancer.models import find_models
 from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
 from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
+from lightning_eplb.balancer.profile_run import ProfileRun
 from lightning_eplb.balancer.resumption import ResumableRun
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
 from lightning_eplb.balancer.step_stats import RearrangementResult, StepStats, collect_step_stats
@@ -124,6 +125,7 @@ class ExpertLoadBalancer(ResumableRun):
         self._unreported: RearrangementResult | None = None  # finished in a step without tokens
         self._first_step_is_done = False
         self._has_warned = False
+        self._profile: ProfileRun | None = None
         if use_async:  # rows in flight would overwrite weights that are loaded meanwhile
             cancel = weakref.WeakMethod(self.cancel_rearrangement)
             for each in models:
@@ -174,6 +176,9 @@ class ExpertLoadBalancer(ResumableRun):
             if not self._first_step_is_done and not dummy:
                 self._finish_first_step()
             self._mover.cancel_prefetch()  # of a forward that was broken off: the weights are others now
+            if self._profile is not None and not dummy and not self._state.is_in_flight:
+                self._profile.run(with_gradients, self._cost_model.overlap_bytes())
+                self._profile = None if self._profile.is_done else self._profile
             stats = collect_step_stats(list(self.models.values()), self.groups)
             self._mover.send_next()
             result = self._finish_if_committed() or self._unreported
@@ -187,6 +192,18 @@ class ExpertLoadBalancer(ResumableRun):
                 result = self._rearrange(plan, with_gradients, overlap=self._overlaps)
             self.last_step = replace(stats, rearrangement=result)
             return self.last_step
+
+    def profile(self) -> None:
+        """Reserve memory in the first step, so that too little of it shows there. Every rank must call it, before.
+
+        At the end of that step, when gradients and optimizer state exist, the largest exchanges are done once with
+        dummy rows: all primaries to the next rank, and a dispatch of as many tokens as the first batch had, forward and
+        backward, with all redundant slots filled and twice the mean's tokens on each rank in turn (1.5 times with two
+        ranks). An out-of-memory error names what was tried. Nothing is counted, and no parameter, gradient, optimizer
+        state, buffer or random generator changes. It has no effect if one rank holds all experts.
+        """
+        if self.groups.size > 1:
+            self._profile = ProfileRun(list(self.models.values()), self._mover)
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
         """Commit the rows in flight, or plan a rearrangement that is due. Every rank calls it right before a step.
