@@ -48,7 +48,7 @@ class CallCapture:
         """Further arguments of the experts, detached."""
         self.device: torch.device
         self.autocast: tuple[bool, torch.dtype]
-        """Whether autocast was on, and its dtype."""
+        """Autocast: ``True`` if it was on, and its dtype."""
 
     def __call__(
         self, layer: ExpertLayer, weights: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -26,6 +26,7 @@ from lightning_eplb.parallel.dummy_dispatch import dummy_index
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.balancer.test_resumption import is_same
 from tests.fidelity import SEQUENCES, ShufflePolicy, named_state, trainer_for, whole
+from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import (
     SEQUENCE,
     LanguageModel,
@@ -36,6 +37,7 @@ from tests.models import (
     optimizer_of,
     token_batches,
 )
+from tests.parallel.test_per_expert_state import EXPERTS, WIDTH, Counters
 from tests.workers import Workers
 
 STEPS = 5
@@ -45,6 +47,9 @@ def fit(kind: str, profile: bool) -> dict[str, Any]:
     """On every worker: all that training leaves, and the rows of each dispatch in the first step."""
     torch.manual_seed(3)
     model, strategy = hugging_face_model("qwen3_moe" if kind == "async" else "mixtral"), None
+    plugins: list[Any] = []
+    if kind == "fsdp1":
+        strategy, plugins = fsdp1(sharding_strategy="FULL_SHARD"), [DoublePrecision()]
     module = LanguageModel(model, "adamw")
     ranks = dist.get_world_size()
     if kind == "checkpointing":
@@ -53,7 +58,7 @@ def fit(kind: str, profile: bool) -> dict[str, Any]:
         module = ShardedLanguageModel(model, "adamw", 2)
         strategy = ExpertParallelStrategy(ep_size=2)
     eplb = EPLBCallback(2, 2, ShufflePolicy(), step_interval=4, use_async=kind == "async", profile=profile)
-    trainer = trainer_for(ranks, strategy, max_steps=STEPS, callbacks=[eplb])
+    trainer = trainer_for(ranks, strategy, plugins=plugins, max_steps=STEPS, callbacks=[eplb])
     tokens: list[list[int]] = []
     dispatch = AllToAllDispatcher.dispatch
 
@@ -65,19 +70,22 @@ def fit(kind: str, profile: bool) -> dict[str, Any]:
     with patch.object(AllToAllDispatcher, "dispatch", record):
         trainer.fit(module, loader(token_batches(STEPS * ranks * SEQUENCES), SEQUENCES))
     assert eplb.balancer is not None
-    hooks = [parameter._backward_hooks for parameter in model.parameters() if parameter._backward_hooks]
+    if kind == "fsdp1":
+        weights, state = full_state(trainer)
+    else:
+        weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+        state = named_state(model, trainer.optimizers[0])
     return {
         "losses": module.losses,
-        "weights": {name: whole(tensor) for name, tensor in model.state_dict().items()},
-        "state": named_state(model, trainer.optimizers[0]),
+        "weights": weights,
+        "state": state,
         "balancer": eplb.balancer.state_dict(),
         "random": torch.get_rng_state(),
-        "hooks": len(hooks),
         "tokens": tokens,
     }
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sharded", "async", "checkpointing"])
+@pytest.mark.parametrize("kind", ["ddp", "sharded", "fsdp1", "async", "checkpointing"])
 def test_profile_run_changes_no_bit_of_training(kind: str, workers: Workers) -> None:
     ranks = 4 if kind == "sharded" else 2
     without, profiled = (workers.run(ranks, fit, kind, profile, seconds=120) for profile in (False, True))
@@ -87,6 +95,54 @@ def test_profile_run_changes_no_bit_of_training(kind: str, workers: Workers) -> 
         dummies = [each for each in more if each not in plain]
         mean = 2 * SEQUENCES * SEQUENCE  # top-2
         assert sorted(dummies)[:2] == [[mean // 2, 3 * mean // 2], [3 * mean // 2, mean // 2]]
+
+
+class CountingExperts(Counters):
+    """Has a counter by expert, and draws random numbers in its forward."""
+
+    def change(self, expert: int, rows: Tensor) -> Tensor:
+        return nn.functional.dropout(super().change(expert, rows), 0.5).to(self.up.dtype)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(WIDTH, EXPERTS, dtype=torch.float64)
+        self.experts = CountingExperts()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weights, index = self.router(hidden).softmax(dim=-1).topk(2)
+        return hidden + self.experts(hidden, index, weights)
+
+
+def count(profile: bool, autocast: bool) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    """On every worker: weights and counters, the state of the random generator, and calls of a gradient hook."""
+    torch.manual_seed(dist.get_rank())
+    model = parallelize_experts(Counting().float() if autocast else Counting(), num_redundant_experts=2)
+    optimizer = optimizer_of("sgd", model)
+    balancer = ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(), step_interval=4)
+    if profile:
+        balancer.profile()
+    calls: list[int] = []
+    if not autocast:
+        model.experts.up.register_hook(lambda grad: calls.append(len(grad)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for step in range(3):
+            hidden = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            model(hidden.float() if autocast else hidden).square().mean().backward()
+            optimizer.step()
+            balancer.step()
+            optimizer.zero_grad()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state(), calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_profile_run_changes_no_counter_random_generator_or_autocast_cache(autocast: bool, workers: Workers) -> None:
+    without, profiled = (workers.run(2, count, profile, autocast) for profile in (False, True))
+    for expected, ours in zip(without, profiled, strict=True):
+        assert all(is_same(one, other) for one, other in zip(expected, ours, strict=True))
+        assert ours[2] == ([] if autocast else [EXPERTS] * 3)
 
 
 @pytest.mark.parametrize(
