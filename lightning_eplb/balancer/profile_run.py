@@ -100,8 +100,7 @@ class ProfileRun:
         imbalance = imbalance_of(model.groups.size)
         rows = int(imbalance * capture.weights.shape.numel())
         try:
-            for rank in range(model.groups.size):
-                dispatch_dummies(module, capture, rank, imbalance)
+            dispatch_dummies(module, capture, imbalance)
         except torch.OutOfMemoryError as error:
             size = rows * capture.hidden.shape[-1] * capture.hidden.dtype.itemsize / 2**20
             redundant = model.placement.num_redundant_experts

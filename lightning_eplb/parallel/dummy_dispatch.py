@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_eplb import _compat
+from lightning_eplb.parallel.dispatch import TokenDispatcher
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.packing import to_device
@@ -72,8 +73,8 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def dispatch_dummies(module: ParallelExperts, capture: CallCapture, full_rank: int, imbalance: float) -> None:
-    """Compute a layer once, forward and backward, with dummy tokens and all redundant slots filled.
+def dispatch_dummies(module: ParallelExperts, capture: CallCapture, imbalance: float) -> None:
+    """Compute a layer with dummy tokens and all redundant slots filled, forward and backward, once for each rank.
 
     Neither the layer nor its parameters, gradients, buffers and load change. Random generators keep their state. Every
     rank of the EP group must call it.
@@ -81,50 +82,51 @@ def dispatch_dummies(module: ParallelExperts, capture: CallCapture, full_rank: i
     Args:
         module: Converted experts.
         capture: Form of a call.
-        full_rank: EP rank that gets most tokens.
-        imbalance: Tokens of that rank, in parts of the mean rank's.
+        imbalance: Tokens of one rank after the other, in parts of the mean rank's.
 
     Raises:
         torch.OutOfMemoryError: There is too little memory on this rank.
     """
-    assert capture.hidden is not None
-    layer, device = module.expert_layer, capture.device
-    num_tokens, top_k = capture.weights.shape
-    share = imbalance / layer.groups.size
-    twin = _twin(module, capture, full_rank, share)
-    own = twin.expert_layer.slot_map.slots[full_rank, : layer.num_primaries]
-    index_TK = to_device(dummy_index(num_tokens, top_k, own[own < layer.num_logical_experts], layer, share), device)
+    groups, device = module.expert_layer.groups, capture.device
+    dispatcher = type(module.expert_layer.dispatcher)(groups)
     is_on, dtype = capture.autocast
-    cuda = [device.index or 0] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=cuda),
+        torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []),
         torch.autocast(device.type, dtype, enabled=is_on, cache_enabled=False),
         torch.enable_grad(),
     ):
-        hidden_TD = torch.zeros(*capture.hidden.shape, dtype=capture.hidden.dtype, device=device, requires_grad=True)
-        weights_TK = torch.full(
-            capture.weights.shape, 1 / top_k, dtype=capture.weights.dtype, device=device, requires_grad=True
-        )
-        args, kwargs = capture.extra
-        output_TD = twin.forward(hidden_TD, index_TK, weights_TK, *args, **kwargs)
-        trained = [parameter for parameter in twin.parameters(recurse=False) if parameter.requires_grad]
-        if output_TD.requires_grad:  # into no gradient of a parameter, so that no hook on one is called
-            torch.autograd.grad(
-                output_TD, [hidden_TD, weights_TK, *trained], torch.zeros_like(output_TD), allow_unused=True
-            )
+        for full_rank in range(groups.size):
+            twin = _twin(module, capture, dispatcher, full_rank, imbalance / groups.size)
+            _compute(twin, capture, full_rank, imbalance / groups.size)
 
 
-def dummy_index(num_tokens: int, top_k: int, own: np.ndarray, layer: ExpertLayer, share: float) -> np.ndarray:
+def _compute(twin: ParallelExperts, capture: CallCapture, full_rank: int, share: float) -> None:
+    assert capture.hidden is not None
+    layer, device = twin.expert_layer, capture.device
+    num_tokens, top_k = capture.weights.shape
+    own = layer.slot_map.slots[full_rank, : layer.num_primaries]
+    own = own[own < layer.num_logical_experts]
+    index_TK = to_device(dummy_index(num_tokens, top_k, own, layer.num_logical_experts, share), device)
+    hidden_TD = torch.zeros(capture.hidden.shape, dtype=capture.hidden.dtype, device=device, requires_grad=True)
+    weights_TK = torch.zeros(capture.weights.shape, dtype=capture.weights.dtype, device=device, requires_grad=True)
+    args, kwargs = capture.extra
+    output_TD = twin.forward(hidden_TD, index_TK, weights_TK, *args, **kwargs)
+    inputs = [hidden_TD, weights_TK, *(weight for weight in twin.parameters(recurse=False) if weight.requires_grad)]
+    # Gradients are returned and not accumulated, so that no hook of DDP or of a user is called.
+    torch.autograd.grad(output_TD, inputs, torch.zeros_like(output_TD), allow_unused=True)
+
+
+def dummy_index(num_tokens: int, top_k: int, own: np.ndarray, num_experts: int, share: float) -> np.ndarray:
     """Return the experts of dummy tokens, ``[T, K]`` int64, all different for each token.
 
     Args:
         num_tokens: Number of tokens.
         top_k: Choices of a token.
         own: Logical experts that get ``share`` of the choices, as far as a token can choose so many of them.
-        layer: Layer of the experts. Its other experts get the rest.
+        num_experts: Logical experts of the layer. Those that are not in ``own`` get the rest.
         share: Part of the choices.
     """
-    others = np.setdiff1d(np.arange(layer.num_logical_experts), own)
+    others = np.setdiff1d(np.arange(num_experts), own)
     many = min(max(top_k * share, top_k - len(others)), len(own))
     upto_T = np.floor(np.arange(num_tokens + 1) * many + 1e-9).astype(np.int64)
     from_own_T1 = np.diff(upto_T)[:, None]
@@ -136,11 +138,13 @@ def dummy_index(num_tokens: int, top_k: int, own: np.ndarray, layer: ExpertLayer
     return np.where(is_own_TK, own_TK, other_TK)
 
 
-def _twin(module: ParallelExperts, capture: CallCapture, full_rank: int, share: float) -> ParallelExperts:
+def _twin(
+    module: ParallelExperts, capture: CallCapture, dispatcher: TokenDispatcher, full_rank: int, share: float
+) -> ParallelExperts:
     """Return a module that computes as ``module`` does, with the same weights and tensors of its own for all else."""
     layer, groups = copy.copy(module.expert_layer), module.expert_layer.groups
     layer.prefetcher, layer.gradient_sync, layer.records_load = WeightPrefetcher(), None, False
-    layer.dispatcher = type(layer.dispatcher)(groups)
+    layer.dispatcher = dispatcher
     layer.physical_to_logical = layer.physical_to_logical.copy()
     num_redundant = len(layer.physical_to_logical) - groups.size * layer.num_primaries
     filled = ExpertPlacement.initial(1, layer.num_logical_experts, groups.size, num_redundant)

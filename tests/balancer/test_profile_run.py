@@ -25,6 +25,7 @@ from lightning_eplb.parallel.all_to_all import AllToAllDispatcher
 from lightning_eplb.parallel.dummy_dispatch import dummy_index
 from lightning_eplb.parallel.parallelize import expert_layers
 from tests.balancer.test_resumption import is_same
+from tests.balancer.test_warm_start import HOT
 from tests.fidelity import SEQUENCES, ShufflePolicy, named_state, trainer_for, whole
 from tests.fsdp1 import DoublePrecision, fsdp1, full_state
 from tests.models import (
@@ -57,7 +58,10 @@ def fit(kind: str, profile: bool) -> dict[str, Any]:
     if kind == "sharded":
         module = ShardedLanguageModel(model, "adamw", 2)
         strategy = ExpertParallelStrategy(ep_size=2)
-    eplb = EPLBCallback(2, 2, ShufflePolicy(), step_interval=4, use_async=kind == "async", profile=profile)
+    asynchronous = kind == "async"
+    eplb = EPLBCallback(
+        2, 2, ShufflePolicy(), step_interval=4, use_async=asynchronous, initial_load=HOT, profile=profile
+    )
     trainer = trainer_for(ranks, strategy, plugins=plugins, max_steps=STEPS, callbacks=[eplb])
     tokens: list[list[int]] = []
     dispatch = AllToAllDispatcher.dispatch
@@ -116,12 +120,18 @@ class Counting(nn.Module):
         return hidden + self.experts(hidden, index, weights)
 
 
-def count(profile: bool, autocast: bool) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+def count(profile: bool, autocast: bool, direct: bool = False) -> tuple[dict[str, Tensor], Tensor, list[int]]:
     """On every worker: weights and counters, the state of the random generator, and calls of a gradient hook."""
     torch.manual_seed(dist.get_rank())
-    model = parallelize_experts(Counting().float() if autocast else Counting(), num_redundant_experts=2)
+    dispatcher = None
+    if direct:
+        from tests.parallel.shared_memory import CPUDirectDispatcher as dispatcher  # noqa: N813
+    model = parallelize_experts(Counting(), num_redundant_experts=2, dispatcher=dispatcher)
+    if autocast:
+        model.float()
     optimizer = optimizer_of("sgd", model)
-    balancer = ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(), step_interval=4)
+    balancer = ExpertLoadBalancer(model, [optimizer], policy=ShufflePolicy(), step_interval=100)
+    balancer.rearrange()
     if profile:
         balancer.profile()
     calls: list[int] = []
@@ -145,6 +155,13 @@ def test_profile_run_changes_no_counter_random_generator_or_autocast_cache(autoc
         assert ours[2] == ([] if autocast else [EXPERTS] * 3)
 
 
+def test_profile_run_of_direct_dispatch_changes_nothing(workers: Workers) -> None:
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    without, profiled = (workers.run(2, count, profile, False, True) for profile in (False, True))
+    for expected, ours in zip(without, profiled, strict=True):
+        assert all(is_same(one, other) for one, other in zip(expected, ours, strict=True))
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "top_k", "num_experts", "own", "share"),
     [
@@ -158,10 +175,7 @@ def test_profile_run_changes_no_counter_random_generator_or_autocast_cache(autoc
 def test_dummy_index_has_share_and_different_experts(
     num_tokens: int, top_k: int, num_experts: int, own: list[int], share: float
 ) -> None:
-    class Layer:
-        num_logical_experts = num_experts
-
-    index_TK = dummy_index(num_tokens, top_k, np.array(own), Layer(), share)  # type: ignore[arg-type]
+    index_TK = dummy_index(num_tokens, top_k, np.array(own), num_experts, share)
     assert index_TK.shape == (num_tokens, top_k)
     assert all(len(set(choices)) == top_k for choices in index_TK.tolist())
     wanted = min(max(share * top_k, top_k - (num_experts - len(own))), len(own)) * num_tokens
