@@ -98,15 +98,14 @@ class EPLBCallback(Callback):
             runs. ``True``: also with ``ep_size=1``. ``False``: never. Defaults to ``None``.
         initial_load: Known load to arrange the experts by before the first step: a trace, a report or a checkpoint,
             which only rank 0 needs to have, or counts of tokens ``[layers, experts]`` or ``[steps, layers, experts]``
-            (of several models by their names). The latest ``window_size`` steps count. It is for the first plan only:
-            the window starts empty. A load that ``fit(ckpt_path=...)`` brings wins over it. Defaults to ``None``.
+            (of several models by their names). No window keeps it, and a load from ``ckpt_path`` wins over it.
         profile: Do the largest exchanges once in the first step, with dummy rows, so that too little memory shows there
-            and not at the first rearrangement, see ``ExpertLoadBalancer.profile``. Defaults to ``False``.
+            and not at a rearrangement, see ``ExpertLoadBalancer.profile``. Defaults to ``False``.
 
     Raises:
         TypeError, ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or
             does not fit the strategy, the precision, another callback or the model; at the start of training on all
-            ranks if ``initial_load`` can't be read or does not fit the model.
+            ranks if ``initial_load`` can't be read or does not fit.
 
     Note:
         In validation, testing and prediction under DDP ranks may have different numbers of batches. Under FSDP a

@@ -2,8 +2,8 @@
 
 One process a rank, as ``torchrun`` starts them, or any launcher that sets the same variables::
 
-    torchrun --nproc-per-node 2 tests/gpu/profile.py
-    torchrun --nproc-per-node 2 tests/gpu/profile.py --without-profile
+    torchrun --nproc-per-node 2 tests/gpu/profile_run.py
+    torchrun --nproc-per-node 2 tests/gpu/profile_run.py --without-profile
 
 Trains the model of ``relocation.py`` three times: without moves, with all experts moved after ``--every`` steps, and
 that again with a limit on the memory that PyTorch allocates, halfway between the peaks of the two. Ends with status 0
