@@ -99,13 +99,12 @@ class EPLBCallback(Callback):
         initial_load: Known load to arrange the experts by before the first step: a trace, a report or a checkpoint,
             which only rank 0 needs to have, or counts of tokens ``[layers, experts]`` or ``[steps, layers, experts]``
             (of several models by their names). No window keeps it, and a load from ``ckpt_path`` wins over it.
-        profile: Do the largest exchanges once in the first step, with dummy rows, so that too little memory shows there
-            and not at a rearrangement, see ``ExpertLoadBalancer.profile``. Defaults to ``False``.
+        profile: Do the largest exchanges once in the first step, see ``ExpertLoadBalancer.profile``. Defaults to False.
 
     Raises:
         TypeError, ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or
-            does not fit the strategy, the precision, another callback or the model; at the start of training on all
-            ranks if ``initial_load`` can't be read or does not fit.
+            does not fit strategy, precision, model or another callback. On all ranks at the start of training, if
+            ``initial_load`` can't be read or does not fit.
 
     Note:
         In validation, testing and prediction under DDP ranks may have different numbers of batches. Under FSDP a
