@@ -154,7 +154,7 @@ def check_converted_model(
             )
     if is_sharded and trainer.world_size > 1:
         _check_sharded(pl_module)
-    redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
+    redundant = len(layers[0].physical_to_logical) - len(layers[0].row_order)
     if layers[0].groups.size == 1 < min(ep_size, trainer.world_size):
         raise ValueError(
             f"ep_size={ep_size}, and parallelize_experts was called before there were other ranks, in __init__; call it"

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_eplb import _compat
-from lightning_eplb._validation import check_divides, check_multiple, check_num_redundant, check_whole_numbers
+from lightning_eplb._validation import check_multiple, check_num_ranks, check_num_redundant, check_whole_numbers
 from lightning_eplb.parallel.per_expert_state import make_part
 
 PROTOCOL = (
@@ -58,7 +58,7 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
         raise ValueError(f"the MoE layers of a model must have one number of experts; found {numbers}")
     num_experts = next(iter(numbers.values()))
     assert isinstance(num_experts, int)
-    check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {next(iter(found))}")
+    check_num_ranks(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {next(iter(found))}")
     check_whole_numbers(num_redundant_experts=num_redundant_experts)
     check_multiple(num_redundant_experts, size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={size}")
     if size > 1:

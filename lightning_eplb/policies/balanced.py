@@ -24,6 +24,7 @@ from lightning_eplb.policies.objective import (
     judge,
 )
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
+from lightning_eplb.policies.phantoms import drop_phantoms, number_phantoms, with_phantom_loads
 from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
 from lightning_eplb.policies.search import drop_replicas, exchange
 from lightning_eplb.policies.token_split import copy_slots, heaviest_first
@@ -128,18 +129,20 @@ class BalancedPolicy(Policy):
         BalancedPolicy().rearrange(np.array([[8, 4, 2, 1]]) << 20, small, Topology.even(2))
 
     def _plan(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
-        slots_YRS, n = placement.by_rank.copy(), placement.primaries_per_rank
+        slots_YRS, n = number_phantoms(placement), placement.primaries_per_rank
+        outlook, experts = with_phantom_loads(outlook, placement.num_phantom_experts), placement.num_logical_experts
         domains = self._domains(placement, topology)
         if domains is None:
-            self._plan_within_limit([_problem(outlook, slots_YRS, n, topology, self.num_groups)])
-            return placement.with_slots(slots_YRS)
+            expert_YL = np.tile(np.arange(experts + placement.num_phantom_experts), (placement.num_layers, 1))
+            self._plan_within_limit([_problem(outlook, slots_YRS, n, topology, expert_YL < experts)])
+            return placement.with_slots(drop_phantoms(slots_YRS, experts, n))
         parts = []
         for ranks in domains:
             local_YRS, expert_YL = _localize(slots_YRS[:, ranks], n)
             parts.append((ranks, local_YRS, expert_YL))
         self._plan_within_limit(
             [
-                _problem(_of_experts(outlook, expert_YL), local_YRS, n, _of_ranks(topology, ranks), 1)
+                _problem(_of_experts(outlook, expert_YL), local_YRS, n, _of_ranks(topology, ranks), expert_YL < experts)
                 for ranks, local_YRS, expert_YL in parts
             ]
         )
@@ -148,7 +151,7 @@ class BalancedPolicy(Policy):
             flat_YP = local_YRS.reshape(len(local_YRS), -1)
             global_YP = np.where(flat_YP == EMPTY, EMPTY, np.take_along_axis(expert_YL, np.maximum(flat_YP, 0), axis=1))
             slots_YRS[np.ix_(has_tokens_Y, ranks)] = global_YP.reshape(local_YRS.shape)[has_tokens_Y]
-        return placement.with_slots(slots_YRS)
+        return placement.with_slots(drop_phantoms(slots_YRS, experts, n))
 
     def _plan_within_limit(self, problems: "list[_Problem]") -> None:
         """Plan all layers, in place, and see to it that no more is moved than may be."""
@@ -197,6 +200,7 @@ class _Problem(NamedTuple):
 
     Attributes:
         load_CYL: Parts of each expert in each scenario, int64.
+        is_expert_YL: ``False`` for phantom experts, which never get a token.
         slots_YRS: Present slots, int64; planned in place.
         num_primaries: Primaries of each rank.
         weight_R: Cost of a token on each rank, float64.
@@ -211,6 +215,7 @@ class _Problem(NamedTuple):
     """
 
     load_CYL: np.ndarray
+    is_expert_YL: np.ndarray
     slots_YRS: np.ndarray
     num_primaries: int
     weight_R: np.ndarray
@@ -224,7 +229,9 @@ class _Problem(NamedTuple):
     moved_Y: np.ndarray
 
 
-def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topology: Topology, groups: int) -> _Problem:
+def _problem(
+    outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topology: Topology, is_expert_YL: np.ndarray
+) -> _Problem:
     layers, num_ranks, _ = slots_YRS.shape
     expected_YL = scale_to_parts(outlook.forecast.first)
     strength_Y = strength_of(outlook.forecast.first, outlook.forecast.spread)
@@ -238,7 +245,8 @@ def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topolo
     capacity_R = capacity_R / capacity_R.max()
     mean = capacity_R.cumsum()[-1] / num_ranks
     return _Problem(
-        load_CYL=scenarios(expected_YL, strength_Y, outlook.sub_windows),
+        load_CYL=scenarios(expected_YL, strength_Y, outlook.sub_windows) * is_expert_YL,
+        is_expert_YL=is_expert_YL,
         slots_YRS=slots_YRS,
         num_primaries=num_primaries,
         weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),
@@ -293,7 +301,7 @@ def _plan_layers(problem: _Problem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
-    hedged_YL = share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]
+    hedged_YL = (share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]) * problem.is_expert_YL
     level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
     weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     weight_X[0] = EXPECTED_WEIGHT
