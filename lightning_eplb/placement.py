@@ -61,8 +61,8 @@ class ExpertPlacement:
             if least > num_logical_experts:
                 slots += f" and {least - num_logical_experts} empty ones of phantom experts"
             raise ValueError(
-                f"physical_to_logical has shape {list(p2l_YP.shape)}; it must be [layers, slots] with at least {slots}, a"
-                f" multiple of num_ranks={num_ranks}"
+                f"physical_to_logical has shape {list(p2l_YP.shape)}; it must be [layers, slots] with at least {slots},"
+                f" a multiple of num_ranks={num_ranks}"
             )
         self.num_logical_experts = num_logical_experts
         self.num_ranks = num_ranks
@@ -278,8 +278,8 @@ def num_primary_slots(num_logical_experts: int, num_ranks: int) -> int:
 def _check_experts(num_logical_experts: int, num_ranks: int) -> None:
     if not 1 <= num_ranks <= num_logical_experts:
         raise ValueError(
-            f"num_logical_experts={num_logical_experts} must be at least num_ranks={num_ranks}, and both at least 1: each"
-            " rank needs an expert"
+            f"num_logical_experts={num_logical_experts} must be at least num_ranks={num_ranks}, and both at least 1:"
+            " each rank needs an expert"
         )
 
 

@@ -56,7 +56,9 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.model}-top{self.top_k}-{f'{self.experts}experts-' * (self.experts != 8)}{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
+            f"{self.model}-top{self.top_k}-"
+            + (f"{self.experts}experts-" if self.experts != 8 else "")
+            + f"{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
             f"-clip_{self.clip}-{self.optimizer}"
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + (f"-fsdp{self.replicas}" if self.replicas else "")

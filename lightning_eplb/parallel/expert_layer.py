@@ -239,6 +239,11 @@ class ExpertLayer:
         return TokenBatch(self.name, hidden_TD, index_TK, weights_TK, num_experts, table, slots_RS, experts_weigh)
 
     @property
+    def num_phantoms(self) -> int:
+        """Phantom experts of the layer, over all ranks."""
+        return len(self.row_order) - self.num_logical_experts
+
+    @property
     def num_filled(self) -> int:
         """Rows of this rank that hold an expert: the first ones."""
         return len(self.local_experts)

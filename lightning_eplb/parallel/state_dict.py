@@ -61,12 +61,13 @@ def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
     """Select this rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``. Reorder a DTensor to the placement.
 
-    A DTensor is expected only if parameters are DTensors or saved in shards.
+    A DTensor is expected only if parameters are DTensors or saved in shards. It may have rows of phantom experts.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
     """
-    if full.ndim == 0 or full.shape[0] != layer.num_logical_experts:
+    allowed = {layer.num_logical_experts} | ({len(layer.row_order)} if isinstance(full, DTensor) else set())
+    if full.ndim == 0 or full.shape[0] not in allowed:
         raise ValueError(
             f"{name} has shape {list(full.shape)}; loading takes all {layer.num_logical_experts} experts in logical"
             " order, as state_dict() gives them"
