@@ -59,7 +59,7 @@ class ExpertPlacement:
         if p2l_YP.ndim != 2 or p2l_YP.shape[1] < least or p2l_YP.shape[1] % num_ranks:
             slots = f"num_logical_experts={num_logical_experts} slots"
             if least > num_logical_experts:
-                slots += f" and {least - num_logical_experts} empty ones of phantom experts"
+                slots += f" and {least - num_logical_experts} for phantom experts"
             raise ValueError(
                 f"physical_to_logical has shape {list(p2l_YP.shape)}; it must be [layers, slots] with at least {slots},"
                 f" a multiple of num_ranks={num_ranks}"
