@@ -80,12 +80,25 @@ def check_divides(value: int, number: int, named: str, of: str) -> None:
         raise ValueError(f"{named} must divide {of}. Use {one_of(divisors(number))}.")
 
 
+def check_num_ranks(value: int, num_experts: int, named: str, of: str) -> None:
+    """Raise ``ValueError`` if there are more ranks than experts.
+
+    Args:
+        value: Ranks that share the experts of a layer.
+        num_experts: Logical experts of the layer.
+        named: Value in the message, such as ``ep_size=8``.
+        of: Experts in the message, such as ``the 7 experts of layers.0.mlp``.
+    """
+    if value > num_experts:
+        raise ValueError(f"{named} is more than {of}, and each rank needs one. Use at most {num_experts}.")
+
+
 def check_num_redundant(value: int, num_experts: int, num_ranks: int, named: str, of: str) -> None:
     """Raise ``ValueError`` if ranks can't hold so many redundant experts, since none holds an expert twice.
 
     Args:
         value: Redundant experts of a layer.
-        num_experts: Logical experts of the layer, a multiple of ``num_ranks``.
+        num_experts: Logical experts of the layer, at least ``num_ranks``.
         num_ranks: Ranks that share them.
         named: Value in the message, such as ``num_redundant_experts=10``.
         of: Ranks in the message, such as ``ep_size=2``.

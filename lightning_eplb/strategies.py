@@ -14,10 +14,11 @@ from typing_extensions import override
 from lightning_eplb import _compat
 from lightning_eplb._validation import check_switches, check_whole_numbers
 from lightning_eplb.checkpoint.consolidate import WEIGHTS
-from lightning_eplb.checkpoint.distributed import load_distributed_checkpoint, save_folder
+from lightning_eplb.checkpoint.distributed import load_distributed_checkpoint, load_file, save_folder
 from lightning_eplb.parallel.dtensor import EFSDP, EP, REPLICATE
 from lightning_eplb.parallel.groups import check_nodes
 from lightning_eplb.parallel.materialize import materialize
+from lightning_eplb.parallel.parallelize import expert_layers
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -136,4 +137,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             strict = self.lightning_module.strict_loading
             return load_distributed_checkpoint(path, self.model, self.optimizers, strict, weights_only)
         self.model.zero_grad()  # torch initializes an optimizer's state only if no gradient is left
+        if any(layer.num_phantoms for layer, _ in expert_layers(self.model)):
+            return load_file(path, self.model, self.optimizers, self.lightning_module.strict_loading, weights_only)
         return super().load_checkpoint(path, weights_only)

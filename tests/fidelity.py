@@ -41,6 +41,7 @@ class Case:
     clip: str = "off"
     optimizer: str = "adamw"
     top_k: int = 2
+    experts: int = 8
     ep_size: int | None = None
     redundancy: Literal["window", "batch"] = "window"
     checkpointing: Literal["off", "reentrant", "non-reentrant"] = "off"
@@ -55,7 +56,9 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.model}-top{self.top_k}-{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
+            f"{self.model}-top{self.top_k}-"
+            + (f"{self.experts}experts-" if self.experts != 8 else "")
+            + f"{self.ranks}ranks-E{self.redundant}R-acc{self.accumulation}"
             f"-clip_{self.clip}-{self.optimizer}"
             + (f"-ep{self.ep_size}" if self.ep_size else "")
             + (f"-fsdp{self.replicas}" if self.replicas else "")
@@ -77,7 +80,10 @@ class ShufflePolicy(Policy):
         slots_YRS = np.full_like(placement.by_rank, -1)
         n, experts = placement.primaries_per_rank, placement.num_logical_experts
         for layer in range(placement.num_layers):
-            slots_YRS[layer, :, :n] = self._random.permutation(experts).reshape(-1, n)
+            places = np.full(n * placement.num_ranks, -1)  # some ranks may get phantom experts only
+            places[self._random.permutation(len(places))[:experts]] = self._random.permutation(experts)
+            own_RN = places.reshape(-1, n)
+            slots_YRS[layer, :, :n] = np.take_along_axis(own_RN, np.argsort(own_RN < 0, axis=1, kind="stable"), axis=1)
             for rank in range(placement.num_ranks):
                 others = np.setdiff1d(np.arange(experts), slots_YRS[layer, rank, :n])
                 redundant = self._random.permutation(others)[: placement.redundant_per_rank]
@@ -132,7 +138,7 @@ def tokens_of(case: Case) -> Tensor:
 
 def reference(case: Case) -> Outcome:
     """One process, plain PyTorch, the unmodified model, every step the batches of all ranks."""
-    model = hugging_face_model(case.model, top_k=case.top_k)
+    model = hugging_face_model(case.model, case.experts, case.top_k)
     optimizer = optimizer_of(case.optimizer, model)
     losses = []
     batches = tokens_of(case).split(SEQUENCES * case.ranks)
@@ -152,7 +158,7 @@ def reference(case: Case) -> Outcome:
 
 def distributed(case: Case) -> Outcome:
     """On every worker: Lightning, experts spread over the ranks and shuffled after every step."""
-    model, redundant = hugging_face_model(case.model, top_k=case.top_k), case.redundant * case.ranks
+    model, redundant = hugging_face_model(case.model, case.experts, case.top_k), case.redundant * case.ranks
     if case.checkpointing != "off":
         model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     module, strategy, plugins = LanguageModel(model, case.optimizer), None, []

@@ -82,9 +82,16 @@ def tokens() -> Any:
     return loader(token_batches(8 * SEQUENCES), SEQUENCES)
 
 
-def test_callback_with_indivisible_experts_raises(workers: Workers) -> None:
-    (message,) = set(workers.run(3, fails_in_setup, {}))
-    assert message == "ep_size=3 must divide the 8 experts of model.model.layers.0.mlp.experts. Use 1, 2, 4 or 8."
+def with_three_experts() -> str:
+    return fails_in_setup({}, model=hugging_face_model("mixtral", num_experts=3))
+
+
+def test_callback_with_fewer_experts_than_ranks_raises(workers: Workers) -> None:
+    (message,) = set(workers.run(4, with_three_experts))
+    assert message == (
+        "ep_size=4 is more than the 3 experts of model.model.layers.0.mlp.experts, and each rank needs one. Use at most"
+        " 3."
+    )
 
 
 def test_callback_with_indivisible_redundant_experts_raises(workers: Workers) -> None:

@@ -13,10 +13,13 @@ from lightning_eplb.placement import EMPTY, ExpertPlacement
 def placements(draw):
     ranks, layers = draw(st.integers(1, 5)), draw(st.integers(0, 3))
     per_rank, redundant = draw(st.integers(1, 4)), draw(st.integers(0, 3))
-    experts = ranks * per_rank
+    phantoms = draw(st.integers(0, ranks - 1)) if per_rank > 1 else 0
+    experts = ranks * per_rank - phantoms
     slots = np.full((layers, ranks, per_rank + redundant), EMPTY)
     for layer in range(layers):
-        slots[layer, :, :per_rank] = np.reshape(draw(st.permutations(range(experts))), (ranks, per_rank))
+        own = np.reshape(draw(st.permutations([*range(experts), *[EMPTY] * phantoms])), (ranks, per_rank))
+        order = np.argsort(own == EMPTY, axis=1, kind="stable")  # phantom experts come last on a rank
+        slots[layer, :, :per_rank] = np.take_along_axis(own, order, axis=1)
         for rank in range(ranks):
             others = [expert for expert in range(experts) if expert not in slots[layer, rank]]
             for slot in range(per_rank, per_rank + redundant):
@@ -39,7 +42,11 @@ def test_maps_of_any_placement_are_inverse(placement):
             assert slots[0] % S < n  # the primary comes first
             assert slots[1:count].tolist() == sorted(slots[1:count].tolist())
             assert placement.primary_rank[layer, expert] == slots[0] // S
-        assert sorted(placement.primaries[layer].tolist()) == list(range(placement.num_logical_experts))
+        phantoms = [EMPTY] * placement.num_phantom_experts
+        assert sorted(placement.primaries[layer].tolist()) == phantoms + list(range(placement.num_logical_experts))
+        assert sorted(placement.row_order[layer].tolist()) == list(range(placement.num_ranks * n))
+        is_expert = placement.primaries[layer] != EMPTY
+        assert (placement.row_order[layer] == placement.primaries[layer])[is_expert].all()
     assert placement.by_rank.shape == (placement.num_layers, placement.num_ranks, S)
     assert (placement.replica_count.sum(axis=1) == (placement.physical_to_logical != EMPTY).sum(axis=1)).all()
     for array in (placement.physical_to_logical, placement.logical_to_physical, placement.replica_count):
@@ -120,9 +127,25 @@ def test_repr_of_placement_has_its_numbers():
 @pytest.mark.parametrize(
     ("slots", "experts", "ranks", "message"),
     [
-        ([[0, 1, 2]], 3, 2, "num_logical_experts=3 must be a positive multiple of num_ranks=2"),
-        ([[0]], 0, 1, "num_logical_experts=0 must be a positive multiple"),
-        ([[0]], 1, 0, "num_logical_experts=1 must be a positive multiple of num_ranks=0"),
+        ([[0, 1]], 2, 3, "num_logical_experts=2 must be at least num_ranks=3, and both at least 1"),
+        ([[0]], 0, 1, "num_logical_experts=0 must be at least num_ranks=1, and both at least 1"),
+        ([[0]], 1, 0, "num_logical_experts=1 must be at least num_ranks=0, and both at least 1"),
+        (
+            [[0, 1, 2]],
+            3,
+            2,
+            "at least num_logical_experts=3 slots and 1 for phantom experts, a multiple of",
+        ),
+        ([[-1, 0, 1, 2]], 3, 2, r"layer 0: primary slots of rank 0 are \[-1, 0\]; put empty ones \(-1\) behind"),
+        (
+            [[0, -1, 1, -1]],
+            3,
+            2,
+            "layer 0: a primary slot of rank 1 is empty; 1 may be in a layer, as 3 experts are",
+        ),
+        ([[0, 1, 2, 0]], 3, 2, "layer 0: expert 0 is there 2 times among the primaries. Leave 1 of the last primary"),
+        ([[0, 0, 1, -1]], 3, 2, "layer 0: expert 2 is missing among the primaries and expert 0 is there 2 times"),
+        ([[0, 1, 2, 3]], 3, 2, "holds expert 3; experts are 0 to 2"),
         ([0, 1], 2, 2, r"shape \[2\]; it must be \[layers, slots\]"),
         ([[0, 1]], 4, 2, r"shape \[1, 2\].* at least num_logical_experts=4 slots"),
         ([[0, 1, 2, 3, -1]], 4, 2, r"shape \[1, 5\].* multiple of num_ranks=2"),
@@ -162,7 +185,7 @@ def test_placement_of_any_integer_dtype_is_int64(dtype):
     [
         (4, 2.0, 2, r"num_ranks=2\.0 must be a whole number"),
         (4, 2, 2.5, r"num_redundant_experts=2\.5 must be a whole number"),
-        (5, 2, 0, "num_logical_experts=5 must be a positive multiple of num_ranks=2"),
+        (2, 3, 0, "num_logical_experts=2 must be at least num_ranks=3"),
         (4, 2, 3, "num_redundant_experts=3 must be a multiple of num_ranks=2. Use 2 or 4."),
         (4, 2, -2, "num_redundant_experts=-2 must not be negative"),
     ],

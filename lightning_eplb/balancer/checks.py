@@ -44,7 +44,7 @@ def check_arguments(
 
 
 def _warn_of_ineffective_arguments(redundancy: str, min_tokens_per_copy: int | None, layer: ExpertLayer) -> None:
-    num_redundant = len(layer.physical_to_logical) - layer.num_logical_experts
+    num_redundant = len(layer.physical_to_logical) - len(layer.row_order)
     if redundancy == "batch" and num_redundant == 0:
         rank_zero_warn(
             "redundancy='batch' has no effect with num_redundant_experts=0, as there are no redundant slots to fill."

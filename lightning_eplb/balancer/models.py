@@ -252,7 +252,7 @@ def find_models(model: nn.Module, window_size: int) -> list[ModelLayers]:
     for key, parts in by_key.items():
         same_name = [other for other in by_key if other[0] == key[0]]
         name = (key[0] or "model") + (f"-{key[1]}-experts" if len(same_name) > 1 else "")
-        redundant = [len(layer.physical_to_logical) - layer.num_logical_experts for layer, _ in parts]
+        redundant = [len(layer.physical_to_logical) - len(layer.row_order) for layer, _ in parts]
         if len(set(redundant)) > 1:
             raise ValueError(
                 f"layers of {name} have different numbers of redundant experts, {redundant}. Call parallelize_experts"

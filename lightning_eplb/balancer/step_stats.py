@@ -50,7 +50,7 @@ class PlacementChange:
     @property
     def num_rows(self) -> int:
         """Primaries that changed ranks, in one EP group."""
-        return sum(moves.num_rows_between_ranks for moves in self._moves)
+        return sum(moves.num_experts_between_ranks for moves in self._moves)
 
     @property
     def num_copies(self) -> int:

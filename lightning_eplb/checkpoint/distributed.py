@@ -1,16 +1,23 @@
-"""Save and load distributed checkpoints of FSDP1 and FSDP2. Each loads the other's, into its own shards."""
+"""Save and load distributed checkpoints of FSDP1 and FSDP2. Each loads the other's, into its own shards.
+
+FSDP2 loads files here, too, if there are phantom experts.
+"""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ParallelStrategy
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType, StateDictType
 from torch.optim import Optimizer
 
-from lightning_eplb.checkpoint.consolidate import check_complete, read_rest, weights_key
+from lightning_eplb.checkpoint.consolidate import WEIGHTS, check_complete, read_rest, weights_key
+from lightning_eplb.parallel.expert_layer import pad_rows
+from lightning_eplb.parallel.parallelize import layers_by_parameter
 
 
 def load_distributed_checkpoint(
@@ -66,6 +73,54 @@ def load_distributed_checkpoint(
             options = sharded.StateDictOptions(strict=False)
             sharded.set_optimizer_state_dict(model, optimizer, values, options=options)
     return rest
+
+
+def load_file(
+    path: str | Path,
+    model: nn.Module,
+    optimizers: Iterable[Optimizer] = (),
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Load model and optimizers from a checkpoint in one file. Each rank gets its own shards of rank 0's. Collective.
+
+    In place of ``ModelParallelStrategy.load_checkpoint``, which takes the shapes of expert parameters for those of the
+    unmodified model. With phantom experts they have more rows.
+
+    Args:
+        path: File, the same on all ranks.
+        model: Model sharded by FSDP2, whose optimizers exist. It has no gradients.
+        optimizers: Optimizers to load, in the order in which they were saved.
+        strict: Raise if a tensor is missing in the checkpoint or left over. Defaults to ``True``.
+        weights_only: As in ``torch.load``.
+
+    Returns:
+        Entries of the checkpoint beside the weights.
+
+    Raises:
+        ValueError: The weights of experts do not have a row for each of the model's. All ranks raise it.
+    """
+    from torch.distributed.checkpoint import state_dict as sharded
+
+    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    weights, layer_of = dict(checkpoint.pop(WEIGHTS)), layers_by_parameter(model)
+    for name, parameter in model.named_parameters():
+        layer, full = layer_of.get(id(parameter)), weights.get(name)
+        if layer is None or full is None:
+            continue
+        if len(full) != layer.num_logical_experts:
+            raise ValueError(
+                f"{path} has {len(full)} rows of {name}, and the model has {layer.num_logical_experts} experts."
+                " Build the model like the saved one."
+            )
+        if dist.get_rank() == 0:  # the values of the others are not used
+            weights[name] = pad_rows(full, len(layer.row_order))
+    options = sharded.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+    sharded.set_model_state_dict(model, weights, options=options)
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+        named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, model)
+        sharded.set_optimizer_state_dict(model, optimizer, named, options=options)
+    return checkpoint
 
 
 def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: Any, weights_key: str) -> None:

@@ -214,7 +214,7 @@ def _check_alike(
 
 
 def _is_per_expert(value: Any, layer: ExpertLayer) -> bool:
-    return has_rows(value, layer.num_logical_experts if isinstance(value, DTensor) else layer.num_primaries)
+    return has_rows(value, len(layer.row_order) if isinstance(value, DTensor) else layer.num_primaries)
 
 
 def _gathered(entries: Any, layer: ExpertLayer) -> Any:

@@ -14,6 +14,7 @@ from lightning_eplb.checkpoint.sources import Source, is_from_lightning, listed,
 from lightning_eplb.parallel.materialize import (
     allocate,
     broadcast_replicated,
+    clear_phantoms,
     initialize,
     memory_device,
     named_tensors,
@@ -73,6 +74,7 @@ def load_weights(model: nn.Module, path: str | Path, *, device: torch.device | s
         filled = {id(held[name].tensor) for name in made if name in held}
         left = {name for name, tensor in named_tensors(model).items() if name in empty and id(tensor) not in filled}
         initialize(model, left, device)
+        clear_phantoms(model)
         broadcast_replicated(model, left & set(held))  # which a complete checkpoint may lack
         finder = PartFinder(model, shapes, sources)
         with torch.no_grad():

@@ -189,14 +189,14 @@ def _rank_by_rank(load_L: np.ndarray, placement: ExpertPlacement, layer: int) ->
     tokens_R = level_tokens(load_L[None], placement.by_rank[layer][None])[0]
     rows = [["rank", "tokens", "times even", "primaries", "redundant"]]
     for rank, slots_S in enumerate(placement.by_rank[layer]):
-        primaries = slots_S[: placement.primaries_per_rank]
+        primaries = [expert for expert in slots_S[: placement.primaries_per_rank] if expert != EMPTY]
         redundant = [expert for expert in slots_S[placement.primaries_per_rank :] if expert != EMPTY]
         rows.append(
             [
                 str(rank),
                 f"{tokens_R[rank]:,.0f}",
                 f"{tokens_R[rank] / tokens_R.mean():.3f}" if tokens_R.any() else "-",
-                " ".join(map(str, primaries)),
+                " ".join(map(str, primaries)) or "-",
                 " ".join(map(str, redundant)) or "-",
             ]
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lightning_eplb._validation import check_divides, check_multiple, check_num_redundant
+from lightning_eplb._validation import check_divides, check_multiple, check_num_ranks, check_num_redundant
 from lightning_eplb.policies import BalancedPolicy, Costs, DeepSeekPolicy, Policy, StaticPolicy
 from lightning_eplb.simulation.replay import DEFAULT_COSTS, Replay, Setting, replay
 from lightning_eplb.simulation.synthetic import RECORDED_LOADS, SYNTHETIC_LOADS, recorded_load, resample, synthetic_load
@@ -162,9 +162,9 @@ def _check_counts(sizes: dict[str, int], counts: int) -> None:
 
 def _check_sizes(arguments: argparse.Namespace, steps: int, experts: int) -> None:
     """Raise ``ValueError`` for the first number that does not fit a load of so many steps and experts."""
-    for name in ("ep_size", "num_groups"):
-        value = getattr(arguments, name)
-        check_divides(value, experts, f"{_flag(name)} {value}", f"the {experts} experts")
+    groups = arguments.num_groups
+    check_num_ranks(arguments.ep_size, experts, f"--ep-size {arguments.ep_size}", f"the {experts} experts")
+    check_divides(groups, experts, f"--num-groups {groups}", f"the {experts} experts")
     redundant, ranks = arguments.num_redundant_experts, arguments.ep_size
     words = f"--num-redundant-experts {redundant}", f"--ep-size {ranks}"
     check_multiple(redundant, ranks, *words)

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_eplb import _compat
 from lightning_eplb._validation import (
-    check_divides,
     check_multiple,
+    check_num_ranks,
     check_num_redundant,
     check_whole_numbers,
     max_redundant,
@@ -66,8 +66,8 @@ def _why_whole(name: str, module: nn.Module, size: int, num_redundant_experts: i
     """Return why ranks can't share the experts of a module, or nothing."""
     num_experts = module.num_experts
     assert isinstance(num_experts, int)
-    if num_experts % size:
-        return f"num_experts={num_experts} can't be divided over {size} ranks"
+    if num_experts < size:
+        return f"num_experts={num_experts} are fewer than {size} ranks"
     if num_redundant_experts > max_redundant(num_experts, size):
         return f"{size} ranks can't use num_redundant_experts={num_redundant_experts} with num_experts={num_experts}"
     try:
@@ -105,7 +105,7 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
         first_of.setdefault(module.num_experts, name)
     for num_experts, name in first_of.items():
         of_layer = f" of {name}" if len(first_of) > 1 else ""
-        check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {name}")
+        check_num_ranks(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {name}")
         if size > 1:
             named = f"num_redundant_experts={num_redundant_experts}"
             check_num_redundant(num_redundant_experts, num_experts, size, named, f"ep_size={size}{of_layer}")

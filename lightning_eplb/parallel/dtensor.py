@@ -22,10 +22,11 @@ def local_shard(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def with_local(tensor: DTensor, local: Tensor) -> DTensor:
-    """Return a DTensor like ``tensor`` with the local shard ``local``."""
+def with_local(tensor: DTensor, local: Tensor, num_rows: int | None = None) -> DTensor:
+    """Return a DTensor like ``tensor`` with the local shard ``local``, and with ``num_rows`` rows if given."""
+    shape = tensor.shape if num_rows is None else torch.Size((num_rows, *tensor.shape[1:]))
     return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=tensor.stride()
     )
 
 

@@ -18,7 +18,7 @@ from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.prefetch import WeightPrefetcher
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement
 
 
 class TensorForm(NamedTuple):
@@ -105,7 +105,7 @@ def _compute(twin: ParallelExperts, capture: CallCapture, full_rank: int, share:
     layer, device = twin.expert_layer, capture.device
     num_tokens, top_k = capture.weights.shape
     own = layer.slot_map.slots[full_rank, : layer.num_primaries]
-    own = own[own < layer.num_logical_experts]
+    own = own[own != EMPTY]  # of phantom experts
     index_TK = to_device(dummy_index(num_tokens, top_k, own, layer.num_logical_experts, share), device)
     hidden_TD = torch.zeros(capture.hidden.shape, dtype=capture.hidden.dtype, device=device, requires_grad=True)
     weights_TK = torch.zeros(capture.weights.shape, dtype=capture.weights.dtype, device=device, requires_grad=True)

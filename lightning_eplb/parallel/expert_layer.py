@@ -25,7 +25,7 @@ from lightning_eplb.parallel.packing import to_device
 from lightning_eplb.parallel.per_expert_state import PerExpertState
 from lightning_eplb.parallel.prefetch import WeightPrefetcher
 from lightning_eplb.parallel.redundant_experts import RedundantRoutes
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement, num_primary_slots
 from lightning_eplb.policies.batch_redundancy import choose_copies
 from lightning_eplb.policies.token_split import rank_weights
 
@@ -107,7 +107,12 @@ class ExpertLayer:
         self.extra_arguments = ExtraArgumentResolver(name, self.original_class)
         self.num_logical_experts: int = module.num_experts  # type: ignore[assignment]
         self.parameter_names = [name for name, _ in module.named_parameters(recurse=False)]
-        self.num_primaries = self.num_logical_experts // context.groups.size
+        self.num_primaries = num_primary_slots(self.num_logical_experts, context.groups.size)
+        """Rows of each rank, ``n``: its primaries, and phantom experts behind them."""
+        self.row_order: Tensor
+        """Logical expert of every row, ranks in order, ``[R*n]`` int64. Phantom experts are counted on from ``L``."""
+        self.local_experts: Tensor
+        """Logical experts of this rank's primaries, in the order of its first rows, int64."""
         self.physical_to_logical: np.ndarray
         self.slot_map: SlotMap
         self.redundant_routes: RedundantRoutes
@@ -178,6 +183,9 @@ class ExpertLayer:
             rank_weights(np.ones(placement.num_ranks) if capacity is None else np.array(capacity)),
         )
         self.redundant_routes = RedundantRoutes(self.slot_map.slots, self.num_primaries, self.groups.rank)
+        self.row_order = torch.from_numpy(placement.row_order[row])
+        own_S = self.slot_map.slots[self.groups.rank, : self.num_primaries]
+        self.local_experts = torch.from_numpy(own_S[own_S != EMPTY])
         self._slot_of_expert = None
 
     def set_redundancy(self, by_batch: bool, min_tokens_per_copy: int) -> None:
@@ -255,9 +263,8 @@ class ExpertLayer:
         if self._slot_of_expert is None or self._slot_of_expert.device != device:
             slots_RS = self.slot_map.slots
             table = np.full(self.num_logical_experts + 1, slots_RS.size, dtype=np.int32)
-            table[slots_RS[:, : self.num_primaries]] = np.arange(slots_RS.size).reshape(slots_RS.shape)[
-                :, : self.num_primaries
-            ]
+            rank_X, slot_X = np.nonzero(slots_RS[:, : self.num_primaries] != EMPTY)
+            table[slots_RS[rank_X, slot_X]] = rank_X * slots_RS.shape[1] + slot_X
             self._slot_of_expert = to_device(table, device)
         return self._slot_of_expert
 
@@ -268,15 +275,19 @@ class ExpertLayer:
         return TokenBatch(self.name, hidden_TD, index_TK, weights_TK, num_experts, table, slots_RS, experts_weigh)
 
     @property
-    def row_order(self) -> Tensor:
-        """Logical expert of every primary's row, ranks in order, ``[L]`` int64."""
-        p2l_RS = torch.from_numpy(self.physical_to_logical).view(self.groups.size, -1)
-        return p2l_RS[:, : self.num_primaries].reshape(-1)
+    def num_phantoms(self) -> int:
+        """Phantom experts of the layer, over all ranks."""
+        return len(self.row_order) - self.num_logical_experts
 
     @property
-    def local_experts(self) -> Tensor:
-        """Logical experts of this rank's rows, ``[n]`` int64."""
-        return self.row_order.view(self.groups.size, -1)[self.groups.rank]
+    def num_filled(self) -> int:
+        """Rows of this rank that hold an expert: the first ones."""
+        return len(self.local_experts)
+
+    def select_rows(self, full: Tensor) -> Tensor:
+        """Return this rank's rows, ``[n, ...]``, of those of all experts, ``[L, ...]``: zeros for phantom experts."""
+        rows = full[to_device(self.local_experts.numpy(), full.device)]
+        return pad_rows(rows, self.num_primaries)
 
     @property
     def ddp(self) -> DistributedDataParallel | None:
@@ -327,6 +338,13 @@ class ExpertLayer:
         self._load_L.zero_()
         self._other_load = LayerLoad(self._load_L)
         return taken
+
+
+def pad_rows(rows: Tensor, number: int) -> Tensor:
+    """Return ``rows`` with rows of zeros behind them, ``number`` in all."""
+    if len(rows) == number:
+        return rows
+    return torch.cat((rows, rows.new_zeros(number - len(rows), *rows.shape[1:])))
 
 
 def is_recomputing() -> bool:

@@ -185,7 +185,8 @@ class ParallelExperts(nn.Module):
         self._record(routing, redundant, plan_seconds)
 
         dispatcher, parts = counts.dispatcher, counts.dispatcher.parts(batch, routing)
-        primaries, anchor = redundant.attach_anchor(parts)
+        own_parts = [slice(min(part.start, layer.num_filled), min(part.stop, layer.num_filled)) for part in parts]
+        primaries, anchor = redundant.attach_anchor(own_parts)  # the forward gets no rows of phantom experts
         handle = dispatcher.dispatch(batch, routing, counts.in_flight)
         call.extra.dispatch(dispatcher, handle)
         if routes.num_redundant and redundant.in_flight is None:
@@ -196,7 +197,8 @@ class ParallelExperts(nn.Module):
         for i, part in enumerate(parts):
             own, others = dispatcher.receive(handle, i)
             own_MD, own_extra, others_MD, others_extra = call.extra.receive(dispatcher, i, own.hidden, others.hidden)
-            rows = _ExpertRows(primaries[i], experts[part], own_MD, own.ends, own_extra, own.weights)
+            own_ids = experts[own_parts[i]]
+            rows = _ExpertRows(primaries[i], own_ids, own_MD, own.ends[: len(own_ids)], own_extra, own.weights)
             own_MD = self._compute_rows(rows, call)
             if routes.num_redundant and part.stop == layer.num_primaries:  # their weights travelled meanwhile
                 weights, served = redundant.receive_weights(anchor), experts[layer.num_primaries :]
@@ -234,7 +236,7 @@ class ParallelExperts(nn.Module):
         Returns:
             ``None`` if the unmodified module gives zeros.
         """
-        local = self._original_with(self._local_parameters(), self.expert_layer.local_experts.tolist())
+        local = self._first_experts(max(self.expert_layer.num_filled, 1))
         forward = self.expert_layer.original_class.forward
 
         def trains_without_tokens(hidden: Tensor, weights: Tensor, given: CallArguments) -> bool:
@@ -332,7 +334,7 @@ class ParallelExperts(nn.Module):
     def _sample_output(self, hidden_TD: Tensor, weights_dtype: torch.dtype, extra: ExtraArguments) -> Tensor:
         """Compute the output of one row of zeros, ``[1, D]``, for its width and dtype."""
         one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_TD.device)
-        first = self._original_with(self._local_parameters(1), self.expert_layer.local_experts[:1].tolist())
+        first = self._first_experts(1)
         row = hidden_TD.new_zeros(1, hidden_TD.shape[-1])
         return self._original_forward(first, row, one.to(torch.int64) - 1, one, extra.sample())
 
@@ -359,6 +361,11 @@ class ParallelExperts(nn.Module):
         dtype = self.expert_layer.compute_dtype
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         return [p if dtype is None or not p.is_floating_point() else p.to(dtype) for p in local]
+
+    def _first_experts(self, number: int) -> nn.Module:
+        """Return a module of the original class that computes the first experts of this rank."""
+        experts = self.expert_layer.local_experts[:number].tolist() or [0]  # a rank may have phantom experts only
+        return self._original_with(self._local_parameters(number), experts)
 
     def _original_with(self, weights: Sequence[Tensor], experts: Sequence[int]) -> nn.Module:
         """Return a module of the original class that computes ``experts`` with ``weights``."""

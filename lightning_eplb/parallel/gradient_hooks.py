@@ -41,6 +41,7 @@ class HookedLayer(Protocol):
 
     name: str
     gradient_sync: ExpertGradientSync | None
+    num_logical_experts: int
 
     @property
     def groups(self) -> ExpertGroups: ...
@@ -48,8 +49,7 @@ class HookedLayer(Protocol):
     @property
     def row_order(self) -> Tensor: ...
 
-    @property
-    def local_experts(self) -> Tensor: ...
+    def select_rows(self, full: Tensor) -> Tensor: ...
 
 
 def wrap_hooks(module: nn.Module, layer: HookedLayer) -> int:
@@ -143,7 +143,8 @@ class _GlobalHook:
                 rows /= groups.num_ep_groups
             of_ranks = rows.new_empty(groups.size * len(rows), *rows.shape[1:])
             all_gather_single(of_ranks, rows.contiguous(), group=groups.ep_group)
-            return of_ranks[to_device(torch.argsort(self._layer.row_order).numpy(), rows.device)]
+            row_of_expert = torch.argsort(self._layer.row_order)[: self._layer.num_logical_experts]
+            return of_ranks[to_device(row_of_expert.numpy(), rows.device)]
 
     def _own_rows(self, whole: Any, shape: torch.Size) -> Tensor:
         if not isinstance(whole, Tensor) or whole.shape != shape:
@@ -153,7 +154,7 @@ class _GlobalHook:
                 f" that of all experts, {list(shape)}."
             )
         with torch.no_grad():
-            return whole.detach()[to_device(self._layer.local_experts.numpy(), whole.device)]
+            return self._layer.select_rows(whole.detach())
 
 
 class _GradientHook(_GlobalHook):
@@ -172,7 +173,7 @@ class _PostAccumulateHook(_GlobalHook):
     def __call__(self, parameter: Tensor) -> None:
         rows, grad = parameter.data, parameter.grad
         whole = None if grad is None else self._gathered(grad)
-        shape = torch.Size((len(self._layer.row_order), *rows.shape[1:]))
+        shape = torch.Size((self._layer.num_logical_experts, *rows.shape[1:]))
         parameter.grad = None
         parameter.data = rows.new_zeros(()).expand(shape)
         parameter.grad = whole

@@ -52,6 +52,7 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
     if not empty:
         return model
     initialize(model, empty, device)
+    clear_phantoms(model)
     broadcast_replicated(model, empty)
     return model
 
@@ -149,6 +150,14 @@ def _initialize_hugging_face(module: nn.Module, names: set[str]) -> None:
         _compat.mark_initialized(tensor, name not in names)
         if name in names:
             _compat.mark_initialized(module.get_submodule(name.rpartition(".")[0]), False)
+
+
+def clear_phantoms(model: nn.Module) -> None:
+    """Set the rows of phantom experts to zero. Needs no communication."""
+    with torch.no_grad():
+        for layer, module in expert_layers(model):
+            for parameter in module.parameters(recurse=False):
+                local_shard(parameter)[layer.num_filled :] = 0
 
 
 def broadcast_replicated(model: nn.Module, names: Collection[str]) -> None:

@@ -39,6 +39,8 @@ def parallelize_experts(
 
     Afterwards rank ``r`` holds ``L/R`` experts of each layer as its parameters. The forward pass dispatches tokens to
     the ranks of their experts and combines the outputs. Outputs and gradients are those of the unmodified model.
+    If ``R`` does not divide ``L``, parameters of every rank have ``ceil(L/R)`` rows: behind the experts are phantom
+    experts, rows of zeros that get no token and are in no state dict.
     Modules, parameters and state-dict keys keep their names. ``state_dict()`` gathers all experts in the model's own
     order, and ``load_state_dict()`` selects this rank's, so that every rank must call them. As under DDP, all ranks
     start from rank 0's weights. Expert gradients are averaged over the losses of the ranks, so these parameters must be
@@ -128,7 +130,7 @@ def parallelize_experts(
 
     Raises:
         TypeError: ``dispatcher`` is no subclass of ``TokenDispatcher``, or lacks some of its methods.
-        ValueError: An argument is not valid, no MoE layer was found, its experts can't be divided equally, or
+        ValueError: An argument is not valid, no MoE layer was found, there are more ranks than experts, or
             a module is not supported: its forward was replaced or breaks the protocol, its parameters are
             pruned, parametrized or quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All
             ranks raise it, before any communication.
@@ -235,7 +237,7 @@ def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) 
     if layer.groups.size == 1:
         return
     for parameter in module.parameters(recurse=False):
-        _keep_rows(parameter, layer.local_experts, layer.groups)
+        _keep_rows(parameter, layer)
     broadcast_per_expert_state(module, layer)
 
 
@@ -252,11 +254,11 @@ def _parallel_class(original: type[nn.Module]) -> type[nn.Module]:
     return type(f"Parallel{original.__name__}", (ParallelExperts, original), {"__doc__": None})
 
 
-def _keep_rows(parameter: nn.Parameter, rows: Tensor, groups: ExpertGroups) -> None:
+def _keep_rows(parameter: nn.Parameter, layer: ExpertLayer) -> None:
     with torch.no_grad():
         if not parameter.is_meta:
-            _broadcast(parameter.data, groups)
-        parameter.data = parameter.data[rows.to(parameter.device)]
+            _broadcast(parameter.data, layer.groups)
+        parameter.data = layer.select_rows(parameter.data)
 
 
 def _broadcast(tensor: Tensor, groups: ExpertGroups) -> None:

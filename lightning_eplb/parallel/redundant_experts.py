@@ -35,7 +35,9 @@ class RedundantRoutes:
     def __init__(self, physical_to_logical_RS: np.ndarray, primaries_per_rank: int, rank: int) -> None:
         size, n = len(physical_to_logical_RS), primaries_per_rank
         primary_L = np.empty(size * n, dtype=np.int64)
-        primary_L[physical_to_logical_RS[:, :n].ravel()] = np.arange(size * n)
+        primaries_X = physical_to_logical_RS[:, :n].ravel()
+        places_X = np.flatnonzero(primaries_X != EMPTY)
+        primary_L[primaries_X[places_X]] = places_X
         target_rank, slot = np.nonzero(physical_to_logical_RS[:, n:] != EMPTY)
         primary = primary_L[physical_to_logical_RS[target_rank, slot + n]]
         self.num_redundant = len(slot)
@@ -43,7 +45,7 @@ class RedundantRoutes:
         self.weights = Route.of_moves(primary // n, primary % n, target_rank, slot, rank, size)
         """Route from primary rows to redundant slots."""
         self.serving_order = np.concatenate((np.arange(n), n + self.weights.recv_rows.numpy()))
-        """Filled slots of this rank: the primaries, then the redundant ones in the order in which weights arrive."""
+        """Slots of this rank: all of primaries, then the filled redundant ones in the order in which weights arrive."""
         rounds = _rounds_of_unique_rows(self.weights.send_rows.numpy())
         self.rounds = [torch.from_numpy(positions) for positions in rounds]
         """Positions of the returned gradients, in rounds in which every primary occurs once at most."""
@@ -116,7 +118,8 @@ class RedundantExperts:
         """Return the weights of the primaries, views of the parameters, and the anchor for :meth:`receive_weights`.
 
         Args:
-            parts: Primaries that are computed together, in order. The parts cover all of them.
+            parts: Primaries that are computed together, in order. The parts cover all of them. Rows behind the last one
+                get a gradient of zeros.
 
         Returns:
             For each part one tensor a parameter, and the anchor.
@@ -177,10 +180,12 @@ class _AttachAnchor(torch.autograd.Function):
         num_parameters = len(experts.parameters)
         grad_of = {}
         for i in experts.trained:
-            if experts.divisor == 1 and len(ctx.parts) == 1 and experts.in_flight is None:
+            parameter, stop = experts.parameters[i], ctx.parts[-1].stop
+            if experts.divisor == 1 and len(ctx.parts) == 1 and experts.in_flight is None and stop == len(parameter):
                 grad_of[i] = grads[i]
                 continue
-            grad_of[i] = torch.empty_like(experts.parameters[i])
+            grad_of[i] = torch.empty_like(parameter)
+            grad_of[i][stop:] = 0
             for number, part in enumerate(ctx.parts):
                 grad = grads[number * num_parameters + i]
                 torch.div(grad, experts.divisor, out=grad_of[i][part])

@@ -252,12 +252,14 @@ def exchange_rows(
     exchange.prepare_write([[target] for target in targets]).write()
 
 
-def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_rows(rows: Tensor, order: Tensor, num_experts: int, group: dist.ProcessGroup) -> Tensor:
     """Gather the rows of all ranks in the order of logical experts, on the CPU. Every rank of ``group`` calls it.
 
     Args:
         rows: Rows of this rank, ``[n, ...]``.
-        order: Logical expert of every row, ranks in order, ``[L]`` int64, each expert once.
+        order: Logical expert of every row, ranks in order, ``[R*n]`` int64, each expert once. Rows of ids from
+            ``num_experts`` up are left out.
+        num_experts: Logical experts, ``L``.
         group: Process group of the ranks.
 
     Returns:
@@ -270,8 +272,7 @@ def gather_rows(rows: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor
     flat = words.new_empty(size * words.numel())
     all_gather_single(flat, words, group=group)
     gathered = flat.view(size * len(mine), -1).cpu()
-    logical = torch.empty_like(gathered)
-    logical[order] = gathered
+    logical = gathered[torch.argsort(order)[:num_experts]]
     return logical.view(-1).view(mine.dtype).view(len(logical), *mine.shape[1:])
 
 

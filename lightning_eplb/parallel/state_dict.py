@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_eplb.parallel.barrier import monitored_barrier
 from lightning_eplb.parallel.dtensor import as_distributed, local_shard, with_local
-from lightning_eplb.parallel.expert_layer import ExpertLayer
+from lightning_eplb.parallel.expert_layer import ExpertLayer, pad_rows
 from lightning_eplb.parallel.forward import ParallelExperts
 from lightning_eplb.parallel.row_exchange import Route, exchange_rows, gather_rows
 
@@ -46,35 +46,52 @@ def _layer_of(module: nn.Module) -> ExpertLayer:
 def to_logical(rows: Tensor, layer: ExpertLayer) -> Tensor:
     """Gather all experts' rows in logical order, ``[L, ...]``, on the CPU, from each rank's ``[n, ...]``. Collective.
 
-    A DTensor stays a DTensor on its device, and rows to be saved in shards become one. Each rank then gets the rows of
-    the initial placement, and nothing is gathered.
+    A DTensor stays a DTensor on its device, and rows to be saved in shards become one. Each rank then gets the rows
+    that torch gives it of a tensor with ``L`` rows, and nothing is gathered.
     """
     assert layer.groups.ep_group is not None
     if isinstance(rows, DTensor):
-        return _reordered(rows, layer, layer.row_order)
+        return _without_phantoms(_reordered(rows, layer, layer.row_order), layer)
     if layer.saves_shards:
-        return _reordered(as_distributed(rows, layer.groups.ep_group), layer, layer.row_order).cpu()
-    return gather_rows(rows, layer.row_order, layer.groups.ep_group)
+        distributed = as_distributed(rows, layer.groups.ep_group)
+        return _without_phantoms(_reordered(distributed, layer, layer.row_order), layer).cpu()
+    return gather_rows(rows, layer.row_order, layer.num_logical_experts, layer.groups.ep_group)
 
 
 def to_local(full: Tensor, layer: ExpertLayer, name: str) -> Tensor:
     """Select this rank's rows, ``[n, ...]``, of all experts', ``[L, ...]``. Reorder a DTensor to the placement.
 
-    A DTensor is expected only if parameters are DTensors or saved in shards.
+    A DTensor is expected only if parameters are DTensors or saved in shards. It may have rows of phantom experts.
 
     Raises:
         ValueError: ``full`` does not have a row for each logical expert.
     """
-    if full.ndim == 0 or full.shape[0] != layer.num_logical_experts:
+    allowed = {layer.num_logical_experts} | ({len(layer.row_order)} if isinstance(full, DTensor) else set())
+    if full.ndim == 0 or full.shape[0] not in allowed:
         raise ValueError(
             f"{name} has shape {list(full.shape)}; loading takes all {layer.num_logical_experts} experts in logical"
             " order, as state_dict() gives them"
         )
     if isinstance(full, DTensor):
-        rows = _reordered(full, layer, torch.argsort(layer.row_order))
+        rows = _reordered(_with_phantoms(full, layer), layer, torch.argsort(layer.row_order))
         return local_shard(rows) if layer.saves_shards else rows
     full = torch.detach(full)  # reads Lightning's lazily loaded tensors, which indexing does not
-    return full[layer.local_experts.to(full.device)]
+    return layer.select_rows(full)
+
+
+def _without_phantoms(rows: DTensor, layer: ExpertLayer) -> DTensor:
+    """Cut a DTensor in logical order, ``[R*n, ...]``, to ``[L, ...]``. The last ranks have fewer rows."""
+    if len(rows) == layer.num_logical_experts:
+        return rows
+    left = layer.num_logical_experts - layer.groups.rank * layer.num_primaries
+    return with_local(rows, local_shard(rows)[: max(left, 0)], layer.num_logical_experts)
+
+
+def _with_phantoms(full: DTensor, layer: ExpertLayer) -> DTensor:
+    """Add rows of zeros to a DTensor in logical order, ``[L, ...]``, up to ``[R*n, ...]``."""
+    if len(full) == len(layer.row_order):
+        return full
+    return with_local(full, pad_rows(local_shard(full), layer.num_primaries), len(layer.row_order))
 
 
 def _reordered(rows: DTensor, layer: ExpertLayer, order: Tensor) -> DTensor:

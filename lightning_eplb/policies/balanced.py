@@ -23,6 +23,7 @@ from lightning_eplb.policies.objective import (
     judge,
 )
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
+from lightning_eplb.policies.phantoms import number_phantoms, with_phantom_loads
 from lightning_eplb.policies.problem import (
     MOST_MOVES,
     LayersProblem,
@@ -146,17 +147,21 @@ class BalancedPolicy(Policy):
         return draft.planned()
 
     def _draft(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology, worth: float = 1.0) -> PlanDraft:
-        slots_YRS, n = placement.by_rank.copy(), placement.primaries_per_rank
+        slots_YRS, n = number_phantoms(placement), placement.primaries_per_rank
+        outlook, experts = with_phantom_loads(outlook, placement.num_phantom_experts), placement.num_logical_experts
         domains = self._domains(placement, topology)
         if domains is None:
-            problem = problem_of(outlook, slots_YRS, n, topology, worth)
+            expert_YL = np.tile(np.arange(experts + placement.num_phantom_experts), (placement.num_layers, 1))
+            problem = problem_of(outlook, slots_YRS, n, topology, worth, expert_YL < experts)
             return PlanDraft(placement, slots_YRS, [problem], [], np.empty(0, dtype=bool))
         parts = []
         for ranks in domains:
             local_YRS, expert_YL = localize(slots_YRS[:, ranks], n)
             parts.append((ranks, local_YRS, expert_YL))
         problems = [
-            problem_of(of_experts(outlook, expert_YL), local_YRS, n, of_ranks(topology, ranks), worth)
+            problem_of(
+                of_experts(outlook, expert_YL), local_YRS, n, of_ranks(topology, ranks), worth, expert_YL < experts
+            )
             for ranks, local_YRS, expert_YL in parts
         ]
         return PlanDraft(placement, slots_YRS, problems, parts, np.asarray(outlook.forecast.first.any(axis=1)))
@@ -210,7 +215,7 @@ def _plan_layers(problem: LayersProblem) -> None:
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)
     share_CYL = problem.load_CYL / mean_CY[:, :, None]
-    hedged_YL = share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]
+    hedged_YL = (share_CYL[0] * (1.0 - HEDGE) + HEDGE * num_ranks / share_CYL.shape[2]) * problem.is_expert_YL
     level_YR = np.ceil(mean_CY[0][:, None] / problem.weight_R).astype(np.int64)
     weight_X = np.full(SEARCHED, (1.0 - EXPECTED_WEIGHT) / (SEARCHED - 1))
     weight_X[0] = EXPECTED_WEIGHT

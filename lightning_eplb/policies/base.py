@@ -142,9 +142,9 @@ class Policy(ABC):
         class HottestFirst(Policy):
             def rearrange(self, load_YL, placement, topology):
                 order_YL = np.argsort(-load_YL, axis=1, kind="stable")  # stable: ties go to the lower index
-                slots_YRS = np.full_like(placement.by_rank, -1)  # -1: the redundant slots stay empty
-                shape = slots_YRS[:, :, : placement.primaries_per_rank].shape
-                slots_YRS[:, :, : placement.primaries_per_rank] = order_YL.reshape(shape)
+                slots_YRS = np.full_like(placement.by_rank, -1)  # -1: the other slots stay empty
+                place_L = np.arange(placement.num_logical_experts)  # deal them out to the ranks, one after the other
+                slots_YRS[:, place_L % placement.num_ranks, place_L // placement.num_ranks] = order_YL
                 slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
                 return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 

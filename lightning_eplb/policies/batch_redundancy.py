@@ -38,7 +38,7 @@ def choose_copies(
 
     Args:
         load_L: Tokens of each logical expert, int64.
-        slots_RS: Placement, int64: its primaries count, its redundant slots do not.
+        slots_RS: Placement, int64: its primaries count, its redundant slots do not. -1 is a phantom expert.
         num_primaries: The first slots of each rank.
         weight_R: Cost of a token on each rank, float64 above 0; see
             :func:`lightning_eplb.policies.token_split.rank_weights`.
@@ -133,7 +133,8 @@ def over_level(load_L: np.ndarray, slots_RS: np.ndarray, num_primaries: int, lev
     over_R = -level_R
     for rank in range(over_R.size):
         for slot in range(num_primaries):
-            over_R[rank] += load_L[slots_RS[rank, slot]]
+            if slots_RS[rank, slot] >= 0:
+                over_R[rank] += load_L[slots_RS[rank, slot]]
     return over_R
 
 
@@ -154,7 +155,7 @@ def heaviest_missing(
     found, most = np.int64(-1), np.int64(0)
     for slot in range(num_primaries):
         mine = slots_RS[giver, slot]
-        if left_L[mine] > most and not is_on(slots_RS[taker], mine):
+        if mine >= 0 and left_L[mine] > most and not is_on(slots_RS[taker], mine):
             found, most = np.int64(mine), np.int64(left_L[mine])
     return found, most
 
@@ -240,7 +241,8 @@ def grow_tree(
     for rank in range(num_ranks):
         most = np.int64(0)
         for slot in range(num_primaries):
-            most = max(most, load_L[slots_RS[rank, slot]])
+            if slots_RS[rank, slot] >= 0:
+                most = max(most, load_L[slots_RS[rank, slot]])
         goal_R[rank] = -min(np.int64(below[0] * level_R[rank]), most // 2)
         is_done_R[rank] = over_R[rank] < goal_R[rank]
     next_R = np.full(num_ranks, num_primaries)

@@ -19,6 +19,7 @@ import torch
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
+from lightning_eplb.policies.phantoms import drop_phantoms, number_phantoms, pad_load
 from lightning_eplb.policies.token_split import level_tokens, rank_weights
 
 
@@ -142,7 +143,13 @@ class DeepSeekPolicy(Policy):
         layers = np.flatnonzero(load_YL.any(axis=1))
         if not layers.size:
             return placement
-        groups, nodes = self._groups_and_nodes(topology)
+        groups, nodes = self._groups_and_nodes(topology, placement)
+        before = ExpertPlacement(
+            number_phantoms(placement).reshape(placement.physical_to_logical.shape),
+            placement.num_logical_experts + placement.num_phantom_experts,
+            placement.num_ranks,
+        )
+        load_YL = pad_load(load_YL, placement.num_phantom_experts)
         planned_YP = rebalance_experts(
             load_YL[layers], placement.num_physical_experts, groups, nodes, placement.num_ranks
         )[0].numpy()
@@ -150,11 +157,12 @@ class DeepSeekPolicy(Policy):
         rank_order_R = np.argsort(np.array(topology.node_of_rank), kind="stable")
         planned_YRS = np.empty((layers.size, placement.num_ranks, placement.slots_per_rank), dtype=np.int64)
         planned_YRS[:, rank_order_R] = planned_YP.reshape(planned_YRS.shape)
-        slots_YRS = placement.by_rank.copy()
+        slots_YRS = before.by_rank.copy()
         for layer, planned_RS in zip(layers, planned_YRS, strict=True):
             slots_YRS[layer] = _with_primaries(
-                load_YL[layer], planned_RS, placement.by_rank[layer], placement.primary_rank[layer]
+                load_YL[layer], planned_RS, before.by_rank[layer], before.primary_rank[layer]
             )
+        slots_YRS = drop_phantoms(slots_YRS, placement.num_logical_experts, placement.primaries_per_rank)
         slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
         return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 
@@ -166,16 +174,19 @@ class DeepSeekPolicy(Policy):
         copy = outlook.costs.copy / outlook.costs.token * outlook.num_steps
         return _without_idle_copies(planned, outlook.window, topology, copy)
 
-    def _groups_and_nodes(self, topology: Topology) -> tuple[int, int]:
+    def _groups_and_nodes(self, topology: Topology, placement: ExpertPlacement) -> tuple[int, int]:
         nodes = topology.num_nodes
         sizes = np.bincount(topology.node_of_rank).tolist()
-        if len(set(sizes)) == 1 and self.num_groups % nodes == 0:
+        phantoms = placement.num_phantom_experts
+        if len(set(sizes)) == 1 and self.num_groups % nodes == 0 and (nodes == 1 or not phantoms):
             return self.num_groups, nodes
         if not self._has_warned:
             self._has_warned = True
             reason = (
                 f"the nodes have {sizes} ranks, not all the same number"
                 if len(set(sizes)) > 1
+                else f"{placement.num_logical_experts} experts are not the same number on each rank"
+                if phantoms
                 else f"num_groups={self.num_groups} is no multiple of the {nodes} nodes"
             )
             warnings.warn(f"DeepSeekPolicy plans over all ranks at once and not node by node: {reason}", stacklevel=3)

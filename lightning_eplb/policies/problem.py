@@ -11,6 +11,7 @@ from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Topology, checked_load
 from lightning_eplb.policies.forecast import Forecast
 from lightning_eplb.policies.objective import LEAST_GAIN
+from lightning_eplb.policies.phantoms import drop_phantoms
 from lightning_eplb.policies.scenarios import scale_to_parts, scenarios, strength_of
 
 NOISE = 1.0 / 4
@@ -30,6 +31,7 @@ class LayersProblem(NamedTuple):
 
     Attributes:
         load_CYL: Parts of each expert in each scenario, int64.
+        is_expert_YL: ``False`` for phantom experts, which never get a token.
         slots_YRS: Present slots, int64; planned in place.
         num_primaries: Primaries of each rank.
         weight_R: Cost of a token on each rank, float64.
@@ -45,6 +47,7 @@ class LayersProblem(NamedTuple):
     """
 
     load_CYL: np.ndarray
+    is_expert_YL: np.ndarray
     slots_YRS: np.ndarray
     num_primaries: int
     weight_R: np.ndarray
@@ -83,7 +86,8 @@ class PlanDraft(NamedTuple):
             global_YP = np.where(flat_YP == EMPTY, EMPTY, np.take_along_axis(expert_YL, np.maximum(flat_YP, 0), axis=1))
             of_layers = global_YP.reshape(local_YRS.shape)[self.has_tokens_Y]
             self.slots_YRS[np.ix_(self.has_tokens_Y, ranks)] = of_layers
-        return self.placement.with_slots(self.slots_YRS)
+        now = self.placement
+        return now.with_slots(drop_phantoms(self.slots_YRS, now.num_logical_experts, now.primaries_per_rank))
 
 
 def check_outlook(outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> None:
@@ -101,7 +105,12 @@ def seconds_of_rank(outlook: Outlook, topology: Topology) -> float:
 
 
 def problem_of(
-    outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topology: Topology, worth: float
+    outlook: Outlook,
+    slots_YRS: np.ndarray,
+    num_primaries: int,
+    topology: Topology,
+    worth: float,
+    is_expert_YL: np.ndarray,
 ) -> LayersProblem:
     """Return the problem of all layers of some ranks.
 
@@ -111,6 +120,7 @@ def problem_of(
         num_primaries: Primaries of each rank.
         topology: Nodes and capacities of the ranks.
         worth: See :class:`LayersProblem`.
+        is_expert_YL: ``False`` for phantom experts.
     """
     layers, num_ranks, _ = slots_YRS.shape
     expected_YL = scale_to_parts(outlook.forecast.first)
@@ -125,7 +135,8 @@ def problem_of(
     capacity_R = capacity_R / capacity_R.max()
     mean = capacity_R.cumsum()[-1] / num_ranks
     return LayersProblem(
-        load_CYL=scenarios(expected_YL, strength_Y, outlook.sub_windows),
+        load_CYL=scenarios(expected_YL, strength_Y, outlook.sub_windows) * is_expert_YL,
+        is_expert_YL=is_expert_YL,
         slots_YRS=slots_YRS,
         num_primaries=num_primaries,
         weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),

@@ -1,16 +1,19 @@
-"""Plan of a relocation: the primaries that move between two placements. Pure: arrays in, plan out."""
+"""Plan of a relocation: the primaries that move between two placements. Pure: arrays in, plan out.
+
+Rows of phantom experts move as others do, so that every row has one source and zeros are where the placement says.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_eplb.placement import ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement
 
 
 @dataclass(frozen=True, eq=False)
 class LayerMoves:
-    """Primaries of one layer that move, in the order of their logical ids; int64 ``[moves]`` each.
+    """Primaries of one layer that move, by logical id, and then phantom experts; int64 ``[moves]`` each.
 
     Rows are positions among a rank's primaries, ``0 ... n-1``. Both placements hold every expert once, so each written
     row has one source, and each read row has one target.
@@ -21,7 +24,10 @@ class LayerMoves:
     source_row: np.ndarray
     target_rank: np.ndarray
     target_row: np.ndarray
+    num_experts_between_ranks: int
+    """Primaries that change ranks, without phantom experts."""
     num_rows_between_ranks: int
+    """Rows that change ranks, those of phantom experts too."""
     max_rows: int
     """Rows that the fullest rank sends or receives, also those that keep their rank."""
 
@@ -40,17 +46,21 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
         new.num_ranks,
     ):
         raise ValueError(f"a placement must keep its shape: {new!r} can't follow {old!r}")
-    old_rank_YL, old_row_YL = _places(old)
-    new_rank_YL, new_row_YL = _places(new)
-    moved_YL = (old_rank_YL != new_rank_YL) | (old_row_YL != new_row_YL)
-    between_Y = (old_rank_YL != new_rank_YL).sum(axis=1).tolist()
-    sent_Y, received_Y = (_max_rank_rows(rank_YL, moved_YL, old.num_ranks) for rank_YL in (old_rank_YL, new_rank_YL))
+    old_order_YX = old.row_order
+    old_rank_YX, old_row_YX = _places(old_order_YX, old.primaries_per_rank)
+    new_rank_YX, new_row_YX = _places(_keep_phantoms(old_order_YX, old, new), old.primaries_per_rank)
+    moved_YX = (old_rank_YX != new_rank_YX) | (old_row_YX != new_row_YX)
+    is_between_YX = old_rank_YX != new_rank_YX
+    experts_Y = is_between_YX[:, : old.num_logical_experts].sum(axis=1).tolist()
+    between_Y = is_between_YX.sum(axis=1).tolist()
+    sent_Y, received_Y = (_max_rank_rows(rank_YX, moved_YX, old.num_ranks) for rank_YX in (old_rank_YX, new_rank_YX))
     most_Y = np.maximum(sent_Y, received_Y).tolist()
     plan = []
     for layer in np.flatnonzero(most_Y).tolist():
-        experts = np.flatnonzero(moved_YL[layer])
-        places = (maps[layer, experts] for maps in (old_rank_YL, old_row_YL, new_rank_YL, new_row_YL))
-        plan.append(LayerMoves(layer, *places, num_rows_between_ranks=between_Y[layer], max_rows=most_Y[layer]))
+        experts = np.flatnonzero(moved_YX[layer])
+        places = (maps[layer, experts] for maps in (old_rank_YX, old_row_YX, new_rank_YX, new_row_YX))
+        numbers = {"num_experts_between_ranks": experts_Y[layer], "num_rows_between_ranks": between_Y[layer]}
+        plan.append(LayerMoves(layer, *places, **numbers, max_rows=most_Y[layer]))
     return plan
 
 
@@ -67,14 +77,24 @@ def plan_relocations(old: Sequence[ExpertPlacement], new: Sequence[ExpertPlaceme
     return plan
 
 
-def _max_rank_rows(rank_YL: np.ndarray, moved_YL: np.ndarray, num_ranks: int) -> np.ndarray:
+def _max_rank_rows(rank_YX: np.ndarray, moved_YX: np.ndarray, num_ranks: int) -> np.ndarray:
     """Return the moved primaries of the rank that has most of them, for each layer, ``[Y]``."""
-    num_layers = len(rank_YL)
-    cell_YL = rank_YL + num_ranks * np.arange(num_layers)[:, None]
-    counts = np.bincount(cell_YL[moved_YL], minlength=num_layers * num_ranks)
+    num_layers = len(rank_YX)
+    cell_YX = rank_YX + num_ranks * np.arange(num_layers)[:, None]
+    counts = np.bincount(cell_YX[moved_YX], minlength=num_layers * num_ranks)
     return counts.reshape(num_layers, num_ranks).max(axis=1)
 
 
-def _places(placement: ExpertPlacement) -> tuple[np.ndarray, np.ndarray]:
-    primary_YL = placement.primary_slot
-    return primary_YL // placement.slots_per_rank, primary_YL % placement.slots_per_rank
+def _keep_phantoms(old_order_YX: np.ndarray, old: ExpertPlacement, new: ExpertPlacement) -> np.ndarray:
+    """Return the new order of rows in which phantom experts that find their slot empty again stay there."""
+    new_order_YX = new.primaries.copy()
+    was_YX, is_YX = old.primaries == EMPTY, new_order_YX == EMPTY
+    new_order_YX[was_YX & is_YX] = old_order_YX[was_YX & is_YX]
+    new_order_YX[is_YX & ~was_YX] = old_order_YX[was_YX & ~is_YX]  # as many in each layer
+    return new_order_YX
+
+
+def _places(order_YX: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rank and row of each expert from the order of rows."""
+    place_YX = np.argsort(order_YX, axis=1)
+    return place_YX // num_primaries, place_YX % num_primaries

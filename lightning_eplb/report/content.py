@@ -126,9 +126,9 @@ def time_bins(steps: int, layers: int, experts: int) -> np.ndarray:
 
 
 def sizes_to_try(num_experts: int, num_ranks: int) -> list[tuple[int, int]]:
-    """Return numbers of ranks near ``num_ranks`` that divide the experts, each with redundant experts per rank."""
+    """Return numbers of ranks near ``num_ranks``, at most one for each expert, each with redundant experts per rank."""
     near = [num_ranks // 2, num_ranks, 2 * num_ranks, 4 * num_ranks]
-    return [(ranks, redundant) for ranks in near if ranks > 1 and num_experts % ranks == 0 for redundant in (0, 1, 2)]
+    return [(ranks, redundant) for ranks in near if 1 < ranks <= num_experts for redundant in (0, 1, 2)]
 
 
 def try_other_sizes(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from lightning_eplb.functional import balancedness
-from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement, num_primary_slots
 from lightning_eplb.policies import Outlook
 from lightning_eplb.policies.batch_redundancy import choose_copies
 from lightning_eplb.policies.deepseek import rebalance_experts
@@ -115,7 +115,7 @@ def best_of_each_batch(
         if not load_YL.any():
             continue
         slots_YRS = planned.slots_at(step)
-        num_primaries = load_YL.shape[1] // slots_YRS.shape[1]
+        num_primaries = num_primary_slots(load_YL.shape[1], slots_YRS.shape[1])
         equal_R = np.ones(slots_YRS.shape[1])
         chosen_YRS = np.stack(
             [

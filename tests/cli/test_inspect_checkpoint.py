@@ -146,7 +146,7 @@ class Code:
         (of_callback(models={"teacher": {}}), "its window must be a tensor [steps, layers, experts] of counted"),
         (
             of_callback(physical_to_logical=torch.arange(4)[None], num_ranks=0),
-            "must be a positive multiple of num_ranks",
+            "must be at least num_ranks=0, and both at least 1",
         ),
         (of_callback(physical_to_logical=torch.full((1, 4), 9), num_ranks=2), "physical_to_logical holds expert 9"),
         (itself(), "has no state of an EPLBCallback"),

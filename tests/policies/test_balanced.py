@@ -14,12 +14,15 @@ from lightning_eplb.policies.token_split import level_tokens
 from tests.policies.digest import printed_by, start
 
 
-def shuffled_placement(generator, layers, ranks, per_rank, redundant):
+def shuffled_placement(generator, layers, ranks, per_rank, redundant, phantoms=0):
     """Primaries anywhere; some redundant slots hold copies, in any of the slots, and some are empty."""
-    experts = ranks * per_rank
+    experts = ranks * per_rank - phantoms
     slots = np.full((layers, ranks, per_rank + redundant), -1)
     for layer in range(layers):
-        slots[layer, :, :per_rank] = generator.permutation(experts).reshape(ranks, per_rank)
+        own = np.append(np.arange(experts), np.full(phantoms, -1))
+        own = generator.permutation(own).reshape(ranks, per_rank)
+        order = np.argsort(own < 0, axis=1, kind="stable")
+        slots[layer, :, :per_rank] = np.take_along_axis(own, order, axis=1)
         for rank in range(ranks):
             others = np.setdiff1d(np.arange(experts), slots[layer, rank])
             held = np.concatenate([generator.permutation(others)[:redundant], np.full(redundant, -1)])
@@ -34,12 +37,13 @@ def situations(draw):
     ranks, layers = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     per_rank, redundant = draw(st.integers(1, 4)), draw(st.integers(0, 3))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
-    placement = shuffled_placement(generator, layers, ranks, per_rank, redundant)
+    phantoms = draw(st.integers(0, ranks - 1)) if per_rank > 1 else 0
+    placement = shuffled_placement(generator, layers, ranks, per_rank, redundant, phantoms)
     load = []
     for _ in range(layers):
         kind = draw(st.sampled_from(["skewed", "few", "none", "one", "huge", "any"]))
         most = {"few": 3, "none": 0, "one": 0, "huge": 2**62, "any": 10**6}.get(kind, 0)
-        counts = generator.integers(0, most, ranks * per_rank, endpoint=True)
+        counts = generator.integers(0, most, placement.num_logical_experts, endpoint=True)
         if kind == "skewed":
             counts = np.int64(generator.lognormal(0, 1.2, counts.size) * 10 ** generator.integers(1, 9))
         if kind == "one":
@@ -82,7 +86,7 @@ def test_rearrange_in_any_situation_is_valid_and_repeatable(situation):
     assert after.physical_to_logical.shape == before.physical_to_logical.shape
     assert (after.num_ranks, after.num_logical_experts) == (before.num_ranks, before.num_logical_experts)
     for layer in range(before.num_layers):
-        assert np.bincount(after.primary_rank[layer]).tolist() == [before.primaries_per_rank] * before.num_ranks
+        assert np.bincount(after.primary_rank[layer]).max() <= before.primaries_per_rank
     assert after == BalancedPolicy().rearrange(load_YL.copy(), before, topology)
     assert (load_YL == load_before).all()
     assert (before.physical_to_logical == slots_before).all()
@@ -152,6 +156,8 @@ def test_rearrange_in_any_situation_keeps_slots_of_experts_that_stay(policy, sit
         for part in (slice(0, n), slice(n, None)):
             then, now = before.by_rank[layer, rank, part], after.by_rank[layer, rank, part]
             stays = np.isin(then, now) & (then >= 0)
+            if part.stop and before.num_phantom_experts:  # the last primaries move up to gaps
+                stays &= np.arange(n) < (now >= 0).sum()
             assert (then[stays] == now[stays]).all()
 
 

@@ -77,15 +77,17 @@ def test_policy_of_docstring_example_plans():
         def rearrange(self, load_YL, placement, topology):
             order_YL = np.argsort(-load_YL, axis=1, kind="stable")
             slots_YRS = np.full_like(placement.by_rank, -1)
-            shape = slots_YRS[:, :, : placement.primaries_per_rank].shape
-            slots_YRS[:, :, : placement.primaries_per_rank] = order_YL.reshape(shape)
+            place_L = np.arange(placement.num_logical_experts)
+            slots_YRS[:, place_L % placement.num_ranks, place_L // placement.num_ranks] = order_YL
             slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
             return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)
 
     planned = HottestFirst().rearrange(
         np.array([[1, 5, 0, 5]]), ExpertPlacement.initial(1, 4, 2, 2), Topology.even(num_ranks=2)
     )
-    assert planned.physical_to_logical.tolist() == [[1, 3, -1, 0, 2, -1]]
+    assert planned.physical_to_logical.tolist() == [[1, 0, -1, 3, 2, -1]]
+    uneven = HottestFirst().rearrange(np.array([[1, 5, 0]]), ExpertPlacement.initial(1, 3, 2), Topology.even(2))
+    assert uneven.physical_to_logical.tolist() == [[1, 2, 0, -1]]
 
 
 @pytest.mark.parametrize("policy", [StaticPolicy(), BalancedPolicy(), DeepSeekPolicy()])

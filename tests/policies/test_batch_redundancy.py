@@ -22,7 +22,7 @@ def served(load_L, slots_RS, weight_R=None):
 @given(st.data())
 def test_choose_copies_of_any_batch_is_valid_and_never_worse(data):
     ranks, per_rank, redundant = (data.draw(st.integers(*ends)) for ends in ((1, 6), (1, 4), (0, 3)))
-    experts = ranks * per_rank
+    experts = ranks * per_rank - (data.draw(st.integers(0, ranks - 1)) if per_rank > 1 else 0)
     load_L = np.array(data.draw(st.lists(st.integers(0, 10**6), min_size=experts, max_size=experts)))
     least = data.draw(st.integers(1, 10**5))
     placed_RS = ExpertPlacement.initial(1, experts, ranks, ranks * redundant).by_rank[0]
@@ -30,9 +30,13 @@ def test_choose_copies_of_any_batch_is_valid_and_never_worse(data):
     assert (slots_RS == choose_copies(load_L, placed_RS.copy(), per_rank, np.ones(ranks), least)).all()
     assert (slots_RS[:, :per_rank] == placed_RS[:, :per_rank]).all()
     ExpertPlacement(slots_RS.reshape(1, -1), experts, ranks)  # no expert twice on a rank
-    alone_R = load_L[placed_RS[:, :per_rank]].sum(axis=1)
+    alone_R = np.append(load_L, 0)[placed_RS[:, :per_rank]].sum(axis=1)  # -1, a phantom expert, has none
     tokens_R = served(load_L, slots_RS)
     assert tokens_R.max() <= alone_R.max()
+    padded_L, numbered_RS = np.append(load_L, np.zeros(ranks * per_rank - experts, dtype=np.int64)), placed_RS.copy()
+    numbered_RS[:, :per_rank][placed_RS[:, :per_rank] == -1] = np.arange(experts, ranks * per_rank)
+    as_experts_RS = choose_copies(padded_L, numbered_RS, per_rank, np.ones(ranks), least)
+    assert (as_experts_RS[:, per_rank:] == slots_RS[:, per_rank:]).all()
     if load_L.max() < least:  # no expert has so many to give away
         assert (slots_RS[:, per_rank:] == -1).all()
 

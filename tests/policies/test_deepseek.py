@@ -119,7 +119,7 @@ def test_rebalance_experts_with_numbers_that_do_not_fit_raises(weight, numbers, 
 @settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.sampled_from([2, 100, 10**12]), st.data())
 def test_rearrange_of_any_load_is_valid_and_repeatable(ranks, per_rank, redundant, most, data):
-    experts = ranks * per_rank
+    experts = ranks * per_rank - (data.draw(st.integers(0, ranks - 1)) if per_rank > 1 else 0)
     row = st.lists(st.integers(0, most), min_size=experts, max_size=experts) | st.just([0] * experts)
     before, topology = ExpertPlacement.initial(2, experts, ranks, redundant * ranks), Topology.even(ranks)
     for _ in range(2):  # the second time from a placement that is in no order, with empty slots
@@ -142,6 +142,12 @@ def test_rearrange_of_published_load_keeps_the_published_plan_where_it_can():
         lost = set(planned[rank]) - set(after.by_rank[0, rank])
         assert len(lost) <= 1
     assert balancedness(rank_tokens(load_YL[:1], after)) > balancedness(rank_tokens(load_YL[:1], before))
+
+
+def test_rearrange_of_uneven_experts_by_groups_plans_over_all_ranks():
+    before, topology = ExpertPlacement.initial(1, 6, 4, 4), Topology.even(4, 2)
+    with pytest.warns(UserWarning, match="6 experts are not the same number on each rank"):
+        DeepSeekPolicy(num_groups=2).rearrange(np.array([[9, 5, 1, 4, 2, 3]]), before, topology)
 
 
 def test_rearrange_when_asked_again_moves_nothing():

@@ -62,8 +62,9 @@ def test_time_bins_of_any_size_are_few_enough(size: tuple[int, int, int]) -> Non
     assert (len(edges) - 1) * layers * experts <= max(MOST_CELLS, 24 * layers * experts)
 
 
-def test_sizes_to_try_are_divisors_of_experts() -> None:
-    assert sizes_to_try(12, 4) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]  # 8 and 16 do not divide 12
+def test_sizes_to_try_are_at_most_one_rank_for_each_expert() -> None:
+    sizes = [(ranks, redundant) for ranks in (2, 4, 8) for redundant in (0, 1, 2)]
+    assert sizes_to_try(12, 4) == sizes  # 16 ranks are too many
     assert sizes_to_try(8, 1) == [(2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]
 
 

@@ -278,7 +278,7 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
         (["simulate", "a.npy", "--synthetic", "zipf"], "give one of TRACE, --synthetic NAME and --recorded NAME"),
         (
             ["simulate", "--recorded", "mixtral-8x7b-e8k2", "--step-interval", "4"],
-            "--ep-size 8 must divide the 4 experts. Use 1, 2 or 4.",
+            "--ep-size 8 is more than the 4 experts, and each rank needs one. Use at most 4.",
         ),
         (["simulate", "--recorded", "mixtral-8x7b-e8k2", "--resample", "9"], "--resample 9 is less than the 10 steps"),
         (
@@ -291,8 +291,8 @@ NAMES = ("static", "deepseek", "balanced", "per-batch", "perfect")
         (["simulate", "--synthetic", "zipf", "--bytes-per-replica", "0"], "--bytes-per-replica 0 must be at least 1"),
         (["simulate", "nowhere.npy"], "nowhere.npy"),
         (
-            ["simulate", "--synthetic", "zipf", "--ep-size", "7"],
-            "--ep-size 7 must divide the 64 experts. Use 1, 2, 4,",
+            ["simulate", "--synthetic", "zipf", "--ep-size", "65"],
+            "--ep-size 65 is more than the 64 experts, and each rank needs one. Use at most 64.",
         ),
         (
             ["simulate", "--synthetic", "zipf", "--num-redundant-experts", "3"],
