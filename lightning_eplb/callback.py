@@ -170,14 +170,14 @@ class EPLBCallback(Callback):
         check_pruning(trainer, pl_module, ep_size)
         clip_by_global_norm(trainer, pl_module)
         leave_experts_out_of_ddp(pl_module)
+        if not isinstance(trainer.strategy.checkpoint_io, DistributedCheckpointIO):
+            replace(trainer.strategy, "checkpoint_io", DistributedCheckpointIO(trainer.strategy.checkpoint_io))
         if isinstance(trainer.strategy, ExpertParallelStrategy):
             trainer.strategy.before_loading = lambda: self._reset_placement(pl_module)
             return
         if isinstance(trainer.strategy, FSDPStrategy):
             self._undo_spread_experts()
             self._spread_experts = SpreadExperts(trainer.strategy, pl_module)
-        elif not isinstance(trainer.strategy.checkpoint_io, DistributedCheckpointIO):
-            replace(trainer.strategy, "checkpoint_io", DistributedCheckpointIO(trainer.strategy.checkpoint_io))
         if any(expert_layers(pl_module)):
             return
         found = dict(find_experts(pl_module))
