@@ -13,6 +13,7 @@ from lightning_eplb.balancer.cost_model import CostModel
 from lightning_eplb.balancer.models import BalancedModels, find_models
 from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
 from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
+from lightning_eplb.balancer.resize import ResizableBalancer
 from lightning_eplb.balancer.saved_state import check_saved_state, load_windows, save_windows
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
 from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
@@ -26,7 +27,7 @@ from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_state
 
 
-class ExpertLoadBalancer(BalancedModels, RunTotals):
+class ExpertLoadBalancer(ResizableBalancer, BalancedModels, RunTotals):
     """Counts the tokens of every expert and moves experts between ranks so that all ranks get equal work.
 
     ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
@@ -100,7 +101,6 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     ) -> None:
         self._modules = list(expert_layers(model))
         check_arguments(self._modules, window_size, step_interval, redundancy, min_tokens_per_copy, use_async)
-        self.groups = self._modules[0].layer.groups
         self._overlaps = use_async and self.groups.size > 1
         self.model = model
         self.step_interval = step_interval
