@@ -337,6 +337,8 @@ def with_a_teacher() -> None:
         balancer.load_state_dict(each)
     balancer.rearrange()
     balancer.reset()
+    with pytest.raises(ValueError, match="frozen experts that every rank keeps whole, as teacher"):
+        balancer.resize({0: 0, 1: 1}, world_size=2)
 
 
 def test_frozen_model_whose_experts_ranks_cannot_share_is_watched(workers: Workers) -> None:
