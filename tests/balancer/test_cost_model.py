@@ -152,6 +152,7 @@ def test_profile_hardware_on_unequal_nodes_exchanges_in_a_ring(workers: Workers)
 
 class Listening(StaticPolicy):
     def __init__(self) -> None:
+        super().__init__()
         self.told: list[Costs | None] = []
 
     def look_ahead(self, outlook, placement, topology):
