@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eplb.balancer.models import ModelLayers
 from lightning_eplb.parallel.consensus import check_same_on_all_ranks
@@ -31,12 +32,13 @@ def save_windows(models: Sequence[ModelLayers]) -> dict[str, Any]:
 
 
 def load_windows(state: Mapping[str, Any], models: Sequence[ModelLayers]) -> None:
-    """Load the windows of a state that :func:`check_saved_state` has checked."""
+    """Load the windows of a state that :func:`check_saved_state` has checked. Models without one begin anew."""
     saved = _by_name(state, models)
     for model in models:
-        if model.name in saved:
-            its = saved[model.name]
-            model.reset_window(list(its["window"]), its["num_steps"])
+        its = saved.get(model.name, {"window": (), "num_steps": 0})
+        model.reset_window(list(its["window"]), its["num_steps"])
+    if missing := [model.name for model in models if not model.is_whole and model.name not in saved]:
+        rank_zero_warn(f"the saved state has no window of {', '.join(missing)}, which begins with an empty one")
 
 
 def check_saved_state(state: Mapping[str, Any], models: Sequence[ModelLayers], groups: ExpertGroups) -> None:
@@ -48,8 +50,8 @@ def check_saved_state(state: Mapping[str, Any], models: Sequence[ModelLayers], g
         groups: Process groups of the experts.
 
     Raises:
-        ValueError: Ranks were given different states, a model is missing in them, or a window has other layers or
-            experts.
+        ValueError: Ranks were given different states, they have no window of any model, or a window has other layers
+            or experts.
     """
     names = (["window"] if "window" in state else []) + list(state.get("models", {}))
     reason = "load_state_dict() of the balancer compares the states of the ranks"
@@ -60,11 +62,10 @@ def check_saved_state(state: Mapping[str, Any], models: Sequence[ModelLayers], g
     values |= {f"window of {name}": _describe(its["window"]) for name, its in state.get("models", {}).items()}
     check_same_on_all_ranks(values, reason, groups)
     saved = _by_name(state, models)
-    if missing := [model.name for model in models if not model.is_whole and model.name not in saved]:
-        known = list(state.get("models", {})) if "window" not in state else "one, without a name"
+    if not any(model.name in saved for model in models if not model.is_whole):
         raise ValueError(
-            f"the saved state has no window of {missing[0]}: its models are {known}, and those of the balancer are"
-            f" {[model.name for model in models]}. Resume with the models that were saved, or without this state."
+            f"the saved state has no window of {', '.join(model.name for model in models)}, but of"
+            f" {', '.join(state.get('models', {}))}. Resume with the models that were saved, or without this state."
         )
     for model in models:
         shape = list(model.load.ring.shape[1:])
@@ -92,10 +93,26 @@ def _only_placed(models: Sequence[ModelLayers]) -> ModelLayers | None:
 
 
 def _by_name(state: Mapping[str, Any], models: Sequence[ModelLayers]) -> dict[str, Mapping[str, Any]]:
-    """Return the saved windows by the names of the models that they are for."""
+    """Return the saved windows by the names of the models that they are for.
+
+    A window without a name is that of the only model that was distributed. If there are several now, as when a draft
+    was added, it is divided among those with as many experts, in the order of layers.
+    """
     saved = dict(state.get("models", {}))
-    if "window" in state and (only := _only_placed(models)) is not None:
-        saved[only.name] = state
+    if "window" not in state:
+        return saved
+    if (only := _only_placed(models)) is not None:
+        return saved | {only.name: state}
+    window_WYL, first = state["window"], 0
+    fitting = [each for each in models if not each.is_whole and each.load.num_logical_experts == window_WYL.shape[2]]
+    for model in fitting:
+        rows = window_WYL[:, first : first + model.load.num_layers]
+        saved[model.name] = {"window": rows, "num_steps": state["num_steps"]}
+        first += model.load.num_layers
+        if first >= window_WYL.shape[1]:
+            break
+    if first < window_WYL.shape[1] and fitting:  # it has more layers than there are: say so
+        saved[fitting[-1].name] = state
     return saved
 
 

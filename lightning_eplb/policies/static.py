@@ -30,6 +30,9 @@ class StaticPolicy(Policy):
             for which model it is.
     """
 
+    physical_to_logical: list[list[int]] | dict[str, list[list[int]]] | None = None
+    """Placement to move to; ``None`` keeps what there is."""
+
     def __init__(self, physical_to_logical: list[list[int]] | dict[str, list[list[int]]] | None = None) -> None:
         self._of_models: dict[str, StaticPolicy] = {}
         if isinstance(physical_to_logical, dict):
