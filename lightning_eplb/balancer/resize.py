@@ -283,6 +283,11 @@ def _check_resizable(model: nn.Module, modules: Sequence[ConvertedExperts]) -> N
                 f"resize() is not supported where one rank holds all experts of a layer, as those of {layer.name}."
                 f" {remedy}"
             )
+        if layer.num_logical_experts % layer.groups.size:
+            raise ValueError(
+                f"resize() is not supported where the {layer.num_logical_experts} experts of {layer.name} are no"
+                f" multiple of the {layer.groups.size} ranks that share them. {remedy}"
+            )
         settings, first = (ConversionSettings.of(each, each.groups.size) for each in (layer, modules[0].layer))
         if settings != first:
             raise ValueError(
