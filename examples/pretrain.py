@@ -7,9 +7,11 @@ Everything is set in the YAML file; any of it can be overridden on the command l
 library, which every machine has, one token a byte.
 """
 
+import itertools
 import os
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lightning_eplb import EPLBCallback, fully_shard_moe, load_weights, materialize
@@ -123,6 +125,32 @@ class Windows(Dataset):
         return self.tokens[index].long()
 
 
+class StepSampler(Sampler[int]):
+    """Shuffled positions without an end, of which an optimizer step takes the same ones on any number of ranks.
+
+    It starts at the step that the trainer has resumed at. Lightning must not replace it: ``use_distributed_sampler:
+    false``. Gradients are not accumulated.
+
+    Args:
+        length: Number of positions. They are shuffled anew each time that all were taken.
+        global_batch_size: Positions of a step, over all ranks.
+        trainer: Trainer, which knows step and rank.
+    """
+
+    def __init__(self, length: int, global_batch_size: int, trainer: pl.Trainer) -> None:
+        self.length = length
+        self.global_batch_size = global_batch_size
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        first, passes, order = self.trainer.global_step * self.global_batch_size, -1, []
+        for i in itertools.count(first + self.trainer.global_rank, self.trainer.world_size):
+            if i // self.length != passes:
+                passes = i // self.length
+                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(passes)).tolist()
+            yield order[i % self.length]
+
+
 class StandardLibrary(pl.LightningDataModule):
     """Bytes of the source files of Python's standard library. Every twentieth file is for validation.
 
@@ -130,13 +158,22 @@ class StandardLibrary(pl.LightningDataModule):
         sequence_length: Tokens of a sequence.
         batch_size: Sequences of a rank's batch.
         validation_sequences: Sequences for validation, evenly spaced over its files.
+        global_batch_size: Sequences of a step over all ranks, for a run whose number of ranks may change: data and
+            learning rate then fit any number. ``None``: ``batch_size`` on each rank.
     """
 
-    def __init__(self, sequence_length: int = 128, batch_size: int = 8, validation_sequences: int = 128) -> None:
+    def __init__(
+        self,
+        sequence_length: int = 128,
+        batch_size: int = 8,
+        validation_sequences: int = 128,
+        global_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.validation_sequences = validation_sequences
+        self.global_batch_size = global_batch_size
 
     def setup(self, stage: str) -> None:
         folder = Path(sysconfig.get_paths()["stdlib"])
@@ -151,7 +188,16 @@ class StandardLibrary(pl.LightningDataModule):
         self.validation = Subset(kept, [i * len(kept) // count for i in range(count)])
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+        if self.global_batch_size is None:
+            return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+        assert self.trainer is not None
+        batch_size, left = divmod(self.global_batch_size, self.trainer.world_size)
+        if left:
+            ranks = self.trainer.world_size
+            raise ValueError(f"global_batch_size={self.global_batch_size} must be a multiple of the {ranks} ranks")
+        return DataLoader(
+            self.train, batch_size, sampler=StepSampler(len(self.train), self.global_batch_size, self.trainer)
+        )
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.validation, self.batch_size, drop_last=True)
@@ -244,7 +290,10 @@ def _relative(path: Any) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)  # each rank is a process of its own: more threads would take each other's cores
-    LightningCLI(MoELanguageModel, StandardLibrary, save_config_kwargs={"overwrite": True})
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # those that torchrun has found
+    LightningCLI(
+        MoELanguageModel, StandardLibrary, save_config_kwargs={"overwrite": True}, trainer_defaults={"num_nodes": nodes}
+    )
     if dist.is_initialized():
         dist.destroy_process_group()  # its threads end before the interpreter does
 

@@ -357,6 +357,12 @@ def saves_shards(strategy: Any) -> bool:
     return strategy._state_dict_type == "sharded"
 
 
+@_uses("lightning", "Trainer._accelerator_connector")
+def cluster_environment(trainer: Any) -> Any:
+    """Return the cluster environment of a trainer. A strategy for one device has no attribute of that name."""
+    return trainer._accelerator_connector.cluster_environment
+
+
 @_uses("lightning", "LightningModule._device_mesh")
 def set_device_mesh(module: Any, mesh: Any) -> None:
     """Set ``module.device_mesh``, as Lightning's own ``ModelParallelStrategy`` does."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -512,6 +513,11 @@ def test_comm_hook_of_ddp_strategy_is_its_hook() -> None:
 def test_saves_shards_of_fsdp1_strategy_is_its_setting() -> None:
     assert _compat.saves_shards(FSDPStrategy(state_dict_type="sharded"))
     assert not _compat.saves_shards(FSDPStrategy())
+
+
+def test_cluster_environment_of_trainer_is_its_plugin() -> None:
+    environment = LightningEnvironment()
+    assert _compat.cluster_environment(pl.Trainer(accelerator="cpu", devices=1, plugins=[environment])) is environment
 
 
 def test_set_device_mesh_of_module_sets_it() -> None:

@@ -1,11 +1,14 @@
 """Consolidate a distributed checkpoint, a folder with a file from each rank, into the form of a DDP run's file."""
 
+import os
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from typing_extensions import override
+
+from lightning_eplb.checkpoint.incomplete import incomplete_path, publish
 
 INDEX, REST = ".metadata", "meta.pt"
 """Files of Lightning's distributed checkpoint beside its shards: PyTorch's index, and everything but tensors."""
@@ -148,14 +151,28 @@ def _counted(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class DistributedCheckpointIO(CheckpointIO):
-    """Plugin that reads distributed checkpoints for a strategy that saves files. Wraps the strategy's own plugin."""
+    """Plugin for strategies that save files: reads distributed checkpoints, too, and replaces a file in one step.
+
+    Wraps the strategy's own plugin. Lightning's writes to the system's temporary folder first. If that is on another
+    disk, it copies the file to its name, and a process that dies meanwhile leaves a part of it in place of both.
+    """
 
     def __init__(self, plugin: CheckpointIO) -> None:
         self.plugin = plugin
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        file = Path(path)
+        if type(self.plugin) is not TorchCheckpointIO or "://" in str(path):
+            self.plugin.save_checkpoint(checkpoint, path, storage_options=storage_options)
+            return
+        if file.is_dir() and not has_shards(file):
+            raise IsADirectoryError(f"filepath={str(path)!r} is a folder, and no checkpoint. Use another name.")
+        written = incomplete_path(file)
+        self.plugin.save_checkpoint(checkpoint, written, storage_options=storage_options)
+        with written.open("rb") as stream:
+            os.fsync(stream.fileno())
+        publish(file)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from typing_extensions import override
 
 from lightning_eplb.checkpoint.consolidate import REST, WRITE, rest_files
 from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index
+from lightning_eplb.checkpoint.incomplete import incomplete_path, publish
 
 
 def save_distributed_checkpoint(
-    folder: Path, checkpoint: dict[str, Any], weights_key: str, is_first_on_node: bool
+    folder: Path, checkpoint: dict[str, Any], weights_key: str, is_first_on_node: bool, is_new: bool = False
 ) -> None:
     """Write this rank's shards as Lightning's strategies do, but under names that no other write uses. Collective.
 
@@ -32,14 +33,19 @@ def save_distributed_checkpoint(
         checkpoint: Checkpoint of the ``Trainer``. States of model and optimizers are removed from it.
         weights_key: Key of the strategy for the model's state.
         is_first_on_node: Remove the files of the checkpoint before on this rank.
+        is_new: Write elsewhere and give the folder its name when it is complete, the same on all ranks. Defaults to
+            ``False``: there is a folder, whose index is replaced last.
 
     Raises:
         CheckpointException: A rank could not write, as on a full disk. The checkpoint before can still be loaded.
     """
     state = {weights_key: checkpoint.pop("state_dict")}
     state |= {f"optimizer_{i}": values for i, values in enumerate(checkpoint.pop("optimizer_states", []))}
-    save(state, storage_writer=_ReplacingWriter(folder, checkpoint))
+    save(state, storage_writer=_ReplacingWriter(folder, checkpoint, is_new))
     if is_first_on_node:
+        if is_new and incomplete_path(folder).is_dir():  # rank 0 has done it where nodes share the file system
+            with suppress(FileNotFoundError):
+                publish(folder)
         with suppress(OSError, ValueError):  # a folder of this node alone has shards only
             _remove(leftovers(folder, read_index(folder)))
         _remove([file for file in rest_files(folder) if file.name != REST])
@@ -77,12 +83,13 @@ class _ReplacingWriter(FileSystemWriter):
     Args:
         folder: Folder to write to.
         rest: Everything of the checkpoint but tensors.
+        is_new: Give the folder its name when all is written.
     """
 
-    def __init__(self, folder: Path, rest: dict[str, Any]) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, rest: dict[str, Any], is_new: bool) -> None:
+        super().__init__(incomplete_path(folder) if is_new else folder)
         self.fs = _ReplacingFileSystem()
-        self._rest = rest
+        self._folder, self._rest, self._is_new = folder, rest, is_new
 
     @override
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -101,6 +108,8 @@ class _ReplacingWriter(FileSystemWriter):
             torch.save({**self._rest, WRITE: self.save_id}, file)
         super().finish(metadata, results)
         os.replace(rest, rest.with_name(REST))
+        if self._is_new:
+            publish(self._folder)
 
 
 @contextmanager

@@ -74,8 +74,8 @@ def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath
     Args:
         strategy: Strategy of the trainer.
         checkpoint: Checkpoint of the ``Trainer``.
-        filepath: Folder, created if missing. A checkpoint in it is replaced, and so is a file of that name. Rank 0's
-            value counts.
+        filepath: Folder. A checkpoint in it is replaced in one step, and so is a file of that name. If there is none,
+            it appears once it is complete. Rank 0's value counts.
         weights_key: Key of the strategy for the model's state.
 
     Raises:
@@ -83,10 +83,8 @@ def save_folder(strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath
     """
     from lightning_eplb.checkpoint.dcp_writer import save_distributed_checkpoint
 
-    if strategy.is_global_zero and Path(filepath).is_file():
-        Path(filepath).unlink()
-    folder = Path(strategy.broadcast(filepath))
-    save_distributed_checkpoint(folder, checkpoint, weights_key, is_first_on_node=strategy.local_rank == 0)
+    path, is_new = strategy.broadcast((str(filepath), not Path(filepath).is_dir()))  # other nodes may see old names
+    save_distributed_checkpoint(Path(path), checkpoint, weights_key, strategy.local_rank == 0, is_new)
 
 
 def _in_shards(model: nn.Module) -> AbstractContextManager:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,16 +50,21 @@ def test_pretrain_with_command_of_readme_trains_and_resumes(tmp_path: Path) -> N
 
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 12
+    model = load_pretrain().MoELanguageModel(width=32, expert_width=32, layers=2)
+    model.load_state_dict(checkpoint["state_dict"], strict=True)
+
+    # Resumed where nothing is left to do, it has nothing to sum up, and says so by ending well.
+    run([*command, "--ckpt_path", str(tmp_path / "checkpoints/last.ckpt")], tmp_path)
+
+
+def load_pretrain() -> Any:
+    """The script as a module."""
     spec = importlib.util.spec_from_file_location("pretrain", REPOSITORY / "examples/pretrain.py")
     assert spec is not None
     assert spec.loader is not None
     pretrain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pretrain)
-    model = pretrain.MoELanguageModel(width=32, expert_width=32, layers=2)
-    model.load_state_dict(checkpoint["state_dict"], strict=True)
-
-    # Resumed where nothing is left to do, it has nothing to sum up, and says so by ending well.
-    run([*command, "--ckpt_path", str(tmp_path / "checkpoints/last.ckpt")], tmp_path)
+    return pretrain
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
