@@ -31,7 +31,7 @@ from lightning_eplb.parallel.consensus import ConsensusCheck, check_same_on_all_
 from lightning_eplb.parallel.expert_layer import ExpertLayer
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.parallel.joining import ConversionSettings, attach, convert_without_rows, create_groups
-from lightning_eplb.parallel.parallelize import ConvertedExperts, broadcast_per_expert_state
+from lightning_eplb.parallel.parallelize import ConvertedExperts, broadcast_per_expert_state, converted_experts
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.relocation.optimizer_check import check_optimizers
 from lightning_eplb.relocation.optimizer_state import nested_optimizers
@@ -277,6 +277,9 @@ class _HandedOver:
 def _check_resizable(model: nn.Module, modules: Sequence[ConvertedExperts]) -> None:
     """Raise ``ValueError`` on all ranks if the model's experts can't get another number of ranks in memory."""
     remedy = "Save a checkpoint, and resume from it on the new number of ranks."
+    for layer, _ in converted_experts(model):
+        if layer.is_whole:
+            raise ValueError(f"resize() is not supported with a frozen model that stays whole ({layer.name}). {remedy}")
     for layer, _ in modules:
         if layer.groups.size == 1:
             raise ValueError(
