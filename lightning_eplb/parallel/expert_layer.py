@@ -2,9 +2,9 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +118,8 @@ class ExpertLayer:
         self.min_tokens_per_copy = 1
         self.compute_dtype: torch.dtype | None = None
         self.join: ExpertJoin | None = None
+        self.capture: Callable[[ExpertLayer, Sequence[Tensor], Sequence[Any], Mapping[str, Any]], None] | None = None
+        """Function that gets this rank's weights and the arguments of each call over several ranks."""
         self._saves_shards: Callable[[], bool] = lambda: False
         self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
         self._batch_slots: bytes | None = None
