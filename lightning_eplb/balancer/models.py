@@ -177,8 +177,10 @@ class BalancedModels:
         models = [model for model in self.placed_models if model.load.num_steps]
         if len(models) < 2:
             return models[0].window_balancedness() if models else 1.0
-        # Windows may have different numbers of steps, which must not weigh.
-        return balancedness(np.concatenate([model.window_tokens() / model.load.num_steps for model in models]))
+        # Windows may have different numbers of steps, which must not weigh, and models different numbers of experts.
+        tokens = [model.window_tokens() / model.load.num_steps for model in models]
+        most = sum(tokens_YR.max(axis=1).sum() for tokens_YR in tokens)
+        return float(sum(tokens_YR.mean(axis=1).sum() for tokens_YR in tokens) / most) if most else 1.0
 
     def check_same_configuration(self, *names: str) -> None:
         """Check that models could share a placement, as a main model and its draft may be meant to.

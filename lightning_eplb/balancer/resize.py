@@ -142,7 +142,7 @@ class ResizableBalancer:
         placements = [each.placement for each in self.placed_models]
         _check_same_rows(modules, optimizers, placements, groups)
         check_unambiguous(_parameters(modules), optimizers)
-        shared = _shared_state(self, mapping.ep_size)
+        shared = self._shared_state(mapping.ep_size)
         ep_rank_R: list[Any] = [None] * groups.world_size
         dist.all_gather_object(ep_rank_R, groups.rank, group=groups.cpu_group)
         before = [_held(layer, np.array(ep_rank_R)) for layer, _ in modules]
@@ -192,7 +192,7 @@ class ResizableBalancer:
         self._handed_over = None
         self._mover.watch(())  # its hooks would keep it, and the old process groups
         self.__init__(self.model, optimizers, **{**shared.arguments, "policy": policy})
-        _restore(self, shared)
+        self._restore(shared)
 
     @classmethod
     def join(
@@ -249,8 +249,35 @@ class ResizableBalancer:
         except ValueError as error:
             raise error from failure
         balancer = cls(model, held, **shared.arguments)
-        _restore(balancer, shared)
+        cls._restore(balancer, shared)
         return balancer
+
+    def _shared_state(self: Any, ep_size: int) -> SharedState:
+        """Return what ranks that join learn from rank 0."""
+        layer = self._modules[0].layer
+        return SharedState(
+            ConversionSettings.of(layer, ep_size),
+            {
+                "policy": self.policy,
+                "window_size": next(iter(self.models.values())).load.window_size,
+                "step_interval": self.step_interval,
+                "redundancy": "batch" if layer.chooses_by_batch else "window",
+                "min_tokens_per_copy": self.min_tokens_per_copy,
+                "use_async": self._overlaps,
+            },
+            self.state_dict(),
+            self.costs,
+            self._state is not RearrangementState.IDLE,
+        )
+
+    def _restore(self: Any, shared: SharedState) -> None:
+        """Go on with window, counters and schedule. Every rank of the new process group calls it."""
+        self.load_state_dict(shared.balancer)
+        self._saved = None  # rows are where they belong
+        self.costs = shared.costs
+        if shared.is_due:
+            self._state = RearrangementState.DUE
+        leave_experts_out_of_ddp(self.model)
 
 
 @dataclass(frozen=True)
@@ -329,24 +356,6 @@ def _parameters(modules: Sequence[ConvertedExperts]) -> dict[str, nn.Parameter]:
     return {name: parameter for each in modules for name, parameter in each.parameters.items()}
 
 
-def _shared_state(balancer: "ExpertLoadBalancer", ep_size: int) -> SharedState:
-    layer = balancer._modules[0].layer
-    return SharedState(
-        ConversionSettings.of(layer, ep_size),
-        {
-            "policy": balancer.policy,
-            "window_size": next(iter(balancer.models.values())).load.window_size,
-            "step_interval": balancer.step_interval,
-            "redundancy": "batch" if layer.chooses_by_batch else "window",
-            "min_tokens_per_copy": balancer.min_tokens_per_copy,
-            "use_async": balancer._overlaps,
-        },
-        balancer.state_dict(),
-        balancer.costs,
-        balancer._state is not RearrangementState.IDLE,
-    )
-
-
 def _take_up(
     modules: Sequence[ConvertedExperts],
     optimizers: Sequence[Optimizer],
@@ -374,12 +383,3 @@ def _take_up(
     attach(modules, groups, placements)
     for layer, module in modules:
         broadcast_per_expert_state(module, layer)
-
-
-def _restore(balancer: "ExpertLoadBalancer", shared: SharedState) -> None:
-    """Go on with window, counters and schedule. Every rank of the new process group calls it."""
-    balancer.load_state_dict(shared.balancer)
-    balancer.costs = shared.costs
-    if shared.is_due:
-        balancer._state = RearrangementState.DUE
-    leave_experts_out_of_ddp(balancer.model)

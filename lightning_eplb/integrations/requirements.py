@@ -160,7 +160,7 @@ def check_converted_model(
             " in configure_model, or leave a model that is built in __init__ to EPLBCallback"
         )
     for layer in layers:
-        redundant = len(layer.physical_to_logical) - layer.num_logical_experts
+        redundant = len(layer.physical_to_logical) - len(layer.row_order)
         if layer.groups.size != ep_size or redundant != num_redundant_experts:
             raise ValueError(
                 f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={num_redundant_experts};"

@@ -59,8 +59,15 @@ def plan_relocation(old: ExpertPlacement, new: ExpertPlacement) -> list[LayerMov
     for layer in np.flatnonzero(most_Y).tolist():
         experts = np.flatnonzero(moved_YX[layer])
         places = (maps[layer, experts] for maps in (old_rank_YX, old_row_YX, new_rank_YX, new_row_YX))
-        numbers = {"num_experts_between_ranks": experts_Y[layer], "num_rows_between_ranks": between_Y[layer]}
-        plan.append(LayerMoves(layer, *places, **numbers, max_rows=most_Y[layer]))
+        plan.append(
+            LayerMoves(
+                layer,
+                *places,
+                num_experts_between_ranks=experts_Y[layer],
+                num_rows_between_ranks=between_Y[layer],
+                max_rows=most_Y[layer],
+            )
+        )
     return plan
 
 

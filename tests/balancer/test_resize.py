@@ -343,6 +343,19 @@ def sharded_model() -> str:
     return str(error.value)
 
 
+def test_resize_beside_a_model_that_stays_whole_raises_on_all_ranks(workers: Workers) -> None:
+    messages = workers.run(2, whole_teacher)
+    assert all("frozen model that stays whole (teacher.1.experts)" in message for message in messages)
+
+
+def whole_teacher() -> str:
+    model = nn.ModuleDict({"student": TwoLayers(EXPERTS), "teacher": TwoLayers(7).requires_grad_(False)})
+    parallelize_experts(model)
+    with pytest.raises(ValueError, match="resize") as error:
+        ExpertLoadBalancer(model).resize({0: 0, 1: 1})
+    return str(error.value)
+
+
 def test_chained_resizes_keep_every_element(workers: Workers) -> None:
     assert workers.run(len(ALL), tagged_chain, 12) == [12] * len(ALL)
 
