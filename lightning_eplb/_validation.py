@@ -90,12 +90,22 @@ def check_num_redundant(value: int, num_experts: int, num_ranks: int, named: str
         named: Value in the message, such as ``num_redundant_experts=10``.
         of: Ranks in the message, such as ``ep_size=2``.
     """
-    most = (num_experts - num_experts // num_ranks) * num_ranks
+    most = max_redundant(num_experts, num_ranks)
     if value > most:
         raise ValueError(
             f"{named} is more than {of} can use. Use at most {most}, with which each rank holds a replica of every"
             " expert that is not its own."
         )
+
+
+def max_redundant(num_experts: int, num_ranks: int) -> int:
+    """Return how many redundant experts of a layer ranks can hold, since none holds an expert twice.
+
+    Example:
+        >>> max_redundant(8, 2)
+        8
+    """
+    return (num_experts - num_experts // num_ranks) * num_ranks
 
 
 def divisors(number: int) -> list[int]:

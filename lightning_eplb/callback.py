@@ -42,7 +42,7 @@ from lightning_eplb.parallel.fsdp1_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts, set_fused_experts
 from lightning_eplb.policies import Policy
-from lightning_eplb.simulation.trace import TraceWriter
+from lightning_eplb.simulation.run_trace import RunTrace
 from lightning_eplb.strategies import ExpertParallelStrategy
 
 
@@ -59,6 +59,8 @@ class EPLBCallback(Callback):
     model is supported, and any module that follows the protocol described there. A model that is built under
     ``torch.device("meta")`` in ``__init__`` gets memory for this rank's experts in ``setup``. In ``configure_model``
     call :func:`~lightning_eplb.load_weights` or :func:`~lightning_eplb.materialize`.
+
+    A module may hold several models and layers with different numbers of experts, see ``balancer.models``.
 
     Scalars are logged whenever loggers write (``Trainer(log_every_n_steps=...)``), see
     :data:`lightning_eplb.logging.scalars.SCALARS`. The progress bar shows the ``balancedness`` of every step, and a
@@ -84,7 +86,8 @@ class EPLBCallback(Callback):
         step_interval: Optimizer steps between rearrangements. The first comes after a quarter of it, and one may come
             early if balancedness drops below what it was after the last. Defaults to 100.
         trace: File to record the load of every optimizer step in, for ``python -m lightning_eplb simulate``. A resumed
-            run appends to it, any other run replaces it. ``None``: no file.
+            run appends to it, any other run replaces it. Each of several models has a file, as
+            ``trace.generator.npy``. ``None``: no file.
         redundancy: When the redundant slots are filled. ``"window"``: with each rearrangement, by the policy.
             ``"batch"``: in each forward pass, for the tokens that it routes. Defaults to ``"window"``.
         min_tokens_per_copy: With ``"batch"``, tokens that a redundant expert must take over. ``None``: as many as take
@@ -154,7 +157,7 @@ class EPLBCallback(Callback):
         """Balancer of the model; ``None`` until the first ``fit`` starts."""
         self._saved_state: dict[str, Any] = {}
         self._last_global_step = 0
-        self._trace_writer: TraceWriter | None = None
+        self._run_trace: RunTrace | None = None
         self._spread_experts: SpreadExperts | None = None
         self._evaluation: Evaluation | None = None
         self._fit_logger: FitLogger | None = None
@@ -264,8 +267,8 @@ class EPLBCallback(Callback):
         stats = balancer.step(with_gradients=_keeps_gradients(pl_module))
         if stats is None:
             return
-        if self._trace_writer is not None:
-            self._trace_writer.append(stats.load)
+        if self._run_trace is not None:
+            self._run_trace.append(stats)
         self._fit.log_step(trainer, pl_module, stats)
 
     @override
@@ -333,9 +336,9 @@ class EPLBCallback(Callback):
         clip_as_before(trainer)
         restore(trainer.strategy, "checkpoint_io")
         self._undo_spread_experts()
-        if self._trace_writer is not None:
-            self._trace_writer.close()
-            self._trace_writer = None
+        if self._run_trace is not None:
+            self._run_trace.close()
+            self._run_trace = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -363,7 +366,7 @@ class EPLBCallback(Callback):
         fault = None
         if trainer.is_global_zero:
             try:
-                self._trace_writer = TraceWriter(self.trace, keep=self._saved_state.get("num_steps", 0))
+                self._run_trace = RunTrace(self.trace, self._fit.balancer, self._saved_state)
             except ValueError as error:
                 fault = str(error)
         if (fault := trainer.strategy.broadcast(fault)) is not None:

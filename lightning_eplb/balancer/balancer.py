@@ -62,6 +62,9 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         ...  # the same loop, with fabric.backward and fabric.clip_gradients
         fabric.save("last.ckpt", state)
 
+    ``model`` may hold several models, and layers with different numbers of experts. Those of one model with one number
+    have a placement and a window of their own, in :attr:`models`. All are rearranged together.
+
     Args:
         model: Model that ``parallelize_experts`` converted.
         optimizers: Optimizers that hold expert parameters; their state moves with the experts. :attr:`optimizers` can
@@ -104,8 +107,8 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         self.min_tokens_per_copy = min_tokens_per_copy
         for layer, _ in self._modules:
             layer.set_redundancy(redundancy == "batch", min_tokens_per_copy or 1)
-        models = find_models(model, window_size)
-        super().__init__(models)
+        super().__init__(find_models(model, window_size))
+        models = self.placed_models
         policy = policy if policy is not None else BalancedPolicy()
         self._planner = RearrangementPlanner(policy, models, step_interval)
         self._mover = ExpertMover(models, (), use_async)
@@ -147,8 +150,9 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
 
     def record(self, on: bool) -> None:
         """Start or stop counting the tokens of forward passes: those of validation are no training load."""
-        for layer, _ in self._modules:
-            layer.set_load_recording(on)
+        for model in self.models.values():
+            for layer, _ in model.modules:
+                layer.set_load_recording(on)
 
     def step(self, *, with_gradients: bool = True) -> StepStats | None:
         """End an optimizer step: add its load to the window, and rearrange if that is due. Every rank must call it.
@@ -260,7 +264,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         """
         if self.groups.size == 1:
             return None
-        current = {name: model.placement for name, model in self.models.items()}
+        current = {model.name: model.placement for model in self.placed_models}
         targets = check_targets(placement, current, self.groups)
         self.finish_rearrangement()
         plan = self._plan(targets, with_gradients)
@@ -269,10 +273,10 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     def reset(self) -> None:
         """Move experts back to the initial placement. Every rank must call it."""
         initial = {}
-        for name, model in self.models.items():
+        for model in self.placed_models:
             now = model.placement
             sizes = (now.num_layers, now.num_logical_experts, now.num_ranks, now.num_redundant_experts)
-            initial[name] = ExpertPlacement.initial(*sizes)
+            initial[model.name] = ExpertPlacement.initial(*sizes)
         self.rearrange(initial)
 
     def _record_step(self, stats: StepStats) -> bool:
@@ -282,7 +286,8 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             model.record(parts[name].load)
         self.num_steps += 1
         is_ready = self._state in (RearrangementState.DUE, RearrangementState.PLANNED)
-        levels = [part.balancedness if part.has_tokens else None for part in parts.values()]
+        placed = [parts[model.name] for model in self.placed_models]
+        levels = [part.balancedness if part.has_tokens else None for part in placed]
         if self._schedule.step(*levels) and self.groups.size > 1:
             self._state = self._state.when_due()
             is_ready = is_ready or not self._overlaps  # with overlap it is planned during the next backward pass
@@ -296,7 +301,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         costs = self._cost_model.costs(with_gradients)
         if self.costs is not None:
             costs = [self.costs] * len(costs)
-        num_steps = [self._schedule.look_back(each.load.num_steps, i) for i, each in enumerate(self.models.values())]
+        num_steps = [self._schedule.look_back(each.load.num_steps, i) for i, each in enumerate(self.placed_models)]
         context = PlanningContext(num_steps, self.capacity, costs, self._cost_model.overlap_bytes())
         return self._planner.plan(context, targets)
 
@@ -318,13 +323,15 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         self._state, self._current = self._state.without_plan(), None
         result = plan.result(self._mover.placements, self._mover.num_bytes, self._mover.seconds)
         self._add(result)
+        for name, change in result.models.items():
+            self.models[name].predicted_balancedness = change.predicted_balancedness
         return result
 
     def _finish_first_step(self) -> None:
         """Check what only exists after a step, and measure the hardware."""
         check_state(self.optimizers, expert_parameters(self._modules))
         self._cost_model.measure()
-        for model, measured in zip(self.models.values(), self._cost_model.min_tokens_per_copy(), strict=True):
+        for model, measured in zip(self.placed_models, self._cost_model.min_tokens_per_copy(), strict=True):
             for layer, _ in model.modules:
                 layer.set_redundancy(layer.chooses_by_batch, self.min_tokens_per_copy or measured)
         self._warn_of_drift()

@@ -65,7 +65,8 @@ class CostModel:
     """Derives costs and limits for plans from the hardware profile. All ranks use it alike.
 
     Args:
-        models: Layers of the models. Those of one model are alike, so its first stands for all.
+        models: Layers of the models whose experts are distributed. Those of one model are alike: the first stands for
+            all.
         mover: Relocation of the experts; tells which tensors move with a primary.
     """
 
@@ -139,7 +140,7 @@ class CostModel:
         if not self.profiles:
             return None
         saved = 0.0
-        for part, profile in zip(stats.models.values(), self.profiles, strict=True):
+        for part, profile in zip(stats.placed, self.profiles, strict=True):
             plain_YR = part.load.view(len(part.load), self._groups.size, -1).sum(dim=2)
             fewer = float(plain_YR.max(dim=1).values.sum()) - part.max_tokens
             saved += fewer / self._groups.num_ep_groups * profile.seconds_per_token

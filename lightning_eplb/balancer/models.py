@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_eplb.functional import balancedness
 from lightning_eplb.metrics import ExpertLoad
 from lightning_eplb.parallel.forward import ParallelExperts
-from lightning_eplb.parallel.parallelize import ConvertedExperts, expert_layers
+from lightning_eplb.parallel.parallelize import ConvertedExperts, converted_experts
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies import Costs, Outlook
 from lightning_eplb.policies.batch_redundancy import choose_copies
@@ -29,6 +29,8 @@ class ModelLayers(PlacedLayers):
         modules: Its converted expert modules, in the order of the placement's rows.
         groups: Process groups of the layers.
         placement: Current placement.
+        is_whole: ``True`` for a frozen model that every rank keeps whole: its load is counted, and nothing moves. Each
+            expert then counts as a rank of its own.
 
     Args:
         name: Name of the model.
@@ -38,6 +40,7 @@ class ModelLayers(PlacedLayers):
 
     def __init__(self, name: str, modules: Sequence[ConvertedExperts], window_size: int) -> None:
         super().__init__(name, modules)
+        self.is_whole = modules[0].layer.is_whole
         if modules[0].layer.chooses_by_batch:
             self.placement = self.placement.without_copies()
         shape = self.placement.num_layers, self.placement.num_logical_experts
@@ -48,6 +51,8 @@ class ModelLayers(PlacedLayers):
         """Optimizer steps in which these layers got tokens."""
         self.forecast_error: float | None = None
         """Relative error of the forecast of the last complete interval; 0 is exact."""
+        self.predicted_balancedness: float | None = None
+        """Balancedness that the latest rearrangement should bring; ``None`` before the first."""
         self._forecast: Forecast | None = None
         self._load_since_forecast = torch.zeros(shape, dtype=torch.int64)
 
@@ -165,19 +170,49 @@ class BalancedModels:
 
     def window_balancedness(self) -> float:
         """Return the balancedness of the windows' load under the current placements; 1 before the first step."""
-        models = [model for model in self.models.values() if model.load.num_steps]
+        models = [model for model in self.placed_models if model.load.num_steps]
         if len(models) < 2:
             return models[0].window_balancedness() if models else 1.0
         # Windows may have different numbers of steps, which must not weigh.
         return balancedness(np.concatenate([model.window_tokens() / model.load.num_steps for model in models]))
 
+    def check_same_configuration(self, *names: str) -> None:
+        """Check that models could share a placement, as a main model and its draft may be meant to.
+
+        Performs no communication: the numbers are the same on all ranks, and so is the error.
+
+        Args:
+            *names: Names in :attr:`models`. Defaults to all models.
+
+        Raises:
+            ValueError: A name is unknown, or the models differ in the number of experts, of redundant experts or of
+                ranks that share them. The message names both models and what differs.
+        """
+        if unknown := [name for name in names if name not in self.models]:
+            raise ValueError(f"{unknown[0]!r} is no model of the balancer. Use names of {list(self.models)}.")
+        first, *others = [self.models[name] for name in names or self.models]
+        for other in others:
+            for number in ("num_logical_experts", "num_redundant_experts", "num_ranks"):
+                theirs, wanted = getattr(other.placement, number), getattr(first.placement, number)
+                if theirs != wanted:
+                    raise ValueError(
+                        f"{other.name} can't share a placement with {first.name}: {number} is {theirs} in {other.name}"
+                        f" and {wanted} in {first.name}"
+                    )
+
+    @property
+    def placed_models(self) -> list[ModelLayers]:
+        """Models whose experts are distributed: all but those that every rank keeps whole."""
+        return [model for model in self.models.values() if not model.is_whole]
+
     def _only_model(self, attribute: str) -> ModelLayers:
-        if len(self.models) > 1:
-            first = next(iter(self.models))
+        first, *others = self.placed_models
+        if others:
             raise AttributeError(
-                f"{attribute} of the models {list(self.models)} is separate: use balancer.models[{first!r}].{attribute}"
+                f"{attribute} of the models {list(self.models)} is separate: use"
+                f" balancer.models[{first.name!r}].{attribute}"
             )
-        return next(iter(self.models.values()))
+        return first
 
 
 def find_models(model: nn.Module, window_size: int) -> list[ModelLayers]:
@@ -204,39 +239,40 @@ def find_models(model: nn.Module, window_size: int) -> list[ModelLayers]:
     Raises:
         ValueError: Layers of a model have different numbers of redundant experts, or models have different EP groups.
     """
-    modules = list(expert_layers(model))
     name_of = {id(module): name for name, module in _expert_modules(model)}
-    by_key: dict[tuple[str, int], list[ConvertedExperts]] = {}
-    for each in modules:
-        key = name_of[id(each.module)], each.layer.num_logical_experts
+    by_key: dict[tuple[str, int, bool], list[ConvertedExperts]] = {}
+    for each in converted_experts(model):
+        key = name_of[id(each.module)], each.layer.num_logical_experts, each.layer.is_whole
         by_key.setdefault(key, []).append(each)
     models = []
-    for (name, num_experts), parts in by_key.items():
-        is_hybrid = sum(other == name for other, _ in by_key) > 1
-        name = (name or "model") + (f"-{num_experts}-experts" if is_hybrid else "")
-        _check_alike(name, parts, modules[0])
+    for key, parts in by_key.items():
+        same_name = [other for other in by_key if other[0] == key[0]]
+        name = (key[0] or "model") + (f"-{key[1]}-experts" if len(same_name) > 1 else "")
+        redundant = [len(layer.physical_to_logical) - layer.num_logical_experts for layer, _ in parts]
+        if len(set(redundant)) > 1:
+            raise ValueError(
+                f"layers of {name} have different numbers of redundant experts, {redundant}. Call parallelize_experts"
+                " with the same num_redundant_experts for all."
+            )
         models.append(ModelLayers(name, parts, window_size))
+    _check_alike([model for model in models if not model.is_whole])
     return models
 
 
-def _check_alike(name: str, parts: Sequence[ConvertedExperts], first: ConvertedExperts) -> None:
-    slots = {layer.name: len(layer.physical_to_logical) - layer.num_logical_experts for layer, _ in parts}
-    if len(set(slots.values())) > 1:
-        raise ValueError(
-            f"layers of {name} have different numbers of redundant experts: {slots}. Call parallelize_experts once, or"
-            " with the same num_redundant_experts."
-        )
-    for layer, _ in parts:
-        if layer.groups is not first.layer.groups:
-            raise ValueError(
-                f"{layer.name} of {name} is spread over other ranks than {first.layer.name}. Call parallelize_experts"
-                " with the same group, or make a balancer for each."
-            )
+def _check_alike(models: Sequence[ModelLayers]) -> None:
+    first = models[0].modules[0].layer
+    for model in models:
+        for layer, _ in model.modules:
+            if layer.groups is not first.groups:
+                raise ValueError(
+                    f"{layer.name} of {model.name} is spread over other ranks than {first.name}. Call"
+                    " parallelize_experts with the same group, or make a balancer for each."
+                )
 
 
 def _expert_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every converted module with the name of its model, empty for the only one."""
-    holders = {id(module) for module in root.modules() if any(expert_layers(module))}
+    holders = {id(module) for module in root.modules() if any(converted_experts(module))}
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         children = {child_name: child for child_name, child in module.named_children() if id(child) in holders}
@@ -247,7 +283,7 @@ def _expert_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             for child_name, child in children.items():
                 yield from walk(child, f"{name}.{child_name}" if name else child_name)
         else:
-            for _, expert_module in expert_layers(module):
+            for _, expert_module in converted_experts(module):
                 yield name, expert_module
 
     yield from walk(root, "")
@@ -270,4 +306,4 @@ def _is_list(module: nn.Module) -> bool:
 def _has_list(module: nn.Module) -> bool:
     """Return ``True`` if expert layers within a module are in a list of blocks."""
     lists = (each for each in module.modules() if isinstance(each, (nn.ModuleList, nn.ModuleDict, nn.Sequential)))
-    return any(any(expert_layers(each)) for each in lists)
+    return any(any(converted_experts(each)) for each in lists)

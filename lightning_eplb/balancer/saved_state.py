@@ -12,30 +12,31 @@ from lightning_eplb.parallel.groups import ExpertGroups
 
 
 def save_windows(models: Sequence[ModelLayers]) -> dict[str, Any]:
-    """Return the window and the placement of the only model, or those of each model by name under ``models``.
+    """Return the windows and the placements, for :func:`load_windows` and for inspection.
 
-    The placement is for inspection only: a resumed run plans its own from the window.
+    Those of the only model that is distributed are ``window`` and ``physical_to_logical``. Others are under ``models``,
+    by name. A resumed run plans its own placement from the window.
     """
-    states = {
-        model.name: {
-            "window": model.load.steps().cpu(),
-            "physical_to_logical": torch.tensor(model.placement.physical_to_logical, dtype=torch.int32),
-            "num_steps": model.num_steps,
-        }
-        for model in models
-    }
-    if len(states) > 1:
-        return {"models": states}
-    (state,) = states.values()
-    return {key: state[key] for key in ("window", "physical_to_logical")}  # the steps are those of the run
+    states: dict[str, dict[str, Any]] = {}
+    for model in models:
+        states[model.name] = {"window": model.load.steps().cpu(), "num_steps": model.num_steps}
+        if not model.is_whole:
+            slots_YP = torch.tensor(model.placement.physical_to_logical, dtype=torch.int32)
+            states[model.name]["physical_to_logical"] = slots_YP
+    state: dict[str, Any] = {}
+    if (only := _only_placed(models)) is not None:
+        state = states.pop(only.name)
+        del state["num_steps"]  # it is that of the run
+    return state | ({"models": states} if states else {})
 
 
 def load_windows(state: Mapping[str, Any], models: Sequence[ModelLayers]) -> None:
     """Load the windows of a state that :func:`check_saved_state` has checked."""
-    saved = _saved_models(state)
+    saved = _by_name(state, models)
     for model in models:
-        its = saved[model.name] if len(models) > 1 else next(iter(saved.values()))
-        model.reset_window(list(its["window"]), its["num_steps"])
+        if model.name in saved:
+            its = saved[model.name]
+            model.reset_window(list(its["window"]), its["num_steps"])
 
 
 def check_saved_state(state: Mapping[str, Any], models: Sequence[ModelLayers], groups: ExpertGroups) -> None:
@@ -47,37 +48,57 @@ def check_saved_state(state: Mapping[str, Any], models: Sequence[ModelLayers], g
         groups: Process groups of the experts.
 
     Raises:
-        ValueError: Ranks were given different states, or a window has other layers or experts.
+        ValueError: Ranks were given different states, a model is missing in them, or a window has other layers or
+            experts.
     """
-    saved = _saved_models(state)
-    values = {key: state[key] for key in ("num_steps", "steps_to_go", "num_rearrangements")}
-    for name, its in saved.items():
-        digest = hashlib.sha256(its["window"].cpu().numpy().tobytes()).hexdigest()[:16]
-        values[f"window of {name}" if "models" in state else "window"] = f"{list(its['window'].shape)} {digest}"
-    names = ", ".join(saved) if "models" in state else ""  # first: values of other names can't be compared
+    names = (["window"] if "window" in state else []) + list(state.get("models", {}))
     reason = "load_state_dict() of the balancer compares the states of the ranks"
-    check_same_on_all_ranks({"models": names}, reason, groups)
+    check_same_on_all_ranks({"models": names}, reason, groups)  # first, or values of other names would be compared
+    values = {key: state[key] for key in ("num_steps", "steps_to_go", "num_rearrangements")}
+    if "window" in state:
+        values["window"] = _describe(state["window"])
+    values |= {f"window of {name}": _describe(its["window"]) for name, its in state.get("models", {}).items()}
     check_same_on_all_ranks(values, reason, groups)
-    expected = {model.name: list(model.load.ring.shape[1:]) for model in models}
-    if len(saved) == len(models) == 1:
-        saved = dict(zip(expected, saved.values(), strict=True))
-    if set(saved) != set(expected):
+    saved = _by_name(state, models)
+    if missing := [model.name for model in models if not model.is_whole and model.name not in saved]:
+        known = list(state.get("models", {})) if "window" not in state else "one, without a name"
         raise ValueError(
-            f"the saved state is of the models {_names(state)}, and the balancer has {list(expected)}. Resume with the"
-            " models that were saved, or without the balancer's state."
+            f"the saved state has no window of {missing[0]}: its models are {known}, and those of the balancer are"
+            f" {[model.name for model in models]}. Resume with the models that were saved, or without this state."
         )
-    for name, shape in expected.items():
-        if list(saved[name]["window"].shape[1:]) != shape:
-            of_model = f" of {name}" if len(expected) > 1 else ""
+    for model in models:
+        shape = list(model.load.ring.shape[1:])
+        if model.name in saved and list(saved[model.name]["window"].shape[1:]) != shape:
+            of_model = f" of {model.name}" if len(models) > 1 else ""
             raise ValueError(
-                f"the saved window{of_model} has {list(saved[name]['window'].shape[1:])} layers and experts, the model"
-                f" has {shape}. Resume with the model that was saved."
+                f"the saved window{of_model} has {list(saved[model.name]['window'].shape[1:])} layers and experts, the"
+                f" model has {shape}. Resume with the model that was saved."
             )
 
 
-def _saved_models(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return dict(state.get("models", {"model": state}))
+def steps_of_model(state: Mapping[str, Any], name: str) -> int:
+    """Return how many optimizer steps of a model a saved state counts; 0 if the model is not saved by name.
+
+    Args:
+        state: State as ``ExpertLoadBalancer.state_dict()`` returns it, or an empty one.
+        name: Name of the model.
+    """
+    return state.get("models", {}).get(name, {}).get("num_steps", 0)
 
 
-def _names(state: Mapping[str, Any]) -> str:
-    return str(list(state["models"])) if "models" in state else "of one, without a name,"
+def _only_placed(models: Sequence[ModelLayers]) -> ModelLayers | None:
+    first, *others = (model for model in models if not model.is_whole)
+    return None if others else first
+
+
+def _by_name(state: Mapping[str, Any], models: Sequence[ModelLayers]) -> dict[str, Mapping[str, Any]]:
+    """Return the saved windows by the names of the models that they are for."""
+    saved = dict(state.get("models", {}))
+    if "window" in state and (only := _only_placed(models)) is not None:
+        saved[only.name] = state
+    return saved
+
+
+def _describe(window_WYL: torch.Tensor) -> str:
+    digest = hashlib.sha256(window_WYL.cpu().numpy().tobytes()).hexdigest()[:16]
+    return f"{list(window_WYL.shape)} {digest}"

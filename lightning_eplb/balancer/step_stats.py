@@ -1,7 +1,7 @@
 """Step statistics: result types of optimizer steps and rearrangements, and their collection over all EP groups."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eplb.functional import balancedness
+from lightning_eplb.parallel.expert_layer import LayerLoad
 from lightning_eplb.parallel.groups import ExpertGroups
 from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.token_split import level_tokens
@@ -119,7 +120,9 @@ class RearrangementOfModels(RearrangementResult):
     changes: tuple[PlacementChange, ...] = field(kw_only=True)
 
     def __getattr__(self, name: str) -> Any:
-        raise _of_each_model(self, name, ("before", "after", "load"), [each.name for each in self.changes])
+        if name in ("before", "after", "load"):
+            raise _separate(name, self.models)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def models(self) -> Mapping[str, PlacementChange]:
@@ -166,6 +169,7 @@ class StepStats:
         rearrangement: Result of the rearrangement that ended with this step, if there was one.
         direct_layers: Layers whose latest batch on this rank was dispatched directly, in parts of all layers.
         name: Name of the model in ``ExpertLoadBalancer.models``.
+        whole: Statistics of frozen models that every rank keeps whole. Not part of any sum.
     """
 
     load: Tensor
@@ -177,11 +181,17 @@ class StepStats:
     rearrangement: RearrangementResult | None = None
     direct_layers: float = 0.0
     name: str = field(default="model", kw_only=True)
+    whole: tuple["StepStats", ...] = field(default=(), kw_only=True)
+
+    @property
+    def placed(self) -> tuple["StepStats", ...]:
+        """Statistics of each model whose experts are distributed."""
+        return (self,)
 
     @property
     def models(self) -> Mapping[str, "StepStats"]:
-        """Statistics of each model, by the model's name."""
-        return {self.name: self}
+        """Statistics of each model, by the model's name. A model that rested has no tokens in them."""
+        return {each.name: each for each in (*self.placed, *self.whole)}
 
     @property
     def has_tokens(self) -> bool:
@@ -234,7 +244,9 @@ class StepStatsOfModels(StepStats):
     parts: tuple[StepStats, ...] = field(kw_only=True)
 
     def __getattr__(self, name: str) -> Any:
-        raise _of_each_model(self, name, ("load",), [each.name for each in self.parts])
+        if name == "load":
+            raise _separate(name, self.models)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def of(cls, parts: Sequence[StepStats]) -> "StepStatsOfModels":
@@ -251,9 +263,9 @@ class StepStatsOfModels(StepStats):
         )
 
     @property
-    def models(self) -> Mapping[str, StepStats]:
-        """Statistics of each model, by the model's name. A model that rested has no tokens in them."""
-        return {part.name: part for part in self.parts}
+    def placed(self) -> tuple[StepStats, ...]:
+        """Statistics of each model whose experts are distributed."""
+        return self.parts
 
     @property
     def has_tokens(self) -> bool:
@@ -261,11 +273,9 @@ class StepStatsOfModels(StepStats):
         return any(part.has_tokens for part in self.parts)
 
 
-def _of_each_model(owner: object, name: str, separate: Sequence[str], models: Sequence[str]) -> AttributeError:
-    """Return the error for an attribute that only the parts of ``owner`` have."""
-    if name in separate:
-        return AttributeError(f"{name} of the models {list(models)} is separate: use models[{models[0]!r}].{name}")
-    return AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+def _separate(name: str, models: Mapping[str, object]) -> AttributeError:
+    """Return the error for an attribute that each model has and all together have not."""
+    return AttributeError(f"{name} of the models {list(models)} is separate: use models[{next(iter(models))!r}].{name}")
 
 
 class RunTotals:
@@ -304,36 +314,47 @@ def collect_step_stats(models: Sequence[PlacedLayers], groups: ExpertGroups) -> 
 
     Args:
         models: Layers of the models, in the same order on all ranks.
-        groups: Process groups of the layers.
+        groups: Process groups of the layers that are distributed.
     """
     taken = [[each.layer.take_load() for each in model.modules] for model in models]
     counts = [torch.tensor([[part.max_tokens, part.num_copies, part.copy_bytes] for part in parts]) for parts in taken]
     loads = [torch.stack([part.load for part in parts]).cpu() for parts in taken]  # waits for the device once a model
-    if groups.num_ep_groups > 1:
-        summed = torch.cat([part.flatten() for part in (*loads, *counts)])
+    tables = [torch.cat(both, dim=1) for both in zip(loads, counts, strict=True)]
+    if groups.world_size > 1 and any(model.groups.num_ep_groups > 1 for model in models):
+        # Each rank of an EP group has that group's counts: one rank's are enough.
+        mine = [table * (model.groups.rank == 0) for model, table in zip(models, tables, strict=True)]
+        summed = torch.cat([table.flatten() for table in mine])
         dist.all_reduce(summed, group=groups.cpu_group)
-        summed //= groups.size  # each rank of an EP group contributed that group's counts
-        parts = summed.split([part.numel() for part in (*loads, *counts)])
-        loads, counts = (
-            [part.view(like.shape) for part, like in zip(some, likes, strict=True)]
-            for some, likes in ((parts[: len(models)], loads), (parts[len(models) :], counts))
-        )
-    stats = []
-    for model, parts, load_YL, counts_Y3 in zip(models, taken, loads, counts, strict=True):
-        max_Y, redundant_Y, bytes_Y = counts_Y3.T
-        if groups.size == 1:
-            max_Y = load_YL.max(dim=1).values
-        avg_Y = load_YL.sum(dim=1) / (groups.size if groups.size > 1 else load_YL.shape[1])
-        stats.append(
-            StepStats(
-                load_YL,
-                avg_Y.double(),
-                max_Y.clone(),
-                int(redundant_Y.sum()),
-                int(bytes_Y.sum()),
-                sum(part.plan_seconds for part in parts),
-                direct_layers=sum(each.layer.dispatcher.is_direct for each in model.modules) / len(model.modules),
-                name=model.name,
-            )
-        )
-    return stats[0] if len(stats) == 1 else StepStatsOfModels.of(stats)
+        parts = summed.split([table.numel() for table in tables])
+        tables = [part.view_as(table) for part, table in zip(parts, tables, strict=True)]
+    stats = [_stats_of(*each) for each in zip(models, taken, tables, strict=True)]
+    placed = [each for each, model in zip(stats, models, strict=True) if not model.modules[0].layer.is_whole]
+    whole = tuple(each for each, model in zip(stats, models, strict=True) if model.modules[0].layer.is_whole)
+    if len(placed) == 1:
+        return replace(placed[0], whole=whole)
+    return replace(StepStatsOfModels.of(placed), whole=whole)
+
+
+def _stats_of(model: PlacedLayers, taken: Sequence[LayerLoad], table_YC: Tensor) -> StepStats:
+    """Return the statistics of a model.
+
+    Args:
+        model: Layers of the model.
+        taken: Loads of its layers on this rank.
+        table_YC: Sums over EP groups: tokens of each expert, then tokens of the fullest rank, filled redundant slots
+            and their bytes, ``[Y, L + 3]``.
+    """
+    load_YL, (max_Y, redundant_Y, bytes_Y) = table_YC[:, :-3].contiguous(), table_YC[:, -3:].T
+    if model.groups.size == 1:
+        max_Y = load_YL.max(dim=1).values
+    avg_Y = load_YL.sum(dim=1) / (model.groups.size if model.groups.size > 1 else load_YL.shape[1])
+    return StepStats(
+        load_YL,
+        avg_Y.double(),
+        max_Y.clone(),
+        int(redundant_Y.sum()),
+        int(bytes_Y.sum()),
+        sum(part.plan_seconds for part in taken),
+        direct_layers=sum(each.layer.dispatcher.is_direct for each in model.modules) / len(model.modules),
+        name=model.name,
+    )

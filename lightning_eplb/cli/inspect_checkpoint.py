@@ -24,6 +24,7 @@ EPILOG = """\
 for example:
   %(prog)s checkpoints/last.ckpt
   %(prog)s checkpoints/last.ckpt --layer 3
+  %(prog)s checkpoints/last.ckpt --model generator --layer 3
 """
 MEANINGS = """
 Times even: tokens of the hottest expert over the mean of its layer. Entropy: of the experts' shares, 1 is even.
@@ -34,21 +35,45 @@ Moved: primaries that are on another rank than where training starts."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file, or the folder of a sharded one")
     parser.add_argument("--layer", type=int, metavar="N", help="show rank by rank what this MoE layer's slots hold")
+    parser.add_argument("--model", metavar="NAME", help="show this one of several models; all if not given")
 
 
 def run(arguments: argparse.Namespace) -> int:
     checkpoint = _read(arguments.checkpoint)
     state = _state_of_callback(checkpoint, arguments.checkpoint)
-    load_YL = state.window.sum(axis=0)
-    placement = state.placement
-    layers, experts = load_YL.shape
-    if arguments.layer is not None and not 0 <= arguments.layer < layers:
-        raise ValueError(f"--layer {arguments.layer} must be 0 to {layers - 1}: the model has {layers} MoE layers")
+    models = _chosen(state, arguments.model, arguments.layer)
     print(
         f"{arguments.checkpoint}: optimizer step {checkpoint.get('global_step', 'unknown')},"
         f" {state.num_rearrangements} rearrangements, {state.rearranged_bytes / 2**20:.1f} MiB moved"
     )
-    print(f"window: the last {len(state.window)} steps, {layers} layers of {experts} experts")
+    for name, model in models.items():
+        if len(state.models) > 1:
+            print(f"\n{name or 'model'}")
+        _show(model, arguments.layer, arguments.checkpoint)
+    if arguments.layer is None:
+        print(MEANINGS)
+    return 0
+
+
+def _chosen(state: "_Saved", name: str | None, layer: int | None) -> "dict[str, _SavedModel]":
+    """Return the models to show, by name."""
+    names = [known or "model" for known in state.models]
+    if name is not None and name not in names:
+        raise ValueError(f"--model {name} is not in the checkpoint. Use one of {', '.join(names)}.")
+    chosen = {known: model for known, model in state.models.items() if name in (None, known or "model")}
+    if layer is not None and len(chosen) > 1:
+        raise ValueError(f"--layer {layer} needs --model: the checkpoint has the models {', '.join(names)}")
+    for model in chosen.values():
+        layers = model.window.shape[1]
+        if layer is not None and not 0 <= layer < layers:
+            raise ValueError(f"--layer {layer} must be 0 to {layers - 1}: the model has {layers} MoE layers")
+    return chosen
+
+
+def _show(model: "_SavedModel", layer: int | None, checkpoint: Path) -> None:
+    load_YL, placement = model.window.sum(axis=0), model.placement
+    layers, experts = load_YL.shape
+    print(f"window: the last {len(model.window)} steps, {layers} layers of {experts} experts")
     if placement is None:
         print("placement: not in this checkpoint")
     else:
@@ -56,27 +81,31 @@ def run(arguments: argparse.Namespace) -> int:
             f"placement: {placement.num_ranks} ranks, {placement.num_redundant_experts} redundant experts of each layer"
         )
     print()
-    if arguments.layer is None:
+    if layer is None:
         rows = _layer_by_layer(load_YL, placement)
     else:
         if placement is None:
-            raise ValueError(f"{arguments.checkpoint} holds no placement: an earlier version saved it")
-        rows = _rank_by_rank(load_YL[arguments.layer], placement, arguments.layer)
+            raise ValueError(f"{checkpoint} holds no placement: an earlier version saved it, or a model that is whole")
+        rows = _rank_by_rank(load_YL[layer], placement, layer)
     for line in aligned(rows):
         print(line)
-    if arguments.layer is None:
-        print(MEANINGS)
-    return 0
+
+
+@dataclass(frozen=True)
+class _SavedModel:
+    """Checked window of a model, ``[W, Y, L]`` (steps, layers, experts), and its placement."""
+
+    window: np.ndarray
+    placement: ExpertPlacement | None
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """Checked state of an ``EPLBCallback``. The window is ``[W, Y, L]``: steps, layers, experts."""
+    """Checked state of an ``EPLBCallback``: models by name, which is empty for the only one that is distributed."""
 
-    window: np.ndarray
+    models: dict[str, _SavedModel]
     num_rearrangements: int
     rearranged_bytes: int
-    placement: ExpertPlacement | None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,7 +146,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
 def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> _Saved:
     callbacks = checkpoint.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and {"window", "num_rearrangements", "rearranged_bytes"} <= state.keys():
+        counts = {"num_rearrangements", "rearranged_bytes"}
+        if isinstance(state, dict) and counts <= state.keys() and {"window", "models"} & state.keys():
             try:
                 return _checked(state)
             except ValueError as error:
@@ -126,20 +156,29 @@ def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> _Saved:
 
 
 def _checked(state: dict[str, Any]) -> _Saved:
-    window, counts = state["window"], (state["num_rearrangements"], state["rearranged_bytes"])
-    if not (_holds_whole_numbers(window, 3) and min(window.shape[1:]) > 0 and not (window < 0).any()):
-        raise ValueError("its window must be a tensor [steps, layers, experts] of counted tokens")
+    counts = state["num_rearrangements"], state["rearranged_bytes"]
     if any(isinstance(count, bool) or not isinstance(count, int) for count in counts):
         raise ValueError("num_rearrangements and rearranged_bytes must be whole numbers")
+    others = state.get("models", {})
+    if not isinstance(others, dict) or not all(isinstance(each, dict) for each in others.values()):
+        raise ValueError("its models must be windows by name")
+    parts = ({"": state} if "window" in state else {}) | others
+    return _Saved({str(name): _checked_model(part, state.get("num_ranks")) for name, part in parts.items()}, *counts)
+
+
+def _checked_model(state: dict[str, Any], ranks: Any) -> _SavedModel:
+    window: Any = state.get("window")
+    if not (_holds_whole_numbers(window, 3) and min(window.shape[1:]) > 0 and not (window < 0).any()):
+        raise ValueError("its window must be a tensor [steps, layers, experts] of counted tokens")
     placement = None
     if "physical_to_logical" in state:
-        slots, ranks = state["physical_to_logical"], state.get("num_ranks")
+        slots = state["physical_to_logical"]
         if not (_holds_whole_numbers(slots, 2) and len(slots) == window.shape[1]):
             raise ValueError("its placement must be a tensor [layers, slots] of experts")
         if isinstance(ranks, bool) or not isinstance(ranks, int):
             raise ValueError("num_ranks must be a whole number")
         placement = ExpertPlacement(slots.numpy(), window.shape[2], ranks)
-    return _Saved(window.numpy(), *counts, placement)
+    return _SavedModel(window.numpy(), placement)
 
 
 def _holds_whole_numbers(value: Any, ndim: int) -> bool:

@@ -154,18 +154,19 @@ def check_converted_model(
             )
     if is_sharded and trainer.world_size > 1:
         _check_sharded(pl_module)
-    redundant = len(layers[0].physical_to_logical) - layers[0].num_logical_experts
     if layers[0].groups.size == 1 < min(ep_size, trainer.world_size):
         raise ValueError(
             f"ep_size={ep_size}, and parallelize_experts was called before there were other ranks, in __init__; call it"
             " in configure_model, or leave a model that is built in __init__ to EPLBCallback"
         )
-    if layers[0].groups.size != ep_size or redundant != num_redundant_experts:
-        raise ValueError(
-            f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={num_redundant_experts};"
-            f" parallelize_experts was called for {layers[0].groups.size} ranks with"
-            f" num_redundant_experts={redundant}; give both the same"
-        )
+    for layer in layers:
+        redundant = len(layer.physical_to_logical) - layer.num_logical_experts
+        if layer.groups.size != ep_size or redundant != num_redundant_experts:
+            raise ValueError(
+                f"EPLBCallback has ep_size={ep_size} and num_redundant_experts={num_redundant_experts};"
+                f" parallelize_experts was called for {layer.groups.size} ranks with"
+                f" num_redundant_experts={redundant}; give both the same"
+            )
 
 
 def _check_sharded(module: nn.Module) -> None:

@@ -19,6 +19,16 @@ COLUMNS = ("layer", "expert", "rank", "ranks of redundant experts", "tokens", "t
 """Columns of the table."""
 
 
+def of_model(name: str, prefix: str) -> str:
+    """Return the name of a picture or table of one model, such as ``eplb/generator/rank_load``.
+
+    Args:
+        name: Name without a model, such as ``eplb/rank_load``.
+        prefix: Part that tells the model, such as ``generator/``. Empty for the only one.
+    """
+    return name.replace("eplb/", f"eplb/{prefix}", 1)
+
+
 def takes_pictures(loggers: Iterable[Logger]) -> bool:
     """Return ``True`` if :func:`log_heatmaps` would write anything, so that nothing is drawn in vain.
 
@@ -58,7 +68,7 @@ def log_heatmaps(loggers: Iterable[Logger], step: int, figures: "Mapping[str, Fi
                 logger.experiment.add_image(name, picture, step, dataformats="HWC")
 
 
-def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any) -> None:
+def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any, prefix: str = "") -> None:
     """Log a histogram of the experts' shares to each ``WandbLogger`` and ``TensorBoardLogger``.
 
     A share is an expert's tokens divided by the mean of its layer. May be called on every rank; only rank 0 writes.
@@ -67,6 +77,7 @@ def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any) -> None:
         loggers: ``trainer.loggers``.
         step: As in :func:`log_heatmaps`.
         load_YL: Tokens of each logical expert, ``[Y, L]`` int64 on the CPU. Layers without a token are left out.
+        prefix: As in :func:`of_model`. Defaults to none.
     """
     if not takes_pictures(loggers):
         return
@@ -78,12 +89,14 @@ def log_histogram(loggers: Iterable[Logger], step: int, load_YL: Any) -> None:
             import wandb
 
             histogram = wandb.Histogram(np_histogram=np.histogram(share_N, bins=64))
-            logger.log_metrics({HISTOGRAM: histogram}, step=step)  # type: ignore[dict-item]
+            logger.log_metrics({of_model(HISTOGRAM, prefix): histogram}, step=step)  # type: ignore[dict-item]
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(HISTOGRAM, share_N, step)
+            logger.experiment.add_histogram(of_model(HISTOGRAM, prefix), share_N, step)
 
 
-def log_placement(loggers: Iterable[Logger], step: int, placement: ExpertPlacement, load_YL: np.ndarray) -> None:
+def log_placement(
+    loggers: Iterable[Logger], step: int, placement: ExpertPlacement, load_YL: np.ndarray, prefix: str = ""
+) -> None:
     """Log a table of the experts' places and tokens to each ``WandbLogger``.
 
     May be called on every rank; only rank 0 writes.
@@ -93,12 +106,14 @@ def log_placement(loggers: Iterable[Logger], step: int, placement: ExpertPlaceme
         step: As in :func:`log_heatmaps`.
         placement: Placement of the experts.
         load_YL: Tokens of each logical expert, ``[Y, L]``.
+        prefix: As in :func:`of_model`. Defaults to none.
     """
     if rank_zero_only.rank != 0:
         return
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table(key=TABLE, columns=list(COLUMNS), data=placement_rows(placement, load_YL), step=step)
+            rows = placement_rows(placement, load_YL)
+            logger.log_table(key=of_model(TABLE, prefix), columns=list(COLUMNS), data=rows, step=step)
 
 
 def placement_rows(placement: ExpertPlacement, load_YL: np.ndarray) -> list[list[Any]]:

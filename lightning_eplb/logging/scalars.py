@@ -1,6 +1,7 @@
 """Scalars of an optimizer step: names, units, meanings and values."""
 
 from lightning_eplb.balancer import ExpertLoadBalancer
+from lightning_eplb.balancer.models import ModelLayers
 from lightning_eplb.balancer.step_stats import StepStats
 from lightning_eplb.functional import hottest_share, load_entropy
 
@@ -62,7 +63,26 @@ SCALARS: dict[str, tuple[str, str]] = {
     ),
     "eplb/rearrange_exchange_seconds": ("seconds", "part of it in which rows were transferred"),
 }
-"""Unit and meaning by name. Tokens are summed over layers. Values are those of the optimizer step unless stated."""
+"""Unit and meaning by name. Tokens are summed over layers. Values are those of the optimizer step unless stated.
+
+Of several models, or layers with different numbers of experts, these are sums over all of them. The scalars of
+:data:`BY_MODEL` are then logged for each, as ``eplb/MODEL/balancedness``, with the names of
+``ExpertLoadBalancer.models``."""
+
+BY_MODEL = (
+    "balancedness",
+    "window_balancedness",
+    "balancedness_layers/A-B",
+    "predicted_balancedness",
+    "forecast_error",
+    "avg_tokens",
+    "max_tokens",
+    "max_over_mean",
+    "hottest_expert",
+    "dead_experts",
+    "entropy",
+)
+"""Scalars that are logged for each model if there are several. One that rests keeps the values of its latest step."""
 
 
 def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float]:
@@ -80,18 +100,12 @@ def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float
         "eplb/avg_tokens": step.avg_tokens,
         "eplb/max_tokens": step.max_tokens,
         "eplb/max_over_mean": step.max_tokens / step.avg_tokens,
-        "eplb/hottest_expert": hottest_share(step.load),
-        "eplb/dead_experts": float((balancer.load.compute()["load"] == 0).sum()),
-        "eplb/entropy": load_entropy(step.load),
         "eplb/copies": float(step.num_copies),
         "eplb/copy_bytes": float(step.copy_bytes),
         "eplb/plan_seconds": step.plan_seconds,
         "eplb/direct_dispatch": step.direct_layers,
         "eplb/rearrangements": float(balancer.num_rearrangements),
     }
-    if len(step.load) > 1:
-        for (first, last), value in step.balancedness_by_group().items():
-            values[f"eplb/balancedness_layers/{first}-{last}"] = value
     if (latest := balancer.last_rearrangement) is not None:
         values["eplb/rearranged_rows"] = float(latest.num_rows)
         values["eplb/rearranged_bytes"] = float(latest.num_bytes)
@@ -100,7 +114,39 @@ def scalars_of(balancer: ExpertLoadBalancer, step: StepStats) -> dict[str, float
         values["eplb/rearrange_exchange_seconds"] = latest.exchange_seconds
     sometimes = {
         "eplb/predicted_balancedness": balancer.predicted_balancedness,
-        "eplb/forecast_error": balancer.forecast_error,
         "eplb/saved_seconds": balancer.seconds_saved(step),
     }
-    return values | {name: value for name, value in sometimes.items() if value is not None}
+    values |= {name: value for name, value in sometimes.items() if value is not None}
+    for name, part in step.models.items():
+        if part.has_tokens:
+            model = balancer.models[name]
+            values |= _of_model("eplb/" + prefix_of(balancer, model), model, part)
+    return values
+
+
+def prefix_of(balancer: ExpertLoadBalancer, model: ModelLayers) -> str:
+    """Return the part of a logged name that tells which model it is of. Empty for the only one that is distributed."""
+    return "" if balancer.placed_models == [model] else f"{model.name}/"
+
+
+def _of_model(prefix: str, model: ModelLayers, step: StepStats) -> dict[str, float]:
+    """Return the scalars of :data:`BY_MODEL`."""
+    values = {
+        "balancedness": step.balancedness,
+        "window_balancedness": model.window_balancedness(),
+        "avg_tokens": step.avg_tokens,
+        "max_tokens": step.max_tokens,
+        "max_over_mean": step.max_tokens / step.avg_tokens,
+        "hottest_expert": hottest_share(step.load),
+        "dead_experts": float((model.load.compute()["load"] == 0).sum()),
+        "entropy": load_entropy(step.load),
+    }
+    if len(step.load) > 1:
+        for (first, last), value in step.balancedness_by_group().items():
+            values[f"balancedness_layers/{first}-{last}"] = value
+    sometimes = {
+        "predicted_balancedness": model.predicted_balancedness,
+        "forecast_error": model.forecast_error,
+    }
+    values |= {name: value for name, value in sometimes.items() if value is not None}
+    return {prefix + name: value for name, value in values.items()}

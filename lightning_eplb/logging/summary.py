@@ -21,34 +21,71 @@ class FitSummary:
         self.num_steps = num_steps
         self.balancer = balancer
         self._before = _counts(balancer)
-        self.total = 0
-        self.first: list[float] = []
-        self.last: deque[float] = deque(maxlen=num_steps)
+        self._all = _Ends(num_steps)
+        self._models = {model.name: _Ends(num_steps) for model in balancer.placed_models}
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps so far."""
+        return self._all.total
 
     def add(self, step: StepStats) -> None:
-        level = step.balancedness
-        self.total += 1
-        if len(self.first) < self.num_steps:
-            self.first.append(level)
-        self.last.append(level)
+        self._all.add(step.balancedness)
+        for part in step.placed:
+            if part.has_tokens:
+                self._models[part.name].add(part.balancedness)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return the rows of the table, the headings first."""
-        most = max(1, min(self.num_steps, self.total // 2))
-        first, last = self.first[:most], list(self.last)[-most:]
-        levels = [sum(part) / len(part) for part in (first, last)]
+        first, last = self._all.parts()
+        levels = self._all.levels()
+        of_models = {
+            f"balancedness of {name}": ends.levels()
+            for name, ends in self._models.items()
+            if len(self._models) > 1 and ends.total
+        }
         rearrangements, rows, moved, seconds = (
             now - before for now, before in zip(_counts(self.balancer), self._before, strict=True)
         )
         return [
             ("", f"first {len(first)} steps", f"last {len(last)} steps"),
             ("balancedness", *(f"{level:.3f}" for level in levels)),  # type: ignore[list-item]
+            *((name, f"{before:.3f}", f"{after:.3f}") for name, (before, after) in of_models.items()),
             ("fullest rank / mean rank", *(f"{1 / level:.2f}" for level in levels)),  # type: ignore[list-item]
             ("rearrangements", "", str(rearrangements)),
             ("experts that changed ranks", "", f"{rows:,}"),
             ("moved between ranks", "", f"{moved / 2**20:,.1f} MiB"),
             ("training waited for it", "", f"{seconds:.2f} s"),
         ]
+
+
+class _Ends:
+    """Balancedness of the first and of the last steps.
+
+    Args:
+        num_steps: Largest number of steps at each end. No step belongs to both.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self.total = 0
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=num_steps)
+
+    def add(self, level: float) -> None:
+        self.total += 1
+        if len(self._first) < self._num_steps:
+            self._first.append(level)
+        self._last.append(level)
+
+    def parts(self) -> tuple[list[float], list[float]]:
+        """Return the values of the first and of the last steps."""
+        most = max(1, min(self._num_steps, self.total // 2))
+        return self._first[:most], list(self._last)[-most:]
+
+    def levels(self) -> list[float]:
+        """Return the means of the first and of the last steps."""
+        return [sum(part) / len(part) for part in self.parts()]
 
 
 def _counts(balancer: ExpertLoadBalancer) -> tuple[int, int, int, float]:

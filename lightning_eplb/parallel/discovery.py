@@ -12,7 +12,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_eplb import _compat
-from lightning_eplb._validation import check_divides, check_multiple, check_num_redundant, check_whole_numbers
+from lightning_eplb._validation import (
+    check_divides,
+    check_multiple,
+    check_num_redundant,
+    check_whole_numbers,
+    max_redundant,
+)
 from lightning_eplb.parallel.per_expert_state import make_part
 
 PROTOCOL = (
@@ -22,17 +28,53 @@ PROTOCOL = (
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Find the modules that follow the protocol by their structure. Yield their names and modules.
-
-    Modules of a frozen model within ``model``, such as a teacher, are skipped if they have another number of experts
-    than those of the trained model. They stay whole.
-    """
-    found = {name: module for name, module in model.named_modules() if _why_not_experts(module) is None}
-    trained = {name for name in found if _is_in_trained_model(model, name, found)}
-    numbers = {found[name].num_experts for name in trained}
-    for name, module in found.items():
-        if name in trained or not numbers or module.num_experts in numbers:
+    """Find the modules that follow the protocol by their structure. Yield their names and modules."""
+    for name, module in model.named_modules():
+        if _why_not_experts(module) is None:
             yield name, module
+
+
+def find_whole_experts(
+    model: nn.Module, found: dict[str, nn.Module], size: int, num_redundant_experts: int
+) -> dict[str, str]:
+    """Find the expert modules that every rank keeps whole, though others are distributed over ``size`` ranks.
+
+    These are modules of a frozen model within ``model``, such as a teacher, whose experts ranks can't share. Nothing is
+    gained by an error: no gradient and no optimizer state of theirs would be distributed.
+
+    Args:
+        model: Model before its conversion.
+        found: Its expert modules by name.
+        size: Ranks that share the experts of a layer.
+        num_redundant_experts: Redundant experts of each layer over these ranks.
+
+    Returns:
+        Reason for each module by its name. Empty if no model is trained.
+    """
+    trained = {name for name in found if _is_in_trained_model(model, name, found)}
+    if size == 1 or not trained:
+        return {}
+    reasons = {
+        name: _why_whole(name, module, size, num_redundant_experts)
+        for name, module in found.items()
+        if name not in trained
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _why_whole(name: str, module: nn.Module, size: int, num_redundant_experts: int) -> str:
+    """Return why ranks can't share the experts of a module, or nothing."""
+    num_experts = module.num_experts
+    assert isinstance(num_experts, int)
+    if num_experts % size:
+        return f"num_experts={num_experts} can't be divided over {size} ranks"
+    if num_redundant_experts > max_redundant(num_experts, size):
+        return f"{size} ranks can't use num_redundant_experts={num_redundant_experts} with num_experts={num_experts}"
+    try:
+        _check_module(name, module)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _is_in_trained_model(model: nn.Module, name: str, found: dict[str, nn.Module]) -> bool:
@@ -53,17 +95,20 @@ def check_experts(model: nn.Module, found: dict[str, nn.Module], size: int, num_
     """Raise ``ValueError`` unless the expert modules ``found`` in ``model`` can be distributed over ``size`` ranks."""
     if not found:
         raise ValueError(f"no MoE layer found in {type(model).__name__}: looked for {PROTOCOL}.{_near_misses(model)}")
-    numbers = {name: module.num_experts for name, module in found.items()}
-    if len(set(numbers.values())) > 1:
-        raise ValueError(f"the MoE layers of a model must have one number of experts; found {numbers}")
-    num_experts = next(iter(numbers.values()))
-    assert isinstance(num_experts, int)
-    check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {next(iter(found))}")
     check_whole_numbers(num_redundant_experts=num_redundant_experts)
     check_multiple(num_redundant_experts, size, f"num_redundant_experts={num_redundant_experts}", f"ep_size={size}")
-    if size > 1:
-        named = f"num_redundant_experts={num_redundant_experts}"
-        check_num_redundant(num_redundant_experts, num_experts, size, named, f"ep_size={size}")
+    whole = find_whole_experts(model, found, size, num_redundant_experts)
+    found = {name: module for name, module in found.items() if name not in whole}
+    first_of: dict[int, str] = {}
+    for name, module in found.items():
+        assert isinstance(module.num_experts, int)
+        first_of.setdefault(module.num_experts, name)
+    for num_experts, name in first_of.items():
+        of_layer = f" of {name}" if len(first_of) > 1 else ""
+        check_divides(size, num_experts, f"ep_size={size}", f"the {num_experts} experts of {name}")
+        if size > 1:
+            named = f"num_redundant_experts={num_redundant_experts}"
+            check_num_redundant(num_redundant_experts, num_experts, size, named, f"ep_size={size}{of_layer}")
     owners: dict[int, str] = {}
     for name, module in found.items():
         for parameter_name, parameter in module.named_parameters(recurse=False):

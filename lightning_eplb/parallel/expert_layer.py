@@ -110,6 +110,8 @@ class ExpertLayer:
         self.physical_to_logical: np.ndarray
         self.slot_map: SlotMap
         self.redundant_routes: RedundantRoutes
+        self.is_whole = False
+        """``True`` if every rank has all experts, while those of other layers are distributed."""
         self.records_load = False
         self.chooses_by_batch = False
         self.min_tokens_per_copy = 1

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lightning_eplb.parallel.discovery import find_experts
+from lightning_eplb.parallel.discovery import find_experts, find_whole_experts
 from lightning_eplb.parallel.dtensor import EFSDP, EP, REPLICATE, check_mesh
 from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts
 
@@ -72,8 +72,11 @@ def fully_shard_moe(
     if EFSDP not in (mesh.mesh_dim_names or ()):
         raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}; 'efsdp' must be among them, of size 1 at least")
     size = mesh[EFSDP].size()
-    for name, module in find_experts(model):
-        _check_shapes(name, module, size)
+    found = dict(find_experts(model))
+    whole_models = find_whole_experts(model, found, mesh[EP].size(), num_redundant_experts)
+    for name, module in found.items():
+        if name not in whole_models:
+            _check_shapes(name, module, size)
     parallelize_experts(model, mesh, num_redundant_experts=num_redundant_experts, fused_experts=fused_experts)
     policy = mp_policy if mp_policy is not None else MixedPrecisionPolicy()
     sharded = [] if _are_whole(mesh, policy) else [module for _, module in expert_layers(model)]

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_eplb._validation import check_switches
-from lightning_eplb.parallel.discovery import check_experts, find_experts
+from lightning_eplb.parallel.discovery import check_experts, find_experts, find_whole_experts
 from lightning_eplb.parallel.dispatch import TokenDispatcher, check_dispatcher
 from lightning_eplb.parallel.dtensor import EP, check_mesh, distribute_rows
 from lightning_eplb.parallel.expert_data_parallel import ExpertGradientSync
@@ -82,6 +83,9 @@ def parallelize_experts(
     by expert, and other changes, raise an error. An element of an ``nn.ModuleList`` whose expert got no token has a
     gradient of zeros where one process has none.
 
+    Layers may have different numbers of experts. A frozen model within ``model``, such as a teacher, is distributed
+    too. If ranks can't share its experts, every rank keeps it whole, and only its load is counted.
+
     Rows of a parameter are this rank's experts from then on, in any order. Code that indexes rows by expert, such as an
     initialization, a mask or a log, must run before, or use what ``state_dict()`` returns.
 
@@ -124,8 +128,8 @@ def parallelize_experts(
 
     Raises:
         TypeError: ``dispatcher`` is no subclass of ``TokenDispatcher``, or lacks some of its methods.
-        ValueError: An argument is not valid, no MoE layer was found, its experts can't be divided equally, layers
-            differ, or a module is not supported: its forward was replaced or breaks the protocol, its parameters are
+        ValueError: An argument is not valid, no MoE layer was found, its experts can't be divided equally, or
+            a module is not supported: its forward was replaced or breaks the protocol, its parameters are
             pruned, parametrized or quantized, or ``group`` is a mesh and an expert parameter has a gradient hook. All
             ranks raise it, before any communication.
     """
@@ -139,9 +143,11 @@ def parallelize_experts(
     if isinstance(group, DeviceMesh):
         check_mesh(group, model, dist.get_world_size())
         mesh, group = group[EP], group[EP].get_group()
-    found = dict(find_experts(model))
+    all_found = dict(find_experts(model))
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-    check_experts(model, found, size, num_redundant_experts)
+    check_experts(model, all_found, size, num_redundant_experts)
+    whole = find_whole_experts(model, all_found, size, num_redundant_experts)
+    found = {name: module for name, module in all_found.items() if name not in whole}
     if mesh is not None and size > 1:
         for name, module in found.items():
             check_unhooked(module, name, NOT_UNDER_FSDP)
@@ -158,6 +164,12 @@ def parallelize_experts(
         _convert(module, layer, ExpertPlacement.initial(1, layer.num_logical_experts, size, num_redundant_experts))
         if mesh is not None and size > 1:
             distribute_rows(module, mesh)
+    for name in whole:
+        _watch(all_found[name], name, groups)
+    if whole:
+        name, reason = next(iter(whole.items()))
+        others = f", and {len(whole) - 1} more of frozen models" if len(whole) > 1 else ""
+        rank_zero_info(f"{name} is frozen and stays whole on every rank{others}: {reason}")
     return model
 
 
@@ -183,7 +195,12 @@ class ConvertedExperts(NamedTuple):
 
 
 def expert_layers(model: nn.Module) -> Iterator[ConvertedExperts]:
-    """Yield every converted expert module in ``model``, in the order of layers."""
+    """Yield every expert module in ``model`` that was distributed, in the order of layers."""
+    return (experts for experts in converted_experts(model) if not experts.layer.is_whole)
+
+
+def converted_experts(model: nn.Module) -> Iterator[ConvertedExperts]:
+    """Yield every converted expert module in ``model``, also those that stayed whole while others were distributed."""
     for module in model.modules():
         if isinstance(module, ParallelExperts):
             yield ConvertedExperts(module.expert_layer, module)
@@ -194,6 +211,14 @@ def layers_by_parameter(model: nn.Module) -> dict[int, ExpertLayer]:
     return {
         id(parameter): layer for layer, module in expert_layers(model) for parameter in module.parameters(recurse=False)
     }
+
+
+def _watch(module: nn.Module, name: str, groups: ExpertGroups) -> None:
+    """Count the load of a module that stays whole."""
+    alone = ExpertGroups(num_ep_groups=groups.world_size, cpu_group=groups.cpu_group)
+    layer = ExpertLayer(0, name, module, LayerContext(alone), PerExpertState(), False)
+    layer.is_whole = True
+    _convert(module, layer, ExpertPlacement.initial(1, layer.num_logical_experts, 1))
 
 
 def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:

@@ -4,19 +4,18 @@ Shape suffixes: ``C`` scenarios, ``Y`` MoE layers, ``L`` logical experts, ``R`` 
 """
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
 from lightning_eplb._compiled import compiled
 from lightning_eplb._validation import check_whole_numbers
-from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.placement import ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
 from lightning_eplb.policies.batch_redundancy import DEPTH, grow_tree
-from lightning_eplb.policies.forecast import Forecast, plain_mean
+from lightning_eplb.policies.forecast import plain_mean
 from lightning_eplb.policies.objective import (
     EXPECTED_WEIGHT,
-    LEAST_GAIN,
     Layer,
     busiest,
     count_moved,
@@ -24,7 +23,18 @@ from lightning_eplb.policies.objective import (
     judge,
 )
 from lightning_eplb.policies.pack import keep_rows, pack, relabel_ranks
-from lightning_eplb.policies.scenarios import UNKNOWN, scale_to_parts, scenarios, strength_of
+from lightning_eplb.policies.problem import (
+    MOST_MOVES,
+    LayersProblem,
+    PlanDraft,
+    check_outlook,
+    localize,
+    of_experts,
+    of_ranks,
+    problem_of,
+    seconds_of_rank,
+)
+from lightning_eplb.policies.scenarios import UNKNOWN
 from lightning_eplb.policies.search import drop_replicas, exchange
 from lightning_eplb.policies.token_split import copy_slots, heaviest_first
 
@@ -38,16 +48,6 @@ same."""
 HEDGE = 0.15
 """Even load that is mixed into what one plan is packed for: in real changes popular experts lose. Without this plan the
 excess was 0.70 in place of 0.66."""
-NOISE = 1.0 / 4
-"""Standard deviations of a rank's tokens, were they drawn one by one, that a gain must exceed, too."""
-ALL_MOVED = 1.0 / 32
-"""Gain that moving all primaries must bring beyond its cost, in parts of a mean rank's load; for a part of them it
-is as much less. Gains are expected, moves are certain. Estimated, not measured."""
-NEVER = 1e9
-"""Cost of what shall never be done: infinity times nothing would be no number."""
-MOST_MOVES = int(np.iinfo(np.int32).max)
-LEAST_CAPACITY = 1.0 / 16
-"""Capacity, in parts of the mean, that a rank that should get nothing counts with: to tell how bad its tokens are."""
 
 
 RING, SWAPPED, FRESH, FRESH_ROBUST, HEDGED, BARE = range(6)
@@ -81,10 +81,12 @@ class BalancedPolicy(Policy):
         EPLBCallback(num_redundant_experts=8, policy=BalancedPolicy(max_moves=64))
 
     Args:
-        max_moves: The most primaries that one rearrangement may move, over all layers. ``None``: as many as pay.
+        max_moves: The most primaries that one rearrangement may move, over all layers of all models. Those layers move
+            theirs that save most time for each move. ``None``: as many as pay.
         num_groups: Groups of experts that the router picks from first (node-limited routing). Where each group's
             experts are on one node, as they are at the start when the groups divide over nodes of equal size, they
-            stay on it, their replicas too (but for layers without tokens). 1: experts may go anywhere.
+            stay on it, their replicas too (but for layers without tokens). 1: experts may go anywhere. Of several
+            models it is that of each: override ``rearrange_models`` where their routers differ.
         split: Removed. Tokens are always divided by levelled quotas, as the layers divide them.
 
     Raises:
@@ -116,10 +118,21 @@ class BalancedPolicy(Policy):
 
     def look_ahead(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
         """Plan for the forecast, and move what pays within the interval; see :meth:`Policy.look_ahead`."""
-        parts = {id(part): part for part in (outlook.forecast.load, outlook.forecast.first, outlook.forecast.spread)}
-        for part_YL in parts.values():  # where the first steps are as all are, they are one array
-            checked_load(part_YL, placement, topology)
+        check_outlook(outlook, placement, topology)
         return self._plan(outlook, placement, topology)
+
+    def rearrange_models(
+        self, outlooks: Mapping[str, Outlook], placements: Mapping[str, ExpertPlacement], topology: Topology
+    ) -> Mapping[str, ExpertPlacement]:
+        """Plan for all models, which share ``max_moves``; see :meth:`Policy.rearrange_models`."""
+        if self.max_moves is None or len(outlooks) == 1:
+            return super().rearrange_models(outlooks, placements, topology)
+        drafts = {}
+        for name, outlook in outlooks.items():
+            check_outlook(outlook, placements[name], topology)
+            drafts[name] = self._draft(outlook, placements[name], topology, seconds_of_rank(outlook, topology))
+        self._plan_within_limit([problem for draft in drafts.values() for problem in draft.problems])
+        return {name: draft.planned() for name, draft in drafts.items()}
 
     def warm_up(self, placement: ExpertPlacement) -> None:
         """Compile what a plan needs, by planning for a small layer."""
@@ -128,29 +141,27 @@ class BalancedPolicy(Policy):
         BalancedPolicy().rearrange(np.array([[8, 4, 2, 1]]) << 20, small, Topology.even(2))
 
     def _plan(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology) -> ExpertPlacement:
+        draft = self._draft(outlook, placement, topology)
+        self._plan_within_limit(draft.problems)
+        return draft.planned()
+
+    def _draft(self, outlook: Outlook, placement: ExpertPlacement, topology: Topology, worth: float = 1.0) -> PlanDraft:
         slots_YRS, n = placement.by_rank.copy(), placement.primaries_per_rank
         domains = self._domains(placement, topology)
         if domains is None:
-            self._plan_within_limit([_problem(outlook, slots_YRS, n, topology, self.num_groups)])
-            return placement.with_slots(slots_YRS)
+            problem = problem_of(outlook, slots_YRS, n, topology, worth)
+            return PlanDraft(placement, slots_YRS, [problem], [], np.empty(0, dtype=bool))
         parts = []
         for ranks in domains:
-            local_YRS, expert_YL = _localize(slots_YRS[:, ranks], n)
+            local_YRS, expert_YL = localize(slots_YRS[:, ranks], n)
             parts.append((ranks, local_YRS, expert_YL))
-        self._plan_within_limit(
-            [
-                _problem(_of_experts(outlook, expert_YL), local_YRS, n, _of_ranks(topology, ranks), 1)
-                for ranks, local_YRS, expert_YL in parts
-            ]
-        )
-        has_tokens_Y = outlook.forecast.first.any(axis=1)
-        for ranks, local_YRS, expert_YL in parts:
-            flat_YP = local_YRS.reshape(len(local_YRS), -1)
-            global_YP = np.where(flat_YP == EMPTY, EMPTY, np.take_along_axis(expert_YL, np.maximum(flat_YP, 0), axis=1))
-            slots_YRS[np.ix_(has_tokens_Y, ranks)] = global_YP.reshape(local_YRS.shape)[has_tokens_Y]
-        return placement.with_slots(slots_YRS)
+        problems = [
+            problem_of(of_experts(outlook, expert_YL), local_YRS, n, of_ranks(topology, ranks), worth)
+            for ranks, local_YRS, expert_YL in parts
+        ]
+        return PlanDraft(placement, slots_YRS, problems, parts, np.asarray(outlook.forecast.first.any(axis=1)))
 
-    def _plan_within_limit(self, problems: "list[_Problem]") -> None:
+    def _plan_within_limit(self, problems: list[LayersProblem]) -> None:
         """Plan all layers, in place, and see to it that no more is moved than may be."""
         before = [problem.slots_YRS.copy() for problem in problems]
         for problem in problems:
@@ -159,12 +170,14 @@ class BalancedPolicy(Policy):
             return
         # The layers that gain most by a move may make theirs; the others get what is left.
         budget = int(self.max_moves)
-        gain_DY, moved_DY = (np.stack(each) for each in ([p.gain_Y for p in problems], [p.moved_Y for p in problems]))
-        most_DY = np.zeros_like(moved_DY)
-        for place in np.argsort(-gain_DY.ravel() / np.maximum(moved_DY.ravel(), 1), kind="stable"):
-            most_DY.flat[place] = min(budget, moved_DY.flat[place])
-            budget -= most_DY.flat[place]
-        for problem, slots_YRS, most_Y in zip(problems, before, most_DY, strict=True):
+        gain = np.concatenate([problem.gain_Y * problem.worth for problem in problems])
+        moved = np.concatenate([problem.moved_Y for problem in problems])
+        most = np.zeros_like(moved)
+        for place in np.argsort(-gain / np.maximum(moved, 1), kind="stable"):
+            most[place] = min(budget, moved[place])
+            budget -= most[place]
+        ends = np.cumsum([len(problem.moved_Y) for problem in problems])[:-1]
+        for problem, slots_YRS, most_Y in zip(problems, before, np.split(most, ends), strict=True):
             problem.slots_YRS[:] = slots_YRS
             problem.most_moved_Y[:] = most_Y
             _plan_layers(problem)
@@ -187,108 +200,12 @@ class BalancedPolicy(Policy):
             warnings.warn(
                 f"BalancedPolicy plans over all ranks at once: num_groups={self.num_groups} and the nodes, of"
                 f" {np.bincount(node_R).tolist()} ranks, are such that the experts of a group are on several nodes",
-                stacklevel=4,
+                stacklevel=5,
             )
         return None
 
 
-class _Problem(NamedTuple):
-    """All layers of some ranks, to plan together.
-
-    Attributes:
-        load_CYL: Parts of each expert in each scenario, int64.
-        slots_YRS: Present slots, int64; planned in place.
-        num_primaries: Primaries of each rank.
-        weight_R: Cost of a token on each rank, float64.
-        node_R: Node of each rank, int64.
-        price_Y2: Cost of a primary's arrival from its node and from another, in mean rank loads of the interval.
-        move_gain: Gain that each primary's move must bring beyond its cost.
-        copy_Y: Cost of a replica's travel.
-        least_gain_Y: Gain below which a layer stays as it is.
-        most_moved_Y: Primaries that may change ranks, int64.
-        gain_Y: Filled with what a layer's plan gains.
-        moved_Y: Filled with the primaries that change ranks.
-    """
-
-    load_CYL: np.ndarray
-    slots_YRS: np.ndarray
-    num_primaries: int
-    weight_R: np.ndarray
-    node_R: np.ndarray
-    price_Y2: np.ndarray
-    move_gain: float
-    copy_Y: np.ndarray
-    least_gain_Y: np.ndarray
-    most_moved_Y: np.ndarray
-    gain_Y: np.ndarray
-    moved_Y: np.ndarray
-
-
-def _problem(outlook: Outlook, slots_YRS: np.ndarray, num_primaries: int, topology: Topology, groups: int) -> _Problem:
-    layers, num_ranks, _ = slots_YRS.shape
-    expected_YL = scale_to_parts(outlook.forecast.first)
-    strength_Y = strength_of(outlook.forecast.first, outlook.forecast.spread)
-    tokens_Y = np.maximum(outlook.forecast.first.astype(np.float64).cumsum(axis=1)[:, -1] / num_ranks, 1.0)
-    price_Y2, copy_Y = np.zeros((layers, 2)), np.zeros(layers)
-    if (costs := outlook.costs) is not None:
-        rows = np.array([costs.row_within_node, costs.row_between_nodes])
-        price_Y2 = np.minimum(rows * (outlook.num_steps / outlook.interval / costs.token) / tokens_Y[:, None], NEVER)
-        copy_Y = np.minimum(costs.copy / costs.token * outlook.num_steps / tokens_Y, NEVER)
-    capacity_R = np.ones(num_ranks) if topology.capacity is None else np.array(topology.capacity)
-    capacity_R = capacity_R / capacity_R.max()
-    mean = capacity_R.cumsum()[-1] / num_ranks
-    return _Problem(
-        load_CYL=scenarios(expected_YL, strength_Y, outlook.sub_windows),
-        slots_YRS=slots_YRS,
-        num_primaries=num_primaries,
-        weight_R=mean / np.maximum(capacity_R, LEAST_CAPACITY * mean),
-        node_R=np.array(topology.node_of_rank),
-        price_Y2=price_Y2,
-        move_gain=ALL_MOVED / outlook.forecast.first.shape[1] if outlook.costs is not None else 0.0,
-        copy_Y=copy_Y,
-        least_gain_Y=np.maximum(LEAST_GAIN, NOISE / np.sqrt(tokens_Y)),
-        most_moved_Y=np.full(layers, MOST_MOVES),
-        gain_Y=np.zeros(layers),
-        moved_Y=np.zeros(layers, dtype=np.int64),
-    )
-
-
-def _of_experts(outlook: Outlook, expert_YL: np.ndarray) -> Outlook:
-    """Return the outlook on some of the experts."""
-    first, spread = (
-        np.take_along_axis(part, expert_YL, axis=1) for part in (outlook.forecast.first, outlook.forecast.spread)
-    )
-    windows = outlook.sub_windows
-    if windows is not None:
-        windows = np.take_along_axis(windows, np.broadcast_to(expert_YL, (len(windows), *expert_YL.shape)), axis=2)
-    return Outlook(first, outlook.num_steps, Forecast(first, first, spread), outlook.interval, outlook.costs, windows)
-
-
-def _of_ranks(topology: Topology, ranks: np.ndarray) -> Topology:
-    """Return the topology of the ranks of one node."""
-    capacity = None if topology.capacity is None else tuple(topology.capacity[rank] for rank in ranks)
-    return Topology((0,) * len(ranks), capacity if capacity is not None and any(capacity) else None)
-
-
-def _localize(slots_YRS: np.ndarray, num_primaries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count the experts of some ranks from 0. Replicas of others' experts are dropped.
-
-    Returns:
-        The slots in local numbers, and for each local number the expert, ``[Y, ranks * N]``.
-    """
-    layers, ranks, _ = slots_YRS.shape
-    # In C order, also where these are few: in another, all loops would be compiled again.
-    primaries_YL = np.ascontiguousarray(slots_YRS[:, :, :num_primaries]).reshape(layers, ranks * num_primaries)
-    expert_YL = np.sort(primaries_YL, axis=1)
-    local_YRS = np.full(slots_YRS.shape, EMPTY)
-    for layer in range(layers):
-        place = np.searchsorted(expert_YL[layer], slots_YRS[layer])
-        place = np.minimum(place, expert_YL.shape[1] - 1)
-        local_YRS[layer] = np.where(expert_YL[layer][place] == slots_YRS[layer], place, EMPTY)
-    return local_YRS, expert_YL
-
-
-def _plan_layers(problem: _Problem) -> None:
+def _plan_layers(problem: LayersProblem) -> None:
     """Plan layer after layer, in place."""
     num_layers, num_ranks, _ = problem.slots_YRS.shape
     mean_CY = np.maximum(problem.load_CYL.sum(axis=2) / num_ranks, 1.0)

@@ -133,3 +133,27 @@ def test_state_without_plan_keeps_due_rearrangement(
 ) -> None:
     assert state.when_due() is when_due
     assert state.without_plan() is without_plan
+
+
+def test_schedule_of_models_that_take_turns_compares_each_with_itself() -> None:
+    """Ten steps of one model, then ten of another that is less balanced, are no drift; one that drops is."""
+
+    def decided(drops_after: int) -> list[int]:
+        schedule, steps = Schedule(100, num_models=2), []
+        for step in range(1, 401):
+            is_first = step // 10 % 2 == 0
+            level = 0.95 if step <= drops_after else 0.7
+            if schedule.step(level if is_first else None, None if is_first else 0.6):
+                steps.append(step)
+                assert schedule.look_back(100, 0) == (20 if step == 189 else 100)
+                assert schedule.look_back(100, 1) == 100
+        return steps
+
+    assert decided(drops_after=400) == [25, 125, 225, 325]
+    assert decided(drops_after=175) == [25, 125, 189, 289, 389]
+
+
+def test_schedule_of_model_that_rests_does_not_decide_early() -> None:
+    schedule = Schedule(100, num_models=2)
+    steps = [step for step in range(1, 300) if schedule.step(0.9, 0.9 if step < 130 else None)]
+    assert steps == [25, 125, 225]

@@ -77,6 +77,38 @@ def test_inspect_of_sharded_checkpoint_without_placement_prints_steps(
     assert main(["inspect", str(tmp_path), "--layer", "0"]) == 2
 
 
+def test_inspect_of_several_models_shows_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slots = torch.tensor([[1, 0, 2, 3]])
+    models = {
+        "main": {"window": STATE["window"], "num_steps": 9, "physical_to_logical": slots},
+        "draft": {"window": torch.ones(1, 2, 8, dtype=torch.int64), "num_steps": 1},
+    }
+    counts = {"num_rearrangements": 3, "rearranged_bytes": 0, "num_ranks": 2}
+    path = saved(tmp_path / "a.ckpt", {"callbacks": {"EPLBCallback": {**counts, "models": models}}})
+    assert main(["inspect", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if line in models or line.startswith(("window", "placement"))]
+    assert shown == [
+        "main",
+        "window: the last 2 steps, 1 layers of 4 experts",
+        "placement: 2 ranks, 0 redundant experts of each layer",
+        "draft",
+        "window: the last 1 steps, 2 layers of 8 experts",
+        "placement: not in this checkpoint",
+    ]
+    assert main(["inspect", str(path), "--model", "main", "--layer", "0"]) == 0
+    text = capsys.readouterr().out
+    assert "draft" not in text
+    assert re.search(r"^0 .*  1 0 ", text, re.MULTILINE)
+    for arguments, message in (
+        (["--layer", "0"], "--layer 0 needs --model: the checkpoint has the models main, draft"),
+        (["--model", "drft"], "--model drft is not in the checkpoint. Use one of main, draft."),
+        (["--model", "draft", "--layer", "2"], "--layer 2 must be 0 to 1: the model has 2 MoE layers"),
+    ):
+        assert main(["inspect", str(path), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 def of_callback(**values: Any) -> dict[str, Any]:
     return {"callbacks": {"EPLBCallback": {**STATE, **values}}}
 
@@ -110,6 +142,8 @@ class Code:
             "its placement must be a tensor [layers, slots] of experts",
         ),
         (of_callback(physical_to_logical=torch.arange(4)[None]), "num_ranks must be a whole number"),
+        (of_callback(models=[]), "its models must be windows by name"),
+        (of_callback(models={"teacher": {}}), "its window must be a tensor [steps, layers, experts] of counted"),
         (
             of_callback(physical_to_logical=torch.arange(4)[None], num_ranks=0),
             "must be a positive multiple of num_ranks",

@@ -68,7 +68,9 @@ def test_report_rearrangement_in_terminal_prints_above_bar(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: in_terminal, raising=False)
     placement = ExpertPlacement.initial(1, 4, 2)
     with caplog.at_level(logging.INFO):
-        report_rearrangement(trainer, RearrangementResult(placement, placement, np.ones((1, 4))), ["experts"])
+        report_rearrangement(
+            trainer, RearrangementResult(placement, placement, np.ones((1, 4))), {"model": ["experts"]}
+        )
     line = "step 4: no expert moved, in no layer would it pay"
     assert told == [line] * in_terminal
     assert caplog.messages == [line] * (not in_terminal)

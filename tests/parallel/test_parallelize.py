@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eplb import ExpertLoadBalancer, ExpertPlacement, parallelize_experts
+from lightning_eplb.parallel.parallelize import expert_layers
 from tests.models import hugging_face_model, language_loss, token_batches
 from tests.workers import Workers
 
@@ -120,14 +121,14 @@ def test_parallelize_without_experts_raises_and_names_near_misses() -> None:
     assert "router (Router): no parameter of three dimensions" in str(raised.value)
 
 
-def test_parallelize_of_unequal_numbers_of_experts_raises() -> None:
+def test_parallelize_of_unequal_numbers_of_experts_converts_all_layers() -> None:
     def experts(count: int) -> nn.Module:
         config = AnyConfig()
         config.num_local_experts = count  # type: ignore[attr-defined]
         return import_module("transformers.models.mixtral.modeling_mixtral").MixtralExperts(config)
 
-    with pytest.raises(ValueError, match=r"one number of experts; found \{'a': 8, 'b': 4\}"):
-        parallelize_experts(nn.ModuleDict({"a": experts(8), "b": experts(4)}))
+    model = parallelize_experts(nn.ModuleDict({"a": experts(8), "b": experts(4)}))
+    assert [(layer.name, layer.num_logical_experts) for layer, _ in expert_layers(model)] == [("a", 8), ("b", 4)]
 
 
 def test_parallelize_of_shared_experts_raises() -> None:

@@ -434,3 +434,41 @@ def test_max_moves_of_no_whole_number_raises(max_moves):
 def test_warm_up_with_groups_that_do_not_divide_experts_raises(policy):
     with pytest.raises(ValueError, match=r"num_groups=3 must divide the 4 logical experts; one of \[1, 2, 4\]"):
         policy(num_groups=3).warm_up(ExpertPlacement.initial(1, 4, 2, 2))
+
+
+def outlook_of(load_YL: list[list[int]]) -> Outlook:
+    load = np.array(load_YL)
+    return Outlook(load, 1, plain_mean(load), 1)
+
+
+def test_max_moves_of_several_models_is_shared_and_goes_where_it_saves_most() -> None:
+    """Two swaps would level each model; the limit allows one, for the model with more tokens."""
+    skewed = [[400, 400, 100, 100]]
+    outlooks = {"small": outlook_of(skewed), "large": outlook_of([[10 * tokens for tokens in skewed[0]]])}
+    placements = {name: ExpertPlacement.initial(1, 4, 2) for name in outlooks}
+    topology = Topology.even(2)
+
+    def moved(policy: BalancedPolicy) -> dict[str, int]:
+        planned = policy.rearrange_models(outlooks, placements, topology)
+        return {name: int((planned[name].primary_rank != placements[name].primary_rank).sum()) for name in planned}
+
+    assert moved(BalancedPolicy()) == {"small": 2, "large": 2}
+    assert moved(BalancedPolicy(max_moves=4)) == {"small": 2, "large": 2}
+    assert moved(BalancedPolicy(max_moves=3)) == {"small": 0, "large": 2}
+    assert moved(BalancedPolicy(max_moves=2)) == {"small": 0, "large": 2}
+    assert moved(BalancedPolicy(max_moves=1)) == {"small": 0, "large": 0}
+
+
+@given(st.integers(0, 12), st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_max_moves_of_models_of_any_shapes_bounds_the_sum(max_moves: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shapes = {"main": (3, 8, 2), "draft": (1, 16, 4), "other": (2, 4, 0)}
+    placements = {name: ExpertPlacement.initial(layers, num, 2, extra) for name, (layers, num, extra) in shapes.items()}
+    outlooks = {name: outlook_of(random.integers(0, 1000, shape[:2]).tolist()) for name, shape in shapes.items()}
+    planned = BalancedPolicy(max_moves=max_moves).rearrange_models(outlooks, placements, Topology.even(2))
+    assert list(planned) == list(shapes)
+    assert sum(int((planned[n].primary_rank != placements[n].primary_rank).sum()) for n in shapes) <= max_moves
+    for name, (layers, num, extra) in shapes.items():  # it is a placement of the same shape
+        again = ExpertPlacement(planned[name].physical_to_logical, num, 2)
+        assert (again.num_layers, again.num_redundant_experts) == (layers, extra)
