@@ -316,3 +316,22 @@ def test_training_with_other_rate_differs_from_reference(workers: Workers, tmp_p
     )
     trainer.fit(module, loader(token_batches(STEPS * ACCUMULATION * SEQUENCES), SEQUENCES))
     assert np.abs(np.array(module.losses) - np.array(losses)).max() > 1e-4
+
+
+class TwoModels(LanguageModel):
+    """Two models with different numbers of experts, which have windows of their own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ModuleList([deepseek(), deepseek(num_experts=16)]), "adamw")
+
+    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        return language_loss(self.model[0], batch[0]) + language_loss(self.model[1], batch[0])
+
+
+def test_callback_with_two_models_moves_biases_of_both() -> None:
+    module = TwoModels()
+    callbacks = [EPLBCallback(), RouterBiasCallback(RATE)]
+    trainer_for(1, max_steps=2, callbacks=callbacks).fit(module, loader(token_batches(8), 4))
+    biases = biases_of(module)
+    assert sorted(len(bias) for bias in biases) == [8, 8, 16, 16]
+    assert all(bias.any() for bias in biases)
