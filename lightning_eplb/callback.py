@@ -13,9 +13,10 @@ from torch import distributed as dist
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eplb._validation import check_redundancy, check_steps, check_switches, check_whole_numbers
 from lightning_eplb.balancer import ExpertLoadBalancer
+from lightning_eplb.balancer.warm_start import Load
 from lightning_eplb.checkpoint.consolidate import DistributedCheckpointIO
+from lightning_eplb.integrations.callback_arguments import check_callback_arguments
 from lightning_eplb.integrations.ddp import average_when_ddp_does, leave_experts_out_of_ddp
 from lightning_eplb.integrations.evaluation import Evaluation
 from lightning_eplb.integrations.fsdp1 import SpreadExperts, check_fsdp_hook
@@ -33,6 +34,7 @@ from lightning_eplb.integrations.requirements import (
     check_pruning,
     check_trainer,
     check_world_size,
+    keeps_gradients,
     resolve_ep_size,
 )
 from lightning_eplb.logging.fit_logger import FitLogger
@@ -42,6 +44,7 @@ from lightning_eplb.parallel.fsdp1_parameters import check_not_flattened
 from lightning_eplb.parallel.materialize import materialize
 from lightning_eplb.parallel.parallelize import expert_layers, parallelize_experts, set_fused_experts
 from lightning_eplb.policies import Policy
+from lightning_eplb.simulation.initial_load import place_experts
 from lightning_eplb.simulation.run_trace import RunTrace
 from lightning_eplb.strategies import ExpertParallelStrategy
 
@@ -97,10 +100,15 @@ class EPLBCallback(Callback):
         fused_experts: Compute experts by fused kernels, see :func:`~lightning_eplb.parallelize_experts`. ``None``:
             those of a model that ``configure_model`` converts as it says there, others over several ranks where that
             runs. ``True``: also with ``ep_size=1``. ``False``: never. Defaults to ``None``.
+        initial_load: Known load to arrange the experts by before the first step: a trace, a report or a checkpoint,
+            which only rank 0 needs to have, or counts of tokens ``[layers, experts]`` or ``[steps, layers, experts]``
+            (of several models by their names). No window keeps it, and a load from ``ckpt_path`` wins over it.
+        profile: Do the largest exchanges once in the first step, see ``ExpertLoadBalancer.profile``. Defaults to False.
 
     Raises:
-        ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or does not fit
-            the strategy, the precision, another callback or the model.
+        TypeError, ValueError: In ``__init__`` or ``setup``, before any communication, if an argument is not valid or
+            does not fit strategy, precision, model or another callback. On all ranks at the start of training, if
+            ``initial_load`` can't be read or does not fit.
 
     Note:
         In validation, testing and prediction under DDP ranks may have different numbers of batches. Under FSDP a
@@ -124,25 +132,21 @@ class EPLBCallback(Callback):
         min_tokens_per_copy: int | None = None,
         use_async: bool = False,
         fused_experts: bool | None = None,
+        initial_load: str | os.PathLike | Load | None = None,
+        profile: bool = False,
     ) -> None:
-        check_redundancy(redundancy, min_tokens_per_copy)
-        check_steps(window_size=window_size, step_interval=step_interval)
-        check_whole_numbers(num_redundant_experts=num_redundant_experts)
-        check_switches(use_async=use_async)
-        if fused_experts is not None:
-            check_switches(fused_experts=fused_experts)
-        if ep_size is not None:
-            check_whole_numbers(ep_size=ep_size)
-        if num_redundant_experts < 0:
-            raise ValueError(f"num_redundant_experts={num_redundant_experts} must not be negative. Use 0 for none.")
-        if ep_size is not None and ep_size < 1:
-            raise ValueError(f"ep_size={ep_size} must be at least 1. Use None for all data-parallel ranks.")
-        if policy is not None and not isinstance(policy, Policy):
-            raise ValueError(f"policy={policy!r} must be a lightning_eplb.Policy, such as BalancedPolicy(), or None.")
-        if trace is not None and os.path.isdir(trace):
-            raise ValueError(
-                f"trace={str(trace)!r} is a folder. Name a file, such as {os.path.join(trace, 'trace.npy')!r}."
-            )
+        check_callback_arguments(
+            num_redundant_experts=num_redundant_experts,
+            ep_size=ep_size,
+            policy=policy,
+            trace=trace,
+            redundancy=redundancy,
+            min_tokens_per_copy=min_tokens_per_copy,
+            fused_experts=fused_experts,
+            initial_load=initial_load,
+            steps={"window_size": window_size, "step_interval": step_interval},
+            switches={"use_async": use_async, "profile": profile},
+        )
         self.num_redundant_experts = num_redundant_experts
         self.ep_size = ep_size
         self.policy = policy
@@ -153,6 +157,8 @@ class EPLBCallback(Callback):
         self.use_async = use_async
         self.fused_experts = fused_experts
         self.min_tokens_per_copy = min_tokens_per_copy
+        self.initial_load = initial_load
+        self.profile = profile
         self.balancer: ExpertLoadBalancer | None = None
         """Balancer of the model; ``None`` until the first ``fit`` starts."""
         self._saved_state: dict[str, Any] = {}
@@ -229,11 +235,10 @@ class EPLBCallback(Callback):
         if saved:
             balancer.load_state_dict(saved)
         self._fit_logger = FitLogger(balancer, self.window_size)
-        if saved and (balancer.num_rearrangements or saved.get("is_rearranging", False)):
-            # A resumed run starts from the initial placement. Balance it by the saved window.
-            result = balancer.rearrange()
-            if result is not None:
-                self._fit.log_rearrangement(trainer, result)
+        if (result := place_experts(balancer, bool(saved), self.initial_load)) is not None:
+            self._fit.log_rearrangement(trainer, result)
+        if self.profile:
+            balancer.profile()
 
     @override
     def on_train_batch_start(
@@ -264,7 +269,7 @@ class EPLBCallback(Callback):
         if trainer.global_step == self._last_global_step:
             return
         self._last_global_step = trainer.global_step
-        stats = balancer.step(with_gradients=_keeps_gradients(pl_module))
+        stats = balancer.step(with_gradients=keeps_gradients(pl_module))
         if stats is None:
             return
         if self._run_trace is not None:
@@ -391,9 +396,3 @@ class EPLBCallback(Callback):
         if balancer is None or balancer.model is not pl_module:
             balancer = ExpertLoadBalancer(pl_module)
         balancer.reset()
-
-
-def _keeps_gradients(module: "pl.LightningModule") -> bool:
-    """Return whether gradients may be used after an optimizer step: Lightning's loop zeroes them before."""
-    overridden = (is_overridden(name, module) for name in ("optimizer_step", "optimizer_zero_grad"))
-    return not module.automatic_optimization or any(overridden)

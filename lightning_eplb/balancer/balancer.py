@@ -3,19 +3,23 @@
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_eplb.balancer.checks import check_arguments, check_targets
 from lightning_eplb.balancer.cost_model import CostModel
-from lightning_eplb.balancer.models import BalancedModels, find_models
+from lightning_eplb.balancer.models import find_models
 from lightning_eplb.balancer.optimizers import expert_parameters, prepare_optimizers, updates_experts
 from lightning_eplb.balancer.planner import PlanningContext, RearrangementPlan, RearrangementPlanner
-from lightning_eplb.balancer.saved_state import check_saved_state, load_windows, save_windows
+from lightning_eplb.balancer.profile_run import ProfileRun
+from lightning_eplb.balancer.resize import ResizableBalancer
+from lightning_eplb.balancer.resumption import ResumableRun
 from lightning_eplb.balancer.schedule import RearrangementState, Schedule
-from lightning_eplb.balancer.step_stats import RearrangementResult, RunTotals, StepStats, collect_step_stats
+from lightning_eplb.balancer.step_stats import RearrangementResult, StepStats, collect_step_stats
+from lightning_eplb.balancer.warm_start import Load, check_loads
 from lightning_eplb.integrations.ddp import warn_if_out_of_sync
 from lightning_eplb.parallel import dispatch_plan
 from lightning_eplb.parallel.barrier import monitored_barrier
@@ -26,7 +30,7 @@ from lightning_eplb.relocation.mover import ExpertMover
 from lightning_eplb.relocation.optimizer_check import check_state
 
 
-class ExpertLoadBalancer(BalancedModels, RunTotals):
+class ExpertLoadBalancer(ResizableBalancer, ResumableRun):
     """Counts the tokens of every expert and moves experts between ranks so that all ranks get equal work.
 
     ``EPLBCallback`` drives it under Lightning. In another loop call :meth:`step` after every optimizer step. Every rank
@@ -49,7 +53,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     From then on ``model.state_dict()`` and ``optimizer.state_dict()`` are those of the unmodified model: all experts,
     in logical order. Every rank must call both, and may keep the result of one rank. ``load_state_dict()`` takes them
     on any number of ranks, before the first step or in the middle of a run. A resumed run loads model, optimizer and
-    balancer. The placement is not saved: :meth:`rearrange` balances the ranks by the saved window.
+    balancer, and calls :meth:`resume_placement`.
 
     With Lightning Fabric::
 
@@ -58,7 +62,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         state = {"model": model, "optimizer": optimizer, "balancer": balancer}
         if resumes:
             fabric.load("last.ckpt", state)
-            balancer.rearrange()
+            balancer.resume_placement()
         ...  # the same loop, with fabric.backward and fabric.clip_gradients
         fabric.save("last.ckpt", state)
 
@@ -100,7 +104,6 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     ) -> None:
         self._modules = list(expert_layers(model))
         check_arguments(self._modules, window_size, step_interval, redundancy, min_tokens_per_copy, use_async)
-        self.groups = self._modules[0].layer.groups
         self._overlaps = use_async and self.groups.size > 1
         self.model = model
         self.step_interval = step_interval
@@ -125,6 +128,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         self._unreported: RearrangementResult | None = None  # finished in a step without tokens
         self._first_step_is_done = False
         self._has_warned = False
+        self._profile: ProfileRun | None = None
         if use_async:  # rows in flight would overwrite weights that are loaded meanwhile
             cancel = weakref.WeakMethod(self.cancel_rearrangement)
             for each in models:
@@ -154,7 +158,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             for layer, _ in model.modules:
                 layer.set_load_recording(on)
 
-    def step(self, *, with_gradients: bool = True) -> StepStats | None:
+    def step(self, *, with_gradients: bool = True, dummy: bool = False) -> StepStats | None:
         """End an optimizer step: add its load to the window, and rearrange if that is due. Every rank must call it.
 
         Micro-batches since the last call count as one step. A step in which no expert got a token does not count.
@@ -162,23 +166,27 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         Args:
             with_gradients: Move gradients with their experts. ``False`` saves time if gradients are zeroed before they
                 are used again.
+            dummy: End a step whose tokens are no load, such as a warm-up or padding, the same on all ranks. It is not
+                counted: no window and no schedule sees it, and no rearrangement starts. Rows in flight travel on.
 
         Returns:
-            Statistics of the step under the placement that it ran with; ``None`` for a step without tokens.
+            Statistics of the step under the placement that it ran with; ``None`` for a dummy or one without tokens.
 
         Raises:
             ValueError: After the first step, on all ranks, if an optimizer's state can't move with the experts.
             ValueError, RuntimeError: If a rearrangement is due, as in :meth:`rearrange`.
         """
         with self._cost_model.between_steps():
-            if not self._first_step_is_done and self.groups.size > 1:
+            if not self._first_step_is_done and not dummy:
                 self._finish_first_step()
-            self._first_step_is_done = True
             self._mover.cancel_prefetch()  # of a forward that was broken off: the weights are others now
+            if self._profile is not None and not dummy and not self._state.is_in_flight:
+                self._profile.run(with_gradients, self._cost_model.overlap_bytes())
+                self._profile = None if self._profile.is_done else self._profile
             stats = collect_step_stats(list(self.models.values()), self.groups)
             self._mover.send_next()
             result = self._finish_if_committed() or self._unreported
-            if not stats.has_tokens:
+            if dummy or not stats.has_tokens:
                 self._unreported = result
                 return None
             self._unreported = None
@@ -188,6 +196,18 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
                 result = self._rearrange(plan, with_gradients, overlap=self._overlaps)
             self.last_step = replace(stats, rearrangement=result)
             return self.last_step
+
+    def profile(self) -> None:
+        """Reserve memory in the first step, so that too little of it shows there. Every rank must call it, before.
+
+        At the end of that step, when gradients and optimizer state exist, the largest exchanges are done once with
+        dummy rows: all primaries to the next rank, and a dispatch of as many tokens as the first batch had, forward and
+        backward, with all redundant slots filled and twice the mean's tokens on each rank in turn (1.5 times with two
+        ranks). An out-of-memory error names what was tried. Nothing is counted, and no parameter, gradient, optimizer
+        state, buffer or random generator changes. It has no effect if one rank holds all experts.
+        """
+        if self.groups.size > 1:
+            self._profile = ProfileRun(self.placed_models, self._mover)
 
     def before_optimizer_step(self, optimizer: Optimizer | None = None) -> None:
         """Commit the rows in flight, or plan a rearrangement that is due. Every rank calls it right before a step.
@@ -241,6 +261,7 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         self,
         placement: ExpertPlacement | Mapping[str, ExpertPlacement] | None = None,
         *,
+        load: Load | None = None,
         with_gradients: bool = True,
     ) -> RearrangementResult | None:
         """Move experts with their optimizer state between two optimizer steps. Every rank must call it.
@@ -250,14 +271,19 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
         Args:
             placement: Placement to rearrange to, the same on all ranks; ``None`` on all ranks to ask the policy. Of
                 several models a mapping from names in :attr:`models` to placements; models that it leaves out stay.
+            load: Load to plan by instead of the windows', such as a trace's: counts of tokens ``[layers, experts]``, or
+                ``[steps, layers, experts]``, of which the latest ``window_size`` steps count. Of several models a
+                mapping from names to loads. The same on all ranks. It is for this plan only: no window keeps it, and
+                measured costs do not count. ``None`` for the windows' load.
             with_gradients: Move gradients with their experts, see :meth:`step`.
 
         Returns:
             Result of the rearrangement; ``None`` if one rank holds all experts, so that nothing can move.
 
         Raises:
-            ValueError: The placements of the ranks differ, or the given or planned one does not have the shape of the
-                current one, or the policy raised it. All ranks raise it, and nothing was moved.
+            ValueError: The placements or loads of the ranks differ, or the given or planned one does not have the shape
+                of the current one, or a load holds no counts of tokens, or the policy raised it. All ranks raise it,
+                and nothing was moved.
             RuntimeError: Ranks would move different rows, or some did not call this within ten minutes; a warning names
                 them after ten seconds. All ranks raise it, and nothing was moved. If the policy raises anything else,
                 rank 0 raises that, and the others a ``RuntimeError``.
@@ -266,8 +292,11 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             return None
         current = {model.name: model.placement for model in self.placed_models}
         targets = check_targets(placement, current, self.groups)
+        loads = check_loads(load, self.placed_models, self.groups)
+        if targets is not None and loads is not None:
+            raise ValueError("rearrange() was given a placement and a load to plan one by. Give one of them.")
         self.finish_rearrangement()
-        plan = self._plan(targets, with_gradients)
+        plan = self._plan(targets, with_gradients, loads)
         return self._rearrange(plan, with_gradients, overlap=False)
 
     def reset(self) -> None:
@@ -293,17 +322,24 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
             is_ready = is_ready or not self._overlaps  # with overlap it is planned during the next backward pass
         return is_ready
 
-    def _plan(self, targets: Mapping[str, ExpertPlacement] | None, with_gradients: bool) -> RearrangementPlan:
-        """Return the policy's plan, or a plan that leads to ``targets``, on every rank."""
+    def _plan(
+        self,
+        targets: Mapping[str, ExpertPlacement] | None,
+        with_gradients: bool,
+        loads: Mapping[str, np.ndarray] | None = None,
+    ) -> RearrangementPlan:
+        """Return the policy's plan, or one that leads to ``targets``, on every rank. ``loads`` replace the windows'."""
         monitored_barrier(self.groups, "step() has a decision to make for all ranks")
         if not self._overlaps:  # otherwise the host would wait for the device, which computes a backward pass
             self._warn_of_drift()
         costs = self._cost_model.costs(with_gradients)
+        if loads is not None:  # sums over any number of steps, which can't be compared with seconds
+            costs = [None] * len(costs)
         if self.costs is not None:
             costs = [self.costs] * len(costs)
         num_steps = [self._schedule.look_back(each.load.num_steps, i) for i, each in enumerate(self.placed_models)]
         context = PlanningContext(num_steps, self.capacity, costs, self._cost_model.overlap_bytes())
-        return self._planner.plan(context, targets)
+        return self._planner.plan(context, targets, loads)
 
     def _rearrange(self, plan: RearrangementPlan, with_gradients: bool, overlap: bool) -> RearrangementResult | None:
         """Carry out a plan and return its result, or with ``overlap`` start it and return ``None``."""
@@ -329,6 +365,9 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
 
     def _finish_first_step(self) -> None:
         """Check what only exists after a step, and measure the hardware."""
+        self._first_step_is_done = True
+        if self.groups.size == 1:
+            return
         check_state(self.optimizers, expert_parameters(self._modules))
         self._cost_model.measure()
         for model, measured in zip(self.placed_models, self._cost_model.min_tokens_per_copy(), strict=True):
@@ -344,43 +383,3 @@ class ExpertLoadBalancer(BalancedModels, RunTotals):
     def seconds_saved(self, step: StepStats) -> float | None:
         """Estimate the seconds saved, see :meth:`~lightning_eplb.balancer.cost_model.CostModel.seconds_saved`."""
         return self._cost_model.seconds_saved(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return windows and counters as tensors and numbers, the same on every rank.
-
-        The placements are for inspection only: a resumed run plans its own from the windows.
-        """
-        return {
-            "num_steps": self.num_steps,
-            "steps_to_go": self._schedule.steps_to_go,
-            "num_rearrangements": self.num_rearrangements,
-            "rearranged_rows": self.rearranged_rows,
-            "rearranged_bytes": self.rearranged_bytes,
-            "is_rearranging": self._state is not RearrangementState.IDLE,
-            "num_ranks": self.groups.size,
-            **save_windows(list(self.models.values())),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load windows and counters, also into windows of another size. Every rank must call it.
-
-        Experts stay on their ranks: call :meth:`rearrange` to balance the ranks by the windows. A rearrangement in
-        flight is cancelled.
-
-        Args:
-            state: State as :meth:`state_dict` returns it, on any number of ranks; the same on all.
-
-        Raises:
-            ValueError: The state is of other models, layers or experts, or ranks were given different states. All ranks
-                raise it, and nothing was loaded.
-        """
-        models = list(self.models.values())
-        check_saved_state(state, models, self.groups)
-        self.cancel_rearrangement()
-        self._state = RearrangementState.IDLE
-        load_windows(state, models)
-        self.num_steps = state["num_steps"]
-        self.num_rearrangements = state["num_rearrangements"]
-        self.rearranged_rows = state.get("rearranged_rows", 0)  # earlier versions did not save it
-        self.rearranged_bytes = state["rearranged_bytes"]
-        self._schedule.steps_to_go = min(state["steps_to_go"], self.step_interval)

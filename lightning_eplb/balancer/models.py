@@ -90,6 +90,10 @@ class ModelLayers(PlacedLayers):
         if self._forecast is not None:
             self.forecast_error = self._forecast.error(self._load_since_forecast.numpy())
 
+    def forget_forecast(self) -> None:
+        """Drop the latest forecast: it was not made of the window, so the load that comes is no measure of it."""
+        self._forecast = None
+
     def look_ahead(self, steps_WYL: np.ndarray, interval: int, costs: Costs | None) -> Outlook:
         """Forecast the load. Every rank does it, so that each can measure the error later.
 

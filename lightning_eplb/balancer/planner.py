@@ -152,13 +152,19 @@ class RearrangementPlanner:
         self._compilation = threading.Thread(target=compile_plan, name="compile the planner")
         self._compilation.start()
 
-    def plan(self, context: PlanningContext, targets: Mapping[str, ExpertPlacement] | None = None) -> RearrangementPlan:
+    def plan(
+        self,
+        context: PlanningContext,
+        targets: Mapping[str, ExpertPlacement] | None = None,
+        loads: Mapping[str, np.ndarray] | None = None,
+    ) -> RearrangementPlan:
         """Ask the policy on rank 0 and return its plan on every rank. Every rank of the default group must call it.
 
         Args:
             context: Further inputs on this rank.
             targets: Placements to plan for instead of the policy's, by model. Other models stay as they are. ``None``
                 to ask the policy.
+            loads: Loads to plan by instead of the windows', int64 ``[W, Y, L]`` by model. No forecast is kept.
 
         Raises:
             ValueError: On every rank, if the policy raised one or returned no placement of the same shape.
@@ -166,7 +172,7 @@ class RearrangementPlanner:
         """
         start = time.perf_counter()
         before = {model.name: model.placement for model in self._models}
-        windows = [model.load.steps().cpu().numpy() for model in self._models]
+        windows = [model.load.steps().cpu().numpy() if loads is None else loads[model.name] for model in self._models]
         for model in self._models:
             model.measure_forecast()
         outlooks: dict[str, Outlook] | None = None
@@ -205,5 +211,7 @@ class RearrangementPlanner:
                 tokens.append(model.predict(outlooks[model.name], after, capacity))
                 predicted = balancedness(tokens[-1])
             plans.append(ModelPlan(model.name, model.placement, after, steps_WYL.sum(axis=0), predicted))
+            if loads is not None:
+                model.forget_forecast()
         total = balancedness(np.concatenate(tokens)) if tokens else None
         return RearrangementPlan(tuple(plans), capacity, overlap_bytes, total, time.perf_counter() - start)

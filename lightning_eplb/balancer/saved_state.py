@@ -15,7 +15,7 @@ def save_windows(models: Sequence[ModelLayers]) -> dict[str, Any]:
     """Return the windows and the placements, for :func:`load_windows` and for inspection.
 
     Those of the only model that is distributed are ``window`` and ``physical_to_logical``. Others are under ``models``,
-    by name. A resumed run plans its own placement from the window.
+    by name. ``ExpertLoadBalancer.resume_placement`` uses the placements on the same number of ranks.
     """
     states: dict[str, dict[str, Any]] = {}
     for model in models:

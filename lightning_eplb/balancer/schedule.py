@@ -1,7 +1,9 @@
 """Schedule of rearrangements: when one is due, and the states it goes through."""
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from enum import Enum, auto
+from typing import Any
 
 from lightning_eplb._validation import check_steps
 
@@ -99,6 +101,26 @@ class Schedule:
         """
         return min(num_steps, 2 * self._few) if self._drifted[model] else num_steps
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters, so that a resumed run decides after the same steps."""
+        return {
+            "step_interval": self.step_interval,
+            "steps_since_due": self._steps_since_due,
+            "was_due": self._was_due,
+            "drifted": list(self._drifted),
+            "models": [model.levels() for model in self._models],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the counters. Those of another interval, or of another number of models, are left out."""
+        if state.get("step_interval") != self.step_interval or len(state["models"]) != len(self._models):
+            return
+        self._steps_since_due, self._was_due = state["steps_since_due"], state["was_due"]
+        self._drifted = list(state["drifted"])
+        for model, (first, latest) in zip(self._models, state["models"], strict=True):
+            model.clear()
+            model.restore(first, latest)
+
     def _may_be_early(self) -> bool:
         soonest = max(self.step_interval // 4, 2 * self._few)
         return self._was_due and self._few >= 2 and self._steps_since_due >= soonest
@@ -125,6 +147,13 @@ class _Drift:
         if len(self._first) < self._few or len(self._latest) < self._few:
             return False
         return max(self._latest) < sum(self._first) / self._few - drop
+
+    def levels(self) -> list[list[float]]:
+        return [list(self._first), list(self._latest)]
+
+    def restore(self, first: Iterable[float], latest: Iterable[float]) -> None:
+        self._first[:] = first
+        self._latest.extend(latest)
 
     def clear(self) -> None:
         self._first.clear()

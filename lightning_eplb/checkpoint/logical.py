@@ -68,7 +68,7 @@ def logical_parameters(model: nn.Module) -> dict[str, Tensor]:
     ):
         return {
             _without_wrappers(name): _whole(parameter, layer_of.get(id(parameter)))
-            for name, parameter in _unwrapped(model).named_parameters()
+            for name, parameter in unwrapped(model).named_parameters()
         }
 
 
@@ -81,7 +81,8 @@ def _whole(parameter: Tensor, layer: ExpertLayer | None) -> Tensor:
     return tensor.to("cpu", copy=True)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module within DDP, FSDP1 and Fabric's wrappers."""
     while is_wrapped(model) or isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)):
         assert isinstance(model.module, nn.Module)
         model = model.module
@@ -117,11 +118,10 @@ def install_optimizer_hooks(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _register_hooks(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
-    groups = next(iter(layer_of.values())).groups
-
     def gather(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if id(optimizer) in _WHOLE:
             return state_dict
+        groups = next(iter(layer_of.values())).groups
         state = dict(state_dict["state"])
         _check_alike(
             optimizer, [(state[key], layer) for key, layer in _expert_states(optimizer, layer_of, state_dict)], groups
@@ -148,12 +148,11 @@ def _has_state_dict_of_its_own(optimizer: Optimizer) -> bool:
 def _replace_methods(optimizer: Optimizer, layer_of: dict[int, ExpertLayer]) -> None:
     """Let an optimizer with a state dict of its own make it from state with all experts' rows."""
     make, load = optimizer.state_dict, optimizer.load_state_dict
-    groups = next(iter(layer_of.values())).groups
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         if id(optimizer) in _WHOLE:
             return make(*args, **kwargs)
-        inside = nested_optimizers([optimizer])
+        inside, groups = nested_optimizers([optimizer]), next(iter(layer_of.values())).groups
         _check_alike(optimizer, [(kept, layer_of[id(p)]) for _, p, kept in _entries(inside, layer_of)], groups)
         with _all_rows(inside, layer_of):
             return make(*args, **kwargs)

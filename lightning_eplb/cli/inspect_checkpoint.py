@@ -1,7 +1,6 @@
 """``inspect``: show the load and the placement in a checkpoint."""
 
 import argparse
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_eplb.checkpoint.consolidate import check_complete, has_shards, read_rest
+from lightning_eplb.checkpoint.without_weights import read_without_weights
 from lightning_eplb.cli.terminal import aligned
 from lightning_eplb.functional import balancedness, load_entropy
 from lightning_eplb.placement import EMPTY, ExpertPlacement
@@ -18,8 +17,8 @@ from lightning_eplb.policies.token_split import level_tokens
 HELP = "show the load and the placement that a checkpoint holds"
 DESCRIPTION = """\
 Show what EPLBCallback saved in a checkpoint: the load of its window, and where
-the experts were. Weights are not read into memory. The placement is there to be
-looked at: a resumed run plans its own, by the window."""
+the experts were. Weights are not read into memory. A run that resumes on as
+many ranks starts from this placement, and on others plans one by the window."""
 EPILOG = """\
 for example:
   %(prog)s checkpoints/last.ckpt
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    checkpoint = _read(arguments.checkpoint)
+    checkpoint = read_without_weights(arguments.checkpoint)
     state = _state_of_callback(checkpoint, arguments.checkpoint)
     models = _chosen(state, arguments.model, arguments.layer)
     print(
@@ -106,41 +105,6 @@ class _Saved:
     models: dict[str, _SavedModel]
     num_rearrangements: int
     rearranged_bytes: int
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without its weights, which stay on disk. Runs no code from the file."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; name a checkpoint, such as runs/pretrain/checkpoints/last.ckpt")
-    try:
-        if path.is_dir():
-            checkpoint = _read_folder(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of bytes that may be anything, so is this
-        raise ValueError(f"{path} is not a checkpoint that can be read without running code from it") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is not a checkpoint of Lightning: it holds a {type(checkpoint).__name__}")
-    return checkpoint
-
-
-def _read_folder(path: Path) -> dict[str, Any]:
-    from lightning_eplb.checkpoint.dcp_reader import leftovers, read_index  # slow to import
-
-    if not has_shards(path):
-        raise ValueError(f"{path} is no checkpoint of Lightning: it has neither an index .metadata nor shards")
-    check_complete(path)
-    index = read_index(path)
-    checkpoint = read_rest(path, index, weights_only=True)
-    if unfinished := leftovers(path, index):
-        warnings.warn(
-            f"a later write to {path} did not finish ({len(unfinished)} of its files are there): shown is the one"
-            " before it, from which a run resumes",
-            stacklevel=1,
-        )
-    return checkpoint
 
 
 def _state_of_callback(checkpoint: dict[str, Any], path: Path) -> _Saved:

@@ -177,3 +177,9 @@ def _check_sharded(module: nn.Module) -> None:
                 f"{name} was not sharded, so that nobody averages its gradient; under ExpertParallelStrategy"
                 " configure_model must call fully_shard_moe(model, self.device_mesh), or fully_shard for all else"
             )
+
+
+def keeps_gradients(module: "pl.LightningModule") -> bool:
+    """Return ``True`` if gradients may be used after an optimizer step: Lightning's loop zeroes them before."""
+    overridden = (is_overridden(name, module) for name in ("optimizer_step", "optimizer_zero_grad"))
+    return not module.automatic_optimization or any(overridden)

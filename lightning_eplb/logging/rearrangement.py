@@ -36,7 +36,7 @@ def report_rearrangement(trainer: "pl.Trainer", done: RearrangementResult, layer
         for change in done.models.values():
             if change.has_changed:
                 figures |= _pictures(change, is_only=len(done.models) == 1)
-        log_heatmaps(trainer.loggers, trainer.global_step - 1, figures)
+        log_heatmaps(trainer.loggers, max(trainer.global_step - 1, 0), figures)  # before the first step: with it
 
 
 def _pictures(change: PlacementChange, is_only: bool) -> "dict[str, Figure]":

@@ -1,5 +1,6 @@
 """Synchronization of expert gradients over the expert data-parallel group, overlapped with the backward pass."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,13 @@ class ExpertGradientSync:
         self._parameters[layer] = trained
         self._hooks[layer] = [parameter.register_post_accumulate_grad_hook(self._add) for parameter in trained]
         self._buckets = None
+
+    def close(self) -> None:
+        """Average no gradients from now on. Performs no communication."""
+        for hook in itertools.chain.from_iterable(self._hooks.values()):
+            hook.remove()
+        self._hooks, self._parameters, self._buckets = {}, {}, None
+        self._accumulated.clear()
 
     def _add(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)

@@ -2,9 +2,9 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,10 +92,11 @@ class ExpertLayer:
     ) -> None:
         self.index = index
         self.name = name
-        self.groups = context.groups
+        self._groups: ExpertGroups | None = context.groups
         self.gradient_sync = context.gradient_sync
         self.prefetcher = context.prefetcher
-        self.dispatcher: TokenDispatcher = (context.dispatcher or DirectDispatcher)(context.groups)
+        self.dispatcher_class = context.dispatcher or DirectDispatcher
+        self.dispatcher: TokenDispatcher = self.dispatcher_class(context.groups)
         self.per_expert = per_expert
         self.reads_first_choice_only = reads_first_choice_only
         self.original_class = type(module)
@@ -117,6 +118,8 @@ class ExpertLayer:
         self.min_tokens_per_copy = 1
         self.compute_dtype: torch.dtype | None = None
         self.join: ExpertJoin | None = None
+        self.capture: Callable[[ExpertLayer, Sequence[Tensor], Sequence[Any], Mapping[str, Any]], None] | None = None
+        """Function that gets this rank's weights and the arguments of each call over several ranks."""
         self._saves_shards: Callable[[], bool] = lambda: False
         self._checked_ddp: weakref.ref[DistributedDataParallel] | None = None
         self._batch_slots: bytes | None = None
@@ -124,6 +127,36 @@ class ExpertLayer:
         self._batch_routes: RedundantRoutes
         self._load_L = torch.zeros(self.num_logical_experts, dtype=torch.int64)
         self._other_load = LayerLoad(self._load_L)
+
+    @property
+    def groups(self) -> ExpertGroups:
+        """Process groups. Raises ``RuntimeError`` between :meth:`detach` and :meth:`attach`."""
+        if self._groups is None:
+            raise RuntimeError(
+                f"the experts of {self.name} left their process group in ExpertLoadBalancer.resize(). Make the new"
+                " process group, and call rejoin() on every rank that stays and ExpertLoadBalancer.join() on those that"
+                " join; a rank that left computes no more."
+            )
+        return self._groups
+
+    def detach(self) -> None:
+        """Leave the process groups. The layer can't be called until :meth:`attach`. Performs no communication."""
+        self.cancel_prefetch()
+        if self.gradient_sync is not None:
+            self.gradient_sync.close()
+        self._groups, self.gradient_sync, self._checked_ddp, self._batch_slots = None, None, None, None
+        del self.dispatcher  # and its buffers
+        self.take_load()
+
+    def attach(
+        self, groups: ExpertGroups, gradient_sync: ExpertGradientSync | None, placement: ExpertPlacement
+    ) -> None:
+        """Use other process groups, on which the primaries' rows are where ``placement`` of this layer says."""
+        self._groups, self.gradient_sync = groups, gradient_sync
+        self.dispatcher = self.dispatcher_class(groups)
+        self.num_primaries = placement.primaries_per_rank
+        self.physical_to_logical = np.empty(placement.num_physical_experts, dtype=np.int64)
+        self.set_placement(placement)
 
     def set_placement(self, placement: ExpertPlacement, row: int = 0, capacity: Sequence[float] | None = None) -> None:
         """Use ``placement`` from the next forward pass on. The primaries' rows must be where it says.

@@ -120,6 +120,8 @@ class ParallelExperts(nn.Module):
         self._check(arguments)
         layer.check_parameters(self)
         layer.check_ddp(self)
+        if layer.capture is not None:
+            layer.capture(layer, self._local_parameters(), args, kwargs)
         extra = layer.extra_arguments.bind(args, kwargs)
         if layer.gradient_sync is not None:
             layer.gradient_sync.watch(layer.index, list(self.parameters(recurse=False)))

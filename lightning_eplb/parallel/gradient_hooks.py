@@ -40,8 +40,10 @@ class HookedLayer(Protocol):
     """Attributes of :class:`~lightning_eplb.parallel.expert_layer.ExpertLayer` that hooks use."""
 
     name: str
-    groups: ExpertGroups
     gradient_sync: ExpertGradientSync | None
+
+    @property
+    def groups(self) -> ExpertGroups: ...
 
     @property
     def row_order(self) -> Tensor: ...

@@ -70,6 +70,12 @@ class ExpertGroups:
             registry.expert_groups[key] = cls._new(mine, ep_groups, registry.cpu_group)
         return registry.expert_groups[key]
 
+    @classmethod
+    def of_all_ranks(cls) -> "ExpertGroups":
+        """Return groups without experts, for checks among all ranks. Every rank of the default group must call it."""
+        cpu_group = _GroupRegistry.of_default_group().cpu_group
+        return cls(dist.get_rank(), dist.get_world_size(), cpu_group=cpu_group)
+
     def relocation_groups(self) -> "RelocationGroups":
         """Return the groups that carry asynchronous transfers. Every rank of the default group must call it.
 

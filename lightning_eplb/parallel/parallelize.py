@@ -221,18 +221,29 @@ def _watch(module: nn.Module, name: str, groups: ExpertGroups) -> None:
     _convert(module, layer, ExpertPlacement.initial(1, layer.num_logical_experts, 1))
 
 
-def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
+def make_parallel(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
+    """Make ``module`` compute with the experts of all ranks. Its parameters must get their rows yet."""
     layer.set_placement(placement)
     module.expert_layer = layer  # type: ignore[assignment]
     module.__class__ = _parallel_class(layer.original_class)
+    if layer.groups.size > 1:
+        install_state_dict_hooks(module)
+
+
+def _convert(module: nn.Module, layer: ExpertLayer, placement: ExpertPlacement) -> None:
+    make_parallel(module, layer, placement)
     if layer.groups.size == 1:
         return
     for parameter in module.parameters(recurse=False):
         _keep_rows(parameter, layer.local_experts, layer.groups)
+    broadcast_per_expert_state(module, layer)
+
+
+def broadcast_per_expert_state(module: nn.Module, layer: ExpertLayer) -> None:
+    """Broadcast rank 0's tensors with an element for each expert, other than parameters. Collective."""
     for name in layer.per_expert.attributes:
         if isinstance(value := getattr(module, name), Tensor) and not value.is_meta:
             _broadcast(value, layer.groups)
-    install_state_dict_hooks(module)
 
 
 @functools.cache

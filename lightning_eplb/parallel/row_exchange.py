@@ -159,6 +159,11 @@ class RowExchange:
         while self._in_flight:
             self._in_flight.popleft().work.wait()
 
+    def drain(self) -> None:
+        """Exchange all rows and drop them."""
+        for _ in self._arrivals():
+            pass
+
     def prepare_write(self, targets: "Sequence[Stack]") -> "RowExchange":
         """Set the targets of :meth:`write`, and prepare on the host what needs no rows yet.
 

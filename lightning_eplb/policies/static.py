@@ -11,7 +11,8 @@ from lightning_eplb.policies.base import Outlook, Policy, Topology, checked_load
 class StaticPolicy(Policy):
     """Keeps the experts where they are, or moves them once to a placement that you give.
 
-    Without an argument it only watches: load and balancedness are still recorded and logged.
+    Without an argument it only watches: load and balancedness are still recorded and logged. ``EPLBCallback`` moves
+    experts to a given placement before the first step; in a loop of your own call ``balancer.rearrange()`` there.
 
     Example::
 

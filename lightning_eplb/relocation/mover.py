@@ -1,10 +1,14 @@
 """Relocation of the experts of all models to new placements, at once or overlapped with training steps."""
 
+import functools
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +21,7 @@ from lightning_eplb.relocation.async_transfer import AsyncTransfer
 from lightning_eplb.relocation.optimizer_state import call_after_steps, has_rows, leaves, nested_optimizers, state_of
 from lightning_eplb.relocation.placed_layers import PlacedLayers
 from lightning_eplb.relocation.plan import LayerMoves, plan_relocations
-from lightning_eplb.relocation.transfer import gradients_to_move, relocate, tensors_to_move
+from lightning_eplb.relocation.transfer import LayerTransfer, gradients_to_move, relocate, tensors_to_move
 
 _IN_FLIGHT: WeakKeyDictionary[ExpertLayer, AsyncTransfer] = WeakKeyDictionary()
 """Transfers in flight by the first layer that their mover has."""
@@ -88,6 +92,10 @@ class ExpertMover:
         """``True`` if transfers can overlap with training."""
         return self._relocation_groups is not None
 
+    def layer_name(self, layer_index: int) -> str:
+        """Return the name of a layer in its model."""
+        return self._modules[layer_index].layer.name
+
     def tensors(self, layer_index: int, with_gradients: bool) -> list[Tensor]:
         """Return the tensors that move with a layer's primaries, ``[n, ...]`` each."""
         return tensors_to_move(self._modules[layer_index].module, self._all_optimizers, with_gradients)
@@ -113,6 +121,34 @@ class ExpertMover:
         self._capacity = capacity
         self._switch(after, range(len(self._modules)))
         self.seconds = time.perf_counter() - start
+
+    def rehearse(self, with_gradients: bool, max_bytes: int, tell: Callable[[LayerTransfer], None]) -> None:
+        """Exchange the rows of all primaries, each with the next rank, and drop them. Nothing changes.
+
+        As many rows are in flight at a time as in a relocation.
+
+        Args:
+            with_gradients: Gradients move, too.
+            max_bytes: Bytes a step if transfers overlap with training.
+            tell: Function that is called before a transfer is sent.
+        """
+        self._all_optimizers = nested_optimizers(self.optimizers)  # some are created in the first step
+        waiting = deque(plan_relocations(self.placements, [_rotated(placement) for placement in self.placements]))
+        group, previous = self.groups.ep_group, None
+        assert group is not None
+        while waiting:
+            tensors_of = functools.partial(self.tensors, with_gradients=with_gradients and not self.can_overlap)
+            bound = max_bytes if self.can_overlap else math.inf
+            transfer = LayerTransfer(waiting, tensors_of, self.groups, group, bound, self.can_overlap)
+            tell(transfer)
+            transfer.send()
+            if previous is not None:
+                previous.drain()
+            previous = None if self.can_overlap else transfer
+            if self.can_overlap:
+                transfer.drain()
+        if previous is not None:
+            previous.drain()
 
     def start(self, after: Sequence[ExpertPlacement], capacity: tuple[float, ...] | None, max_bytes: int) -> None:
         """Start to move to ``after`` during the next steps. Layers whose primaries stay use it at once.
@@ -237,3 +273,10 @@ class ExpertMover:
             if rows := [layer - first for layer in layers if first <= layer < end]:
                 model.switch(goal, rows, self._capacity)
             first = end
+
+
+def _rotated(placement: ExpertPlacement) -> ExpertPlacement:
+    """Return a placement that has each primary on the next rank, and no redundant experts."""
+    slots_YRS = np.roll(placement.without_copies().by_rank, 1, axis=1)
+    slots_YP = slots_YRS.reshape(placement.physical_to_logical.shape)
+    return ExpertPlacement(slots_YP, placement.num_logical_experts, placement.num_ranks)

@@ -112,6 +112,11 @@ class LayerTransfer:
             for _, rows in self._parts:
                 rows.send()
 
+    def drain(self) -> None:
+        """Wait for the rows and drop them."""
+        for _, rows in self._parts:
+            rows.drain()
+
     def prepare_commit(self) -> None:
         """Prepare :meth:`commit` on the host, without waiting."""
         with torch.no_grad():

@@ -337,6 +337,7 @@ def _data(content: ReportContent, views: list[dict[str, str]], scales: dict[str,
         "edges": content.edges.tolist(),
         "layers": layers,
         "experts": experts,
+        "total": content.total.tolist(),  # for EPLBCallback(initial_load=...)
         "series": [
             {"name": name, "values": [None if np.isnan(value) else round(float(value), 4) for value in values_B]}
             for name, values_B in content.balancedness.items()
