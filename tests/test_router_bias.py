@@ -331,7 +331,7 @@ class TwoModels(LanguageModel):
 def test_callback_with_two_models_moves_biases_of_both() -> None:
     module = TwoModels()
     callbacks = [EPLBCallback(), RouterBiasCallback(RATE)]
-    trainer_for(1, max_steps=2, callbacks=callbacks, log_every_n_steps=1).fit(module, loader(token_batches(8), 4))
+    trainer_for(1, max_steps=2, callbacks=callbacks).fit(module, loader(token_batches(8), 4))
     biases = biases_of(module)
     assert sorted(len(bias) for bias in biases) == [8, 8, 16, 16]
     assert all(bias.any() for bias in biases)
