@@ -24,7 +24,7 @@ STEPS, SEQUENCES, CLIP = 8, 2, 0.5
 class Several:
     """What is trained. ``alternating``: the models take turns, each with an optimizer of its own."""
 
-    kind: Literal["pair", "alternating", "hybrid", "teachers"]
+    kind: Literal["pair", "uneven", "alternating", "hybrid", "teachers"]
     redundant: int = 0
     use_async: bool = False
     redundancy: Literal["window", "batch"] = "window"
@@ -41,14 +41,16 @@ class Several:
 
 
 def models_of(kind: str) -> dict[str, nn.Module]:
-    """The models by attribute: of 8 and 16 experts, one with layers of both, or a student with two frozen teachers.
+    """The models by attribute: of 8 and 16 experts, of 7 and 5, one with layers of both, or a student and two teachers.
 
-    One teacher has 16 experts, and one a single expert, which ranks can't share.
+    The teachers are frozen. One has 16 experts, and one a single expert, which ranks can't share.
     """
     if kind == "hybrid":
         model, other = hugging_face_model("mixtral", 8, layers=3), hugging_face_model("mixtral", 16, layers=3)
         model.model.layers[1].mlp = other.model.layers[1].mlp  # type: ignore[index, union-attr]
         return {"model": model}
+    if kind == "uneven":
+        return {"main": hugging_face_model("mixtral", 7), "draft": hugging_face_model("qwen3_moe", 5, layers=1)}
     if kind == "teachers":
         large = hugging_face_model("qwen3_moe", 16, layers=1).requires_grad_(False)
         small = hugging_face_model("mixtral", 1, top_k=1).requires_grad_(False)

@@ -16,6 +16,7 @@ from tests.workers import Workers
 CASES = [
     Several("pair", redundant=2, clips=True),
     Several("pair", redundant=2, redundancy="batch", use_async=True),
+    Several("uneven", redundant=2, redundancy="batch", use_async=True, clips=True),
     Several("hybrid", redundant=2, clips=True),
     Several("pair", redundant=2, clips=True, is_sharded=True),
     Several("alternating", redundant=2),
@@ -24,6 +25,8 @@ CASES = [
     Several("teachers", redundant=2, ranks=4, ep_size=2),
 ]
 MORE = [
+    Several("uneven", redundant=2, is_sharded=True, clips=True),
+    Several("uneven", redundant=2, ranks=4, ep_size=2, use_async=True),
     Several("alternating", redundant=2, ranks=4, ep_size=2),
     Several("pair", redundant=4, ranks=4, ep_size=2, redundancy="batch", clips=True, use_async=True),
     Several("hybrid", redundant=4, ranks=4, use_async=True),
@@ -34,6 +37,7 @@ TOKENS = SEQUENCES * 8
 """Of a rank in a step: sequences of 8."""
 EXPECTED: dict[str, Any] = {
     "pair": {"shapes": {"main": (2, 8), "draft": (1, 16)}, "steps": {"main": STEPS, "draft": STEPS}},
+    "uneven": {"shapes": {"main": (2, 7), "draft": (1, 5)}, "steps": {"main": STEPS, "draft": STEPS}},
     "hybrid": {
         "shapes": {"model-8-experts": (2, 8), "model-16-experts": (1, 16)},
         "steps": {"model-8-experts": STEPS, "model-16-experts": STEPS},
