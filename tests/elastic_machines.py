@@ -41,10 +41,10 @@ class TwoLayers(nn.Sequential):
     Hugging Face's compute norms and softmax in float32, and round otherwise where the number of ranks is no power of 2.
     """
 
-    def __init__(self, num_experts: int, seed: int = 0) -> None:
+    def __init__(self, num_experts: int, seed: int = 0, others: int | None = None) -> None:
         torch.manual_seed(seed)
         embedding, head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-        super().__init__(embedding, MoELayer(num_experts), MoELayer(num_experts), head)
+        super().__init__(embedding, MoELayer(num_experts), MoELayer(others or num_experts), head)
         self.double()
 
 

@@ -107,8 +107,8 @@ class ResizableBalancer:
         go on from a checkpoint.
 
         Supported with ``DistributedDataParallel`` or no wrapper, in loops of your own and with Fabric; with FSDP1 and
-        FSDP2 (``ExpertParallelStrategy``) or under the ``Trainer`` save a checkpoint and resume from it. The number of
-        experts must be a multiple of the EP size before and after, which must be 2 at least.
+        FSDP2 (``ExpertParallelStrategy``) or under the ``Trainer`` save a checkpoint and resume from it. The EP size
+        must be 2 at least before and after, and no larger than the number of experts.
 
         Args:
             rank_mapping: New rank of each rank of the default group, ``-1`` for those that leave. The same on all
@@ -306,9 +306,7 @@ def _check_resizable(model: nn.Module, modules: Sequence[ConvertedExperts]) -> N
     remedy = "Save a checkpoint, and resume from it on the new number of ranks."
     for layer, _ in converted_experts(model):
         if layer.is_whole:
-            raise ValueError(
-                f"resize() is not supported with frozen experts that every rank keeps whole, as {layer.name}. {remedy}"
-            )
+            raise ValueError(f"resize() is not supported with a frozen model that stays whole ({layer.name}). {remedy}")
     for layer, _ in modules:
         if layer.groups.size == 1:
             raise ValueError(
@@ -348,8 +346,9 @@ def _check_same_rows(
 
 
 def _held(layer: ExpertLayer, ep_rank_R: np.ndarray) -> np.ndarray:
-    """Return the logical experts of the rows of all ranks, ``held_RS``."""
-    return layer.row_order.view(layer.groups.size, -1).numpy()[ep_rank_R]
+    """Return the logical experts of the rows of all ranks, ``held_RS``. Those of phantom experts count as empty."""
+    held_RS = layer.row_order.view(layer.groups.size, -1).numpy()
+    return np.where(held_RS < layer.num_logical_experts, held_RS, EMPTY)[ep_rank_R]
 
 
 def _parameters(modules: Sequence[ConvertedExperts]) -> dict[str, nn.Parameter]:
@@ -379,7 +378,7 @@ def _take_up(
         set_hyperparameters(nested, reports[0].hyperparameters)
     for (_, module), before_RS, placement in zip(modules, before, placements, strict=True):
         after_RS = placement.primaries.reshape(placement.num_ranks, -1)[ep_rank_R]
-        replace_rows(module, nested, plan_rows(before_RS, after_RS))
+        replace_rows(module, nested, plan_rows(before_RS, after_RS), placement.primaries_per_rank)
     attach(modules, groups, placements)
     for layer, module in modules:
         broadcast_per_expert_state(module, layer)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_eplb._validation import divisors
-from lightning_eplb.placement import EMPTY, ExpertPlacement
+from lightning_eplb.placement import EMPTY, ExpertPlacement, num_primary_slots
 
 LEAVES = -1
 """Value of a rank mapping for a rank that leaves."""
@@ -101,11 +101,11 @@ def _check_ep_size(size: int, ep_size: int | None, num_experts: Sequence[int]) -
     chosen = size if ep_size is None else int(ep_size)
     if chosen < 1 or size % chosen:
         raise ValueError(f"ep_size={chosen} must divide world_size={size}. Use one of {divisors(size)[1:]}.")
-    if uneven := [number for number in num_experts if number % chosen]:
-        fitting = [d for d in divisors(size) if d > 1 and all(number % d == 0 for number in num_experts)]
+    if chosen > min(num_experts):
+        fitting = [d for d in divisors(size) if 1 < d <= min(num_experts)]
         remedy = f"Use ep_size={fitting[-1]}" if fitting else "Use another world_size"
         named = f"ep_size={chosen}" if ep_size is not None else f"world_size={size}"
-        raise ValueError(f"{named} must divide the {uneven[0]} experts of a layer. {remedy}.")
+        raise ValueError(f"{named} is more than the {min(num_experts)} experts of a layer. {remedy}.")
     return chosen
 
 
@@ -174,12 +174,12 @@ def plan_placement(
     """Return a placement of all experts on the ranks of the new group that moves few rows.
 
     A rank keeps its first rows, as many as it may hold. The other experts go to the ranks with room, in the order of
-    experts and of ranks. Redundant slots are empty.
+    experts and of ranks. Phantom experts are spread over the ranks. Redundant slots are empty.
 
     Args:
         held_RS: Rows now, of the ranks of the new group.
         ep_rank_R: EP rank of each rank of the new group.
-        num_experts: Logical experts, a multiple of the number of EP ranks.
+        num_experts: Logical experts, as many as EP ranks at least.
         redundant_per_rank: Redundant slots of a rank.
 
     Returns:
@@ -189,20 +189,22 @@ def plan_placement(
         ValueError: No rank holds some expert.
     """
     size = int(ep_rank_R.max()) + 1
-    n = num_experts // size
+    n = num_primary_slots(num_experts, size)
+    room_R = np.diff(np.arange(size + 1) * num_experts // size).tolist()
     if missing := sorted(set(range(num_experts)) - set(held_RS.ravel().tolist())):
         raise ValueError(f"no rank of the new group holds the experts {missing}")
     rows_of: list[list[int]] = [[] for _ in range(size)]
     taken: set[int] = set()
     for rank in np.argsort(ep_rank_R, kind="stable").tolist():
         rows = rows_of[ep_rank_R[rank]]
-        kept = [x for x in held_RS[rank].tolist() if x != EMPTY and x not in taken][: n - len(rows)]
+        room = room_R[ep_rank_R[rank]] - len(rows)
+        kept = [x for x in held_RS[rank].tolist() if x != EMPTY and x not in taken][:room]
         rows += kept
         taken.update(kept)
     others = iter(expert for expert in range(num_experts) if expert not in taken)
     slots_RS = np.full((size, n + redundant_per_rank), EMPTY, dtype=np.int64)
     for rank, rows in enumerate(rows_of):
-        slots_RS[rank, :n] = rows + [next(others) for _ in range(n - len(rows))]
+        slots_RS[rank, : room_R[rank]] = rows + [next(others) for _ in range(room_R[rank] - len(rows))]
     return ExpertPlacement(slots_RS.reshape(1, -1), num_experts, size)
 
 

@@ -15,10 +15,8 @@ from lightning_eplb.relocation.optimizer_state import has_rows, leaves, map_leav
 from lightning_eplb.relocation.resize_plan import RowMoves
 
 
-def replace_rows(
-    module: nn.Module, optimizers: Sequence[Optimizer], moves: RowMoves, group: dist.ProcessGroup | None = None
-) -> int:
-    """Give a layer's tensors the rows that ``moves`` says. All ranks of ``group`` call it with the same moves.
+def replace_rows(module: nn.Module, optimizers: Sequence[Optimizer], moves: RowMoves, least_rows: int = 0) -> int:
+    """Give a layer's tensors the rows that ``moves`` says. All ranks of the default group call it with the same moves.
 
     Parameters stay the same objects, with other data and gradients. Optimizer state gets new tensors.
 
@@ -26,24 +24,24 @@ def replace_rows(
         module: Converted expert module. Its tensors have the rows that ``moves`` reads.
         optimizers: Optimizers with those nested in them.
         moves: Source of each row afterwards.
-        group: Ranks that ``moves`` numbers. Defaults to the default group.
+        least_rows: Rows that each rank has at least. Those of phantom experts, behind the others, are zeros.
 
     Returns:
         Bytes that crossed ranks, over all ranks.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = dist.get_rank(), dist.get_world_size()
     crosses = moves.source_rank != moves.target_rank
     mine = (moves.target_rank == rank) & ~crosses
     own_rows, own_targets = (torch.from_numpy(rows[mine]) for rows in (moves.source_row, moves.target_row))
     places = (moves.source_rank, moves.source_row, moves.target_rank, moves.target_row)
     route = Route.of_moves(*(place[crosses] for place in places), rank=rank, size=size)
-    num_rows = int((moves.target_rank == rank).sum())
-    group = group if group is not None else dist.group.WORLD
+    num_rows = max(int((moves.target_rank == rank).sum()), least_rows)
+    group = dist.group.WORLD
     assert group is not None
     parameters = list(module.parameters(recurse=False))
     before = [tensor for parameter in parameters for tensor in _tensors_of(parameter, optimizers)]
     with torch.no_grad():
-        after = [tensor.new_empty(num_rows, *tensor.shape[1:]) for tensor in before]
+        after = [tensor.new_zeros(num_rows, *tensor.shape[1:]) for tensor in before]
         for old, new in zip(before, after, strict=True):
             new[own_targets.to(new.device)] = old[own_rows.to(old.device)]
         for device in sorted({str(tensor.device) for tensor in before}):

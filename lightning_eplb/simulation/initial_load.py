@@ -89,7 +89,8 @@ def read_initial_load(path: str | os.PathLike) -> np.ndarray | dict[str, np.ndar
             :func:`~lightning_eplb.simulation.trace_formats.read_load`.
 
     Returns:
-        Tokens of each expert, int64 ``[W, Y, L]``. Of a checkpoint of several models a dictionary by their names.
+        Tokens of each expert, int64 ``[W, Y, L]``. Of a checkpoint of several models a dictionary by their names,
+        without frozen ones that every rank kept whole.
 
     Raises:
         ValueError: The file has none of these formats, or is damaged.
@@ -120,12 +121,20 @@ def _read_window(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     for state in [checkpoint.get("balancer"), *(callbacks.values() if isinstance(callbacks, dict) else ())]:
         if not isinstance(state, Mapping) or not {"num_rearrangements", "num_ranks"} <= state.keys():
             continue
-        models = state.get("models", {"": state})
+        if "window" in state:  # of the only model that was distributed; those that stayed whole are beside it
+            models = {"": state}
+        else:
+            models = {name: its for name, its in state.get("models", {"": {}}).items() if not _is_whole(its)}
         arrays = {name: _window(its, path) for name, its in models.items()}
         if not any(len(window) for window in arrays.values()):
             raise ValueError(f"{path} has a window without steps. Use a checkpoint of a run that has trained.")
-        return arrays if "models" in state else arrays[""]
+        return arrays.get("", arrays)
     raise ValueError(f"{path} has no state of an EPLBCallback: it was saved without one, or with weights only")
+
+
+def _is_whole(state: Any) -> bool:
+    """Return ``True`` for the state of a frozen model that every rank kept whole: it had no placement."""
+    return isinstance(state, Mapping) and "window" in state and "physical_to_logical" not in state
 
 
 def _window(state: Any, path: Path) -> np.ndarray:

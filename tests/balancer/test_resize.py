@@ -29,13 +29,13 @@ from tests.fidelity import TOLERANCE, ShufflePolicy, named_state
 from tests.models import optimizer_of, token_batches
 from tests.workers import Workers
 
-EXPERTS, STEPS, ACCUMULATION, SEQUENCES, CLIP, WINDOW = 12, 3, 2, 12, 0.5, 8
+EXPERTS, OTHERS, STEPS, ACCUMULATION, SEQUENCES, CLIP, WINDOW = 12, 8, 3, 2, 12, 0.5, 8
 ALL = [0, 1, 2, 3]
 
 
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The same weights for seed 0; others on machines that join."""
-    model = TwoLayers(EXPERTS, seed)
+    model = TwoLayers(EXPERTS, seed, OTHERS)  # two models of a balancer; 3 ranks need a phantom expert for 8
     optimizer = optimizer_of("adamw", model)
     if seed:
         optimizer.param_groups[0]["lr"] = 7.0
@@ -77,7 +77,7 @@ def train_elastically(
             first.train(phases[number], CLIP)
             assert first.balancer is not None
             assert first.balancer.groups.size == (ep_sizes[number] or len(group))
-            assert first.balancer.placement.redundant_per_rank == 1
+            assert [m.placement.redundant_per_rank for m in first.balancer.models.values()] == [1, 1]
             assert first.balancer.num_rearrangements >= number
     state = first.state()
     first.groups.make(ALL)  # as the other tests expect it
@@ -101,10 +101,11 @@ def check_fidelity(
             worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
             assert worst < TOLERANCE
         assert balancer["num_steps"] == steps
-        assert balancer["window"].sum(dim=(1, 2)).tolist() == [
-            2 * 2 * ACCUMULATION * SEQUENCES * (token_batches(1).shape[1] - 1)  # layers, top-k
-        ] * min(steps, WINDOW)
-        assert torch.equal(balancer["window"], outcomes[0][1][2]["window"])
+        for name, its in balancer["models"].items():
+            assert its["window"].sum(dim=(1, 2)).tolist() == [
+                2 * ACCUMULATION * SEQUENCES * (token_batches(1).shape[1] - 1)  # top-k
+            ] * min(steps, WINDOW)
+            assert torch.equal(its["window"], outcomes[0][1][2]["models"][name]["window"])
 
 
 def test_resize_four_two_three_four_ranks_equals_one_process(workers: Workers) -> None:
@@ -294,13 +295,14 @@ def wrong_groups() -> str:
     attempt(
         "rank 1 has the layer 1.experts .* where rank 0 has", model=other, optimizers=[optimizer_of("adamw", other)]
     )
-    attempt("the optimizers .'SGD'., rank 0 has .'AdamW'.", optimizers=[optimizer_of("sgd", TwoLayers(EXPERTS))])
+    sgd = optimizer_of("sgd", TwoLayers(EXPERTS, others=OTHERS))
+    attempt("the optimizers .'SGD'., rank 0 has .'AdamW'.", optimizers=[sgd])
     converted, optimizer = build(1)
     if me == 3:
         parallelize_on_one_rank(converted)
     attempt("rank 3 of the new process group can't take part: .* is converted already", converted, [optimizer])
     with torch.device("meta"):
-        on_meta = TwoLayers(EXPERTS)
+        on_meta = TwoLayers(EXPERTS, others=OTHERS)
     attempt(
         "can't take part: ValueError: the model is on the meta device",
         on_meta,
@@ -349,7 +351,7 @@ def test_resize_beside_a_model_that_stays_whole_raises_on_all_ranks(workers: Wor
 
 
 def whole_teacher() -> str:
-    model = nn.ModuleDict({"student": TwoLayers(EXPERTS), "teacher": TwoLayers(7).requires_grad_(False)})
+    model = nn.ModuleDict({"student": TwoLayers(EXPERTS), "teacher": TwoLayers(1).requires_grad_(False)})
     parallelize_experts(model)
     with pytest.raises(ValueError, match="resize") as error:
         ExpertLoadBalancer(model).resize({0: 0, 1: 1})

@@ -21,7 +21,7 @@ MOVES = f"""step_interval: 16
           class_path: lightning_eplb.StaticPolicy
           init_args: {{physical_to_logical: {[SWAPPED, SWAPPED]}}}"""
 SMALL = """
---trainer.max_steps=12 --trainer.val_check_interval=6 --model.width=32 --model.expert_width=32 --model.layers=2
+--trainer.max_steps=12 --trainer.val_check_interval=6 --model.width=64 --model.expert_width=64 --model.layers=2
 --data.sequence_length=32 --data.batch_size=4 --data.validation_sequences=16 --trainer.accumulate_grad_batches=2
 """
 
@@ -50,7 +50,7 @@ def test_pretrain_with_command_of_readme_trains_and_resumes(tmp_path: Path) -> N
 
     checkpoint = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 12
-    model = load_pretrain().MoELanguageModel(width=32, expert_width=32, layers=2)
+    model = load_pretrain().MoELanguageModel(width=64, expert_width=64, layers=2)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
 
     # Resumed where nothing is left to do, it has nothing to sum up, and says so by ending well.

@@ -13,7 +13,8 @@ from lightning_eplb.simulation.trace import TraceWriter
 
 LOAD = np.array([[[3, 0, 1, 4], [2, 2, 0, 4]], [[1, 5, 1, 1], [0, 0, 8, 0]], [[2, 2, 2, 2], [7, 1, 0, 0]]])
 """3 steps of 2 layers with 4 experts."""
-STATE = {"window": torch.from_numpy(LOAD), "num_rearrangements": 1, "num_ranks": 2}
+COUNTS = {"num_rearrangements": 1, "num_ranks": 2}
+STATE = {"window": torch.from_numpy(LOAD), **COUNTS}
 
 
 def write_trace(path: Path) -> Path:
@@ -46,10 +47,22 @@ def test_read_initial_load_of_own_loop_returns_window(tmp_path: Path) -> None:
 
 
 def test_read_initial_load_of_several_models_returns_windows_by_name(tmp_path: Path) -> None:
-    models = {"main": {"window": torch.from_numpy(LOAD)}, "draft": {"window": torch.from_numpy(LOAD[1:])}}
-    load = read_initial_load(write_checkpoint(tmp_path / "x.ckpt", {**STATE, "models": models}))
+    slots = {"physical_to_logical": torch.tensor([[0, 1, 2, 3]] * 2)}
+    models = {
+        "main": {"window": torch.from_numpy(LOAD), **slots},
+        "draft": {"window": torch.from_numpy(LOAD[1:]), **slots},
+        "teacher": {"window": torch.from_numpy(LOAD)},  # stayed whole, so that no load of it can be planned by
+    }
+    load = read_initial_load(write_checkpoint(tmp_path / "x.ckpt", {**COUNTS, "models": models}))
     assert isinstance(load, dict)
     assert {name: each.tolist() for name, each in load.items()} == {"main": LOAD.tolist(), "draft": LOAD[1:].tolist()}
+
+
+def test_read_initial_load_of_model_beside_whole_one_returns_its_window(tmp_path: Path) -> None:
+    models = {"teacher": {"window": torch.from_numpy(LOAD[1:]), "num_steps": 2}}
+    load = read_initial_load(write_checkpoint(tmp_path / "x.ckpt", {**STATE, "models": models}))
+    assert isinstance(load, np.ndarray)
+    assert load.tolist() == LOAD.tolist()
 
 
 def test_read_initial_load_of_report_returns_total(tmp_path: Path) -> None:
@@ -65,7 +78,7 @@ def test_read_initial_load_of_report_returns_total(tmp_path: Path) -> None:
         ({**STATE, "window": torch.zeros(0, 2, 4, dtype=torch.int64)}, "has a window without steps"),
         ({**STATE, "window": torch.zeros(2, 4)}, "has a damaged window"),
         ({**STATE, "window": "lost"}, "has a damaged window"),
-        ({**STATE, "models": {"main": 3}}, "has a damaged window"),
+        ({**COUNTS, "models": {"main": 3}}, "has a damaged window"),
         ({"best": 2}, "has no state of an EPLBCallback"),
     ],
 )
