@@ -51,7 +51,7 @@ FSDP1 = [
 ]
 UNEVEN = [
     Case(experts=7, ranks=2, clip="norm", accumulation=2),
-    Case(experts=7, ranks=3, redundant=1, clip="value", model="gpt_oss", optimizer="sgd", use_async=True),
+    Case(experts=7, ranks=4, redundant=1, clip="value", model="gpt_oss", optimizer="sgd", use_async=True),
     Case(experts=7, ranks=4, redundant=1, clip="norm", redundancy="batch", parts=2, model="qwen3_moe"),
     Case(experts=9, ranks=4, redundant=1, clip="norm", top_k=1, checkpointing="non-reentrant", parts=2),
     Case(experts=7, ranks=2, replicas=1, redundant=1, clip="norm", accumulation=2),

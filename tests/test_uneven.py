@@ -22,6 +22,7 @@ from lightning_eplb import (
     leave_experts_out_of_ddp,
     load_weights,
     logical_parameters,
+    materialize,
     parallelize_experts,
 )
 from lightning_eplb.parallel.dtensor import local_shard
@@ -40,6 +41,9 @@ SECONDS = 120
 
 class Experts(nn.Module):
     """Experts whose weights are divided by their norms, which is NaN for a row of zeros."""
+
+    strength: Tensor
+    tokens: Tensor
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -86,13 +90,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, num_experts: int = EXPERTS) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(num_experts) for _ in range(LAYERS))
+        self.blocks = nn.Sequential(*(Block(num_experts) for _ in range(LAYERS)))
 
     def forward(self, tokens_TD: Tensor) -> Tensor:
-        hidden_TD = tokens_TD
-        for block in self.blocks:
-            hidden_TD = block(hidden_TD)
-        return hidden_TD
+        return self.blocks(tokens_TD)
 
 
 def make_model(num_experts: int = EXPERTS) -> Model:
@@ -304,11 +305,23 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
     return folder / "half.ckpt"
 
 
-@pytest.mark.parametrize(("kind", "ranks", "redundant"), [("ddp", 3, 1), ("sharded", 4, 0), ("fsdp1", 3, 0)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "redundant"), [("ddp", 1, 0), ("ddp", 3, 1), ("sharded", 4, 0), ("fsdp1", 3, 0)]
+)
 def test_checkpoint_of_7_experts_resumes_under_other_settings(
     half: Path, kind: Kind, ranks: int, redundant: int, workers: Workers
 ) -> None:
     resumed = workers.run(ranks, resume, kind, ranks, redundant, str(half), seconds=SECONDS)
+    assert largest_difference(reference(), resumed, HALF) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_checkpoint_of_7_experts_resumes_with_one_on_each_rank(half: Path) -> None:
+    workers = Workers(7)
+    try:
+        resumed = workers.run(7, resume, "ddp", 7, 0, str(half), seconds=4 * SECONDS)
+    finally:
+        workers.stop()
     assert largest_difference(reference(), resumed, HALF) < TOLERANCE
 
 
@@ -331,3 +344,112 @@ def half_trained() -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()
+
+
+def hooked() -> list[float]:
+    """On every worker: a hook that scales by the norm of all experts' gradients, and what it was given."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    given = []
+
+    def scale(grad: Tensor) -> Tensor:
+        given.append(grad)
+        return grad / grad.norm()
+
+    model = parallelize_experts(make_model())
+    ((layer, module), *_) = expert_layers(model)
+    parameter = module.up
+    assert isinstance(parameter, nn.Parameter)
+    parameter.register_hook(scale)
+    loss_of(model, data()[rank:TOKENS:ranks]).backward()
+
+    expected = make_model()
+    loss_of(expected, data()[:TOKENS]).backward()
+    grad = expected.blocks[0].experts.up.grad
+    assert given[0].shape == grad.shape
+    own = grad[layer.local_experts] / grad.norm()
+    assert parameter.grad is not None
+    assert not parameter.grad[layer.num_filled :].any()
+    return [float((given[0] - grad).abs().max()), float((parameter.grad[: layer.num_filled] - own).abs().max())]
+
+
+def test_gradient_hook_of_7_experts_gets_rows_of_7(workers: Workers) -> None:
+    for differences in workers.run(3, hooked):
+        assert max(differences) < TOLERANCE
+
+
+def on_meta(path: str) -> float:
+    """On every worker: memory for this rank's part, random weights or those of a checkpoint."""
+    worst = 0.0
+    for loads in (False, True):
+        with torch.device("meta"):
+            model = Model()
+        parallelize_experts(model)
+        if loads:
+            load_weights(model, path)
+            weights, expected = logical_parameters(model), torch.load(path, weights_only=True)["state_dict"]
+            worst = max(float((weights[name] - expected[f"model.{name}"]).abs().max()) for name in weights)
+        else:
+            materialize(model, "cpu")
+            assert all(tensor.any() for tensor in logical_parameters(model).values())
+        for layer, module in expert_layers(model):
+            for parameter in module.parameters(recurse=False):
+                assert len(parameter) == layer.num_primaries
+                assert not parameter[layer.num_filled :].any()
+    return worst
+
+
+def test_model_of_7_experts_on_meta_device_has_phantom_experts_of_zeros(workers: Workers, tmp_path: Path) -> None:
+    state = {f"model.{name}": tensor for name, tensor in make_model().state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": pl.__version__}, tmp_path / "saved.ckpt")
+    assert workers.run(2, on_meta, str(tmp_path / "saved.ckpt")) == [0.0, 0.0]
+
+
+def distill(num_experts: int) -> Outcome:
+    """On every worker: a student learns from a frozen teacher of 7 experts, and experts of all of them move."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pair = Pair(num_experts)
+    parallelize_experts(pair, num_redundant_experts=ranks)
+    leave_experts_out_of_ddp(pair)
+    wrapped = DistributedDataParallel(pair)
+    optimizer = optimizer_of(pair.student)
+    balancer = ExpertLoadBalancer(wrapped, [optimizer], policy=ShufflePolicy(), step_interval=1)
+    losses = []
+    for batch in data().split(TOKENS):
+        loss = wrapped(batch[rank::ranks])
+        losses.append(loss.item())
+        loss.backward()
+        clip_grad_norm_(wrapped, CLIP)
+        optimizer.step()
+        balancer.step()
+        optimizer.zero_grad()
+    moved = {tuple(layer.row_order.tolist()) for layer, _ in expert_layers(pair)}
+    assert len(moved) == 2 * LAYERS
+    outcome = Outcome(losses, pair, torch.optim.SGD(pair.parameters()))
+    outcome.state = named_state(pair.student, optimizer)
+    return outcome
+
+
+class Pair(nn.Module):
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.teacher, self.student = make_model().requires_grad_(False), make_model(num_experts)
+
+    def forward(self, tokens_TD: Tensor) -> Tensor:
+        return (self.student(tokens_TD) - 2 * self.teacher(tokens_TD)).square().mean()
+
+
+@pytest.mark.parametrize("num_experts", [7, 8])
+def test_student_of_a_frozen_teacher_of_7_experts_trains_as_in_one_process(num_experts: int, workers: Workers) -> None:
+    expected = Outcome.__new__(Outcome)
+    pair = Pair(num_experts)
+    optimizer = optimizer_of(pair.student)
+    expected.losses = []
+    for batch in data().split(TOKENS):
+        loss = pair(batch)
+        expected.losses.append(loss.item())
+        loss.backward()
+        nn.utils.clip_grad_norm_(pair.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected.weights, expected.state = pair.state_dict(), named_state(pair.student, optimizer)
+    assert largest_difference(expected, workers.run(2, distill, num_experts, seconds=SECONDS)) < TOLERANCE

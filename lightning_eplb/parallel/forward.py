@@ -334,9 +334,8 @@ class ParallelExperts(nn.Module):
     def _sample_output(self, hidden_TD: Tensor, weights_dtype: torch.dtype, extra: ExtraArguments) -> Tensor:
         """Compute the output of one row of zeros, ``[1, D]``, for its width and dtype."""
         one = torch.ones(1, 1, dtype=weights_dtype, device=hidden_TD.device)
-        first = self._first_experts(1)
         row = hidden_TD.new_zeros(1, hidden_TD.shape[-1])
-        return self._original_forward(first, row, one.to(torch.int64) - 1, one, extra.sample())
+        return self._original_forward(self._first_experts(1), row, one.to(torch.int64) - 1, one, extra.sample())
 
     def _shared_parameters(self) -> list[Tensor]:
         """Return the parameters of submodules, which every rank has."""

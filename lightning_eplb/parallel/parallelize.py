@@ -37,7 +37,7 @@ def parallelize_experts(
 ) -> nn.Module:
     """Distribute the experts of every MoE layer over the ranks of a group, in place. Every rank must call it.
 
-    Afterwards rank ``r`` holds ``L/R`` experts of each layer as its parameters. The forward pass dispatches tokens to
+    Afterwards each rank holds ``L/R`` experts of each layer as its parameters. The forward pass dispatches tokens to
     the ranks of their experts and combines the outputs. Outputs and gradients are those of the unmodified model.
     If ``R`` does not divide ``L``, parameters of every rank have ``ceil(L/R)`` rows: behind the experts are phantom
     experts, rows of zeros that get no token and are in no state dict.

@@ -19,7 +19,7 @@ import torch
 from lightning_eplb._validation import check_whole_numbers
 from lightning_eplb.placement import EMPTY, ExpertPlacement
 from lightning_eplb.policies.base import Outlook, Policy, Topology, check_groups, checked_load
-from lightning_eplb.policies.phantoms import drop_phantoms, number_phantoms, pad_load
+from lightning_eplb.policies.phantoms import drop_phantoms, pad_load, with_phantoms
 from lightning_eplb.policies.token_split import level_tokens, rank_weights
 
 
@@ -144,11 +144,7 @@ class DeepSeekPolicy(Policy):
         if not layers.size:
             return placement
         groups, nodes = self._groups_and_nodes(topology, placement)
-        before = ExpertPlacement(
-            number_phantoms(placement).reshape(placement.physical_to_logical.shape),
-            placement.num_logical_experts + placement.num_phantom_experts,
-            placement.num_ranks,
-        )
+        before = with_phantoms(placement)
         load_YL = pad_load(load_YL, placement.num_phantom_experts)
         planned_YP = rebalance_experts(
             load_YL[layers], placement.num_physical_experts, groups, nodes, placement.num_ranks

@@ -18,6 +18,13 @@ def number_phantoms(placement: ExpertPlacement) -> np.ndarray:
     return slots_YRS
 
 
+def with_phantoms(placement: ExpertPlacement) -> ExpertPlacement:
+    """Return the placement of ``R*n`` experts, phantom experts among them."""
+    slots_YP = number_phantoms(placement).reshape(placement.physical_to_logical.shape)
+    experts = placement.num_logical_experts + placement.num_phantom_experts
+    return ExpertPlacement(slots_YP, experts, placement.num_ranks)
+
+
 def drop_phantoms(slots_YRS: np.ndarray, num_experts: int, num_primaries: int) -> np.ndarray:
     """Return a copy of the slots without ids from ``num_experts`` up, as :class:`ExpertPlacement` takes them.
 
