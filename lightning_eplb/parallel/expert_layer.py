@@ -146,7 +146,8 @@ class ExpertLayer:
 
     def detach(self) -> None:
         """Leave the process groups. The layer can't be called until :meth:`attach`. Performs no communication."""
-        self.cancel_prefetch()
+        self.prefetcher.reset()
+        self.extra_arguments = ExtraArgumentResolver(self.name, self.original_class)  # ranks that join know nothing yet
         if self.gradient_sync is not None:
             self.gradient_sync.close()
         self._groups, self.gradient_sync, self._checked_ddp, self._batch_slots = None, None, None, None

@@ -77,3 +77,9 @@ class WeightPrefetcher:
             _, prefetched = self._in_flight
             prefetched.rows.discard()
             self._in_flight = None
+
+    def reset(self) -> None:
+        """Forget the order of layers, too, since ranks that join do not know it."""
+        self.cancel()
+        self._next_layer.clear()
+        self._last = None

@@ -73,6 +73,8 @@ def train_elastically(
     for number, group in enumerate(groups):
         if number:
             first.go_over(groups[number - 1], group, ep_sizes[number])
+            if first.balancer is not None:
+                first.balancer.rearrange()  # redundant slots are filled in the first forward of ranks that joined
         if first.machine in group:
             first.train(phases[number], CLIP)
             assert first.balancer is not None
