@@ -275,10 +275,7 @@ class ParallelExperts(nn.Module):
         return [_compat.version_of(shard) for shard in shards if not shard.is_inference()]
 
     def _compute_rows(self, rows: "_ExpertRows", call: "_CallState") -> Tensor:
-        """Run the original forward on rows in the order of their experts.
-
-        Tie every tensor that was exchanged to the output.
-        """
+        """Run the original forward on rows in the order of their experts, tied to every tensor that was exchanged."""
         layer, hidden_MD = self.expert_layer, rows.hidden
         if call.form is not None and len(hidden_MD):
             return fused_experts(call.form, rows.weights, hidden_MD, rows.ends, rows.row_weights)
