@@ -51,17 +51,26 @@ FSDP1 = [
 ]
 UNEVEN = [
     Case(experts=7, ranks=2, clip="norm", accumulation=2),
-    Case(experts=7, ranks=4, redundant=1, clip="value", model="gpt_oss", optimizer="sgd", use_async=True),
     Case(experts=7, ranks=4, redundant=1, clip="norm", redundancy="batch", parts=2, model="qwen3_moe"),
-    Case(experts=9, ranks=4, redundant=1, clip="norm", top_k=1, checkpointing="non-reentrant", parts=2),
-    Case(experts=7, ranks=2, replicas=1, redundant=1, clip="norm", accumulation=2),
-    Case(experts=7, ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", redundancy="batch"),
     Case(experts=7, ranks=4, ep_size=2, redundant=1, clip="norm", accumulation=2, use_async=True),
     Case(experts=7, ranks=2, redundant=1, fsdp1="FULL_SHARD", clip="norm", accumulation=2),
 ]
+MORE_UNEVEN = [
+    Case(experts=7, ranks=4, redundant=1, clip="value", model="gpt_oss", optimizer="sgd", use_async=True),
+    Case(experts=9, ranks=4, redundant=1, clip="norm", top_k=1, checkpointing="non-reentrant", parts=2),
+    Case(experts=7, ranks=2, replicas=1, redundant=1, clip="norm", accumulation=2),
+    Case(experts=7, ranks=4, ep_size=2, replicas=1, redundant=1, clip="norm", redundancy="batch"),
+]
 
 
-@pytest.mark.parametrize("case", CASES + WIDE + GROUPS + SHARDED + ASYNC + FSDP1 + UNEVEN, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(CASES + WIDE + GROUPS + SHARDED + ASYNC + FSDP1 + UNEVEN),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_UNEVEN),
+    ],
+    ids=str,
+)
 def test_training_with_moving_experts_equals_one_process(case: Case, workers: Workers) -> None:
     assert largest_difference(reference(case), workers.run(case.ranks, distributed, case, seconds=240)) < TOLERANCE
 

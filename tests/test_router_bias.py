@@ -282,9 +282,9 @@ def train(
     [
         ("ddp", 2, 2),
         ("ddp", 2, 1),
-        ("sharded", 4, 2),
+        pytest.param("sharded", 4, 2, marks=pytest.mark.slow),
         ("sharded parameters", 2, 2),
-        ("fsdp1", 2, 2),
+        pytest.param("fsdp1", 2, 2, marks=pytest.mark.slow),
     ],
 )
 def test_training_with_bias_and_resume_equals_one_process(

@@ -20,11 +20,11 @@ CASES = [
     Several("hybrid", redundant=2, clips=True),
     Several("pair", redundant=2, clips=True, is_sharded=True),
     Several("alternating", redundant=2),
-    Several("alternating", use_async=True),
     Several("teachers", redundant=2, clips=True),
-    Several("teachers", redundant=2, ranks=4, ep_size=2),
 ]
 MORE = [
+    Several("teachers", redundant=2, ranks=4, ep_size=2),
+    Several("alternating", use_async=True),
     Several("uneven", redundant=2, is_sharded=True, clips=True),
     Several("uneven", redundant=2, ranks=4, ep_size=2, use_async=True),
     Several("alternating", redundant=2, ranks=4, ep_size=2),

@@ -232,10 +232,10 @@ def own_loop(redundant: int, redundancy: Literal["window", "batch"], use_async: 
     [
         (2, 0, "window", False),
         (2, 1, "batch", True),
-        (3, 1, "window", True),
         (3, 1, "batch", False),
-        (4, 0, "window", True),
-        (4, 1, "window", False),
+        pytest.param(3, 1, "window", True, marks=pytest.mark.slow),
+        pytest.param(4, 0, "window", True, marks=pytest.mark.slow),
+        pytest.param(4, 1, "window", False, marks=pytest.mark.slow),
     ],
 )
 def test_training_of_7_experts_in_own_loop_equals_one_process(
@@ -305,6 +305,7 @@ def half(request: pytest.FixtureRequest, workers: Workers, tmp_path_factory: pyt
     return folder / "half.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "ranks", "redundant"), [("ddp", 1, 0), ("ddp", 3, 1), ("sharded", 4, 0), ("fsdp1", 3, 0)]
 )
