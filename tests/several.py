@@ -22,7 +22,7 @@ STEPS, SEQUENCES, CLIP = 8, 2, 0.5
 
 @dataclass(frozen=True)
 class Several:
-    """What is trained. ``alternating``: the models take turns, each with an optimizer of its own."""
+    """Models that are trained. ``alternating``: they take turns, each with an optimizer of its own."""
 
     kind: Literal["pair", "uneven", "alternating", "hybrid", "teachers"]
     redundant: int = 0

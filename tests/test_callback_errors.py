@@ -1,4 +1,4 @@
-"""What can't work is refused in words: argument, value, what would do; on every rank, and nothing hangs or moves."""
+"""Settings that can't work raise errors that name argument, value and remedy, on every rank; nothing hangs or moves."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""What is compiled once must not outlive the code that it was compiled from."""
+"""Compiled code must not outlive the code that it was compiled from."""
 
 import os
 import shutil

@@ -9,6 +9,7 @@ import pytest
 import lightning_eplb
 
 PACKAGE = Path(lightning_eplb.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
 QUESTION = re.compile(r"\W*(What|Whether|Who|Whose|Where|Which|How|When)\b")
 
 
@@ -27,6 +28,17 @@ def test_docstrings_of_package_open_with_no_question_word() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
         for line, text in docstrings(path.read_text(encoding="utf-8"))
         if QUESTION.match(text)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("folder", ["tests", "examples"])
+def test_docstrings_of_tests_and_examples_open_with_no_question_word(folder: str) -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {text.strip().splitlines()[0]}"
+        for path in sorted((REPOSITORY / folder).rglob("*.py"))
+        for line, text in docstrings(path.read_text(encoding="utf-8"))
+        if re.match(r"\W*(What|Whether|Who|Where)\b", text)
     ]
     assert found == []
 

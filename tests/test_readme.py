@@ -1,4 +1,4 @@
-"""What the README shows works, and says what the code says."""
+"""Code and figures of the README work, and say what the code says."""
 
 import inspect
 import re

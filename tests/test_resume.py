@@ -79,7 +79,7 @@ def resume(kind: str, ranks: int, redundant: int, path: str) -> tuple[list[float
 
 
 TABLE = list(itertools.product(SAVED_BY, KINDS, (2, 4), (0, 1)))
-"""What saved, what resumes, its ranks, its redundant experts a rank. All of it: ``tests/soak``."""
+"""Kind that saved, kind that resumes, its ranks, its redundant experts a rank. All of it: ``tests/soak``."""
 
 
 def table() -> list[Any]:

@@ -99,7 +99,7 @@ def test_training_on_one_process_only_logs(tmp_path: Path) -> None:
 
 
 def reports(costs: Costs | None) -> tuple[list[str], list[int]]:
-    """What is told of each decision, on this rank; and the rows that moved."""
+    """Return what is told of each decision, on this rank; and the rows that moved."""
     told: list[str] = []
     callback = EPLBCallback(step_interval=4)
 
@@ -133,7 +133,7 @@ def test_rearrangement_that_moves_experts_is_reported(workers: Workers) -> None:
 
 
 def logged_errors(folder: str) -> list[dict[str, float]]:
-    """What a logger would be given after each step, on every rank."""
+    """Return what a logger would be given after each step, on every rank."""
     logged: list[dict[str, float]] = []
 
     class Listening(Skewed):

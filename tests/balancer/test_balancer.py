@@ -484,7 +484,7 @@ def test_redundancy_batch_after_first_step_has_same_floor_on_all_ranks(workers: 
 
 
 def predictions(redundancy: str) -> list[tuple[float | None, list[float]]]:
-    """What each decision expects, and what the steps until the next one had."""
+    """Return what each decision expects, and what the steps until the next one had."""
     found: list[tuple[float | None, list[float]]] = []
 
     class Watched(ExpertLoadBalancer):
@@ -608,7 +608,7 @@ def compiled_after_set_up(redundancy: Any) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("redundancy", ["window", "batch"])
 def test_training_after_setup_compiles_nothing(redundancy: str) -> None:
-    """Where the first decision compiles, all ranks wait for it in the middle of training."""
+    """If the first decision compiles, all ranks wait for it in the middle of training."""
     fresh = Workers(2)  # in the shared ones other tests have compiled
     try:
         assert fresh.run(2, compiled_after_set_up, redundancy) == [[], []]

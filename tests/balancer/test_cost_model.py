@@ -1,4 +1,4 @@
-"""What moves cost is measured, and all ranks come to the same numbers."""
+"""The cost of moves is measured, and all ranks come to the same numbers."""
 
 import math
 from dataclasses import astuple, replace
@@ -71,7 +71,7 @@ def test_profile_hardware_with_slow_rank_takes_its_speed(workers: Workers) -> No
 
 
 def seconds_of_small_and_large_experts() -> list[float]:
-    """Where the product takes a second for a million of operations."""
+    """If the product takes a second for a million of operations."""
     found = []
     for hidden in (16, 64):
         operations = 2 * 512 * 8 * hidden

@@ -1,4 +1,4 @@
-"""What a step tells of its layers."""
+"""Statistics of a step by layer."""
 
 import torch
 

@@ -114,7 +114,7 @@ def executed(workers: Workers, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
 
 
 def least_tokens(load_L: np.ndarray, per_rank: int, copies: int) -> int:
-    """What the fullest rank has at least, however ``copies`` redundant slots a rank are filled.
+    """Return what the fullest rank has at least, however ``copies`` redundant slots a rank are filled.
 
     For any set of ranks: the experts that they hold are served elsewhere only by copies that stand elsewhere, and the
     best of those are copies of their heaviest experts, as many as the other ranks have slots, which then keep nothing

@@ -1,4 +1,4 @@
-"""What the benchmarks of steps and layers run: a Qwen3-MoE whose tokens go where a popularity says, on CPU or GPU."""
+"""Model of the benchmarks of steps and layers: a Qwen3-MoE whose tokens go where a popularity says, on CPU or GPU."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What EPLBCallback costs where there is nothing to balance.
+"""Measure what EPLBCallback costs where there is nothing to balance.
 
 A Mixtral-like model trains under Lightning's DDP on two gloo processes of one thread each, in three lanes: ``alone``
 (``parallelize_experts`` in ``configure_model``, its experts kept out of DDP, no callback), ``control`` (the same once

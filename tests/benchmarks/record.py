@@ -1,4 +1,4 @@
-"""What counting tokens and deciding take of a training step, with nothing to balance.
+"""Measure what counting tokens and deciding take of a training step, with nothing to balance.
 
 Two lanes of the same model, experts spread over all ranks, under an even router: one without ``ExpertLoadBalancer``,
 one with it and ``BalancedPolicy``, which decides as often as it does by default. They take turns step by step.

@@ -179,7 +179,7 @@ def row_bytes(lane: Lane) -> int:
 
 
 def bytes_between(before: ExpertPlacement, after: ExpertPlacement, row: int, rank: int) -> tuple[list[int], list[int]]:
-    """What this rank sends to each, and gets from each."""
+    """Return what this rank sends to each, and gets from each."""
     size = before.num_ranks
     sent_RR = np.zeros((size, size), dtype=np.int64)
     for moves in plan_relocation(before, after):

@@ -1,4 +1,4 @@
-"""What all benchmarks have in common: their arguments, their tables and their bars."""
+"""Arguments, tables and bars that all benchmarks have in common."""
 
 import argparse
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What an auxiliary loss, a router bias and EPLB do to loss and balancedness, each alone and together.
+"""Measure loss and balancedness with an auxiliary loss, a router bias and EPLB, each alone and together.
 
 One process trains the same small DeepSeek-V3 on the source code of Python's standard library, three times: nothing, an
 auxiliary loss, the bias of ``RouterBiasCallback``. EPLB does not change losses, so each recorded load is replayed on

@@ -1,4 +1,4 @@
-"""Where a step's time goes: a table and a picture of a trace that ``torch.profiler`` exported on a GPU.
+"""Show where a step's time goes: a table and a picture of a trace that ``torch.profiler`` exported on a GPU.
 
 ``python tests/benchmarks/timeline.py TRACE.json.gz ... -o PICTURE.png``, one row of the picture for each trace and
 stream. Exchanges in which a rank waits for others are as long as that wait: under imbalance the emptier ranks' are.

@@ -1,4 +1,4 @@
-"""What ``Trainer`` saves is the unmodified model's checkpoint, and resumes on other ranks and redundancy."""
+"""Checkpoints of ``Trainer`` are the unmodified model's, and resume on other ranks and redundancy."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -79,7 +79,7 @@ def half_trained(steps: int = HALF) -> dict[str, Tensor]:
 
 
 def check_file(path: Path, weights_only: bool) -> None:
-    """What was saved halfway is the unmodified model's, and its optimizer's."""
+    """Check that the state saved halfway is the unmodified model's, and its optimizer's."""
     checkpoint = torch.load(path, weights_only=True)
     unmodified = LanguageModel(hugging_face_model("mixtral"), "adamw")
     assert list(checkpoint["state_dict"]) == list(unmodified.state_dict())

@@ -80,7 +80,7 @@ class Counted:
 def test_convert_expert_of_part_reads_only_its_sources(
     name: str, half: int, width: int, seed: int, data: st.DataObject
 ) -> None:
-    """What is made of one expert's tensors, of which only the parts are read that are needed, is what a rank holds."""
+    """Rows made of one expert's tensors, of which only the needed parts are read, are those that a rank holds."""
     tensors = checkpoint(CONVERSIONS[name][0], 2 * half, width, seed)
     sources = {key: Counted(tensor) for key, tensor in tensors.items()}
     recipe, model = recipe_for(name, tensors), nn.Identity()

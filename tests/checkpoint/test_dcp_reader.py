@@ -204,7 +204,7 @@ def hostile_folder(folder: Path) -> Path:
 
 
 def fit_from(path: str) -> list[str]:
-    """What ``fit`` and ``load_weights`` say under each strategy."""
+    """Return what ``fit`` and ``load_weights`` say under each strategy."""
     said = []
     for kind in ("ddp", "sharded", "fsdp1"):
         with pytest.raises(ValueError) as raised:  # noqa: PT011

@@ -142,7 +142,7 @@ def test_sharded_checkpoint_of_weights_only_loads_and_cannot_resume(workers: Wor
 
 
 def use_weights_alone(path: str) -> tuple[dict[str, Tensor], str]:
-    """What validation has, and what a run says that would go on from there."""
+    """Return what validation has, and what a run says that would go on from there."""
     module, trainer = LanguageModel(hugging_face_model("mixtral"), "adamw"), trainer_of(2, STEPS, 2)
     trainer.validate(module, batches(2), ckpt_path=path, verbose=False)
     with full_state_dicts(trainer.strategy.model, rank0_only=False):

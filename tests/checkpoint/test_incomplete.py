@@ -29,7 +29,7 @@ def save_file(path: Path, value: float) -> None:
 
 
 def last_checkpoints(folder: Path) -> set[str]:
-    """What Lightning chooses from for ``ckpt_path="last"``."""
+    """Return the checkpoints that Lightning chooses from for ``ckpt_path="last"``."""
     return ModelCheckpoint(folder)._find_last_checkpoints(Trainer(logger=False, accelerator="cpu"))
 
 

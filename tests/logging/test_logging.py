@@ -1,4 +1,4 @@
-"""What a run leaves in Weights & Biases, in TensorBoard and in a CSV file."""
+"""Logs of a run in Weights & Biases, in TensorBoard and in a CSV file."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What stands in the terminal: balancedness in the bar, a line for each rearrangement, a table at the end."""
+"""Output in the terminal: balancedness in the bar, a line for each rearrangement, a table at the end."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ ROWS = [("", "first 2 steps", "last 2 steps"), ("balancedness", "0.500", "1.000"
 
 
 def train(with_bar: bool) -> tuple[str, str, str]:
-    """What a rank wrote: to standard output, to standard error, to Lightning's log."""
+    """Output of a rank: to standard output, to standard error, to Lightning's log."""
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(handler)

@@ -1,4 +1,4 @@
-"""Where pairs lie on the way, for any counts and any slots."""
+"""Places of pairs on the way, for any counts and any slots."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""What belongs to experts and is no parameter: the same training as in one process with the unmodified module."""
+"""State that belongs to experts and is no parameter: the same training as in one process with the unmodified module."""
 
 from collections.abc import Sequence
 from pathlib import Path

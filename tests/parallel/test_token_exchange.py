@@ -54,7 +54,7 @@ def spread(dispatcher: type[AllToAllDispatcher] = HalvesDispatcher) -> nn.Module
 
 
 def run(experts: nn.Module, with_gradient: bool = True) -> tuple[Tensor, Tensor]:
-    """What is put in and what comes out; on every rank the same."""
+    """Return what is put in and what comes out; on every rank the same."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_(with_gradient)
     index = torch.randint(EXPERTS, (TOKENS, 1), generator=generator)

@@ -16,7 +16,7 @@ from lightning_eplb.policies.token_split import (
 
 
 def split_of_all(counts_RL, slots_RS, node_R=None, weight_R=None):
-    """What each rank sends, ``[source, target, slot]``, once it is sure that all ranks agree; and the ranks' tokens."""
+    """Return what each rank sends, ``[source, target, slot]``, and the ranks' tokens, once all ranks agree."""
     ranks = len(slots_RS)
     node_R = np.zeros(ranks, dtype=np.int64) if node_R is None else np.array(node_R)
     weight_R = np.ones(ranks) if weight_R is None else np.array(weight_R)

@@ -1,4 +1,4 @@
-"""What a report says, counted by hand."""
+"""Contents of a report, counted by hand."""
 
 import numpy as np
 import pytest
